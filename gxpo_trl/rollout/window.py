@@ -1,0 +1,91 @@
+"""The micro-batches of one optimizer step, kept so that the same loss can be computed again at other parameters."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class RandomState:
+    """The state of torch's generators: the CPU's and those of the devices that the model lives on."""
+
+    cpu: torch.Tensor
+    devices: dict[torch.device, torch.Tensor]
+
+    @classmethod
+    def of(cls, devices: set[torch.device]) -> "RandomState":
+        """The present state, for the CPU and the given accelerator devices."""
+        return cls(
+            cpu=torch.get_rng_state(),
+            devices={d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"},
+        )
+
+    def restore(self) -> None:
+        """Makes this the present state."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@dataclass
+class MicroBatch:
+    """One slice of the rollouts, as pass 1 saw it.
+
+    Attributes:
+        inputs (`dict[str, Any]`): What the loss reads; never written.
+        random_state (`RandomState`): The generators just before the forward pass, so that dropout draws the same masks.
+        per_token_logps (`torch.Tensor`, *optional*): The policy's detached log-probabilities in pass 1, (B, T).
+    """
+
+    inputs: dict[str, Any]
+    random_state: RandomState
+    per_token_logps: torch.Tensor | None = None
+
+
+@dataclass
+class RolloutWindow:
+    """The micro-batches of one optimizer step.
+
+    Args:
+        devices (`set[torch.device]`): Where the model lives.
+        freeze_old_logps (`bool`): Whether replays measure the importance ratio against pass 1's log-probabilities where
+            the rollouts carry none of their own. TRL leaves them out when a batch is used once, and then takes the
+            *current* ones: at θ1 and θ̃ every ratio would be 1, nothing would be clipped, and the objective another.
+    """
+
+    devices: set[torch.device]
+    freeze_old_logps: bool
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+
+    def open_micro_batch(self, inputs: dict[str, Any]) -> None:
+        """Takes in one micro-batch; call just before its forward pass in pass 1."""
+        self.micro_batches.append(MicroBatch(inputs, RandomState.of(self.devices)))
+
+    def keep_logps(self, per_token_logps: torch.Tensor) -> None:
+        """Keeps the log-probabilities (B, T) that pass 1 computed for the micro-batch taken in last."""
+        self.micro_batches[-1].per_token_logps = per_token_logps.detach()
+
+    def replay(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """One pass: yields `(inputs, is_last)`, with the generators set as they were for that micro-batch."""
+        for i, micro_batch in enumerate(self.micro_batches):
+            inputs = micro_batch.inputs
+            if self.freeze_old_logps and inputs.get("old_per_token_logps") is None:
+                inputs = {**inputs, "old_per_token_logps": micro_batch.per_token_logps}
+            micro_batch.random_state.restore()
+            yield inputs, i == len(self.micro_batches) - 1
+
+    @contextlib.contextmanager
+    def preserved_randomness(self) -> Iterator[None]:
+        """Around replays: afterwards the generators stand where they stood, as if only pass 1 had been."""
+        state = RandomState.of(self.devices)
+        try:
+            yield
+        finally:
+            state.restore()
+
+    def clear(self) -> None:
+        """Lets go of the rollouts."""
+        self.micro_batches.clear()

@@ -1,0 +1,7 @@
+"""Rewards, datasets, and the embedded arithmetic task with its tiny model."""
+
+from .arithmetic import arithmetic_reward, load_arithmetic
+from .tiny_model import TINY_MODEL_PATH
+
+
+__all__ = ["TINY_MODEL_PATH", "arithmetic_reward", "load_arithmetic"]

@@ -1,0 +1,277 @@
+"""The trainer: collects one optimizer step's rollouts, runs the update rule on them, logs and checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from trl import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from ..rollout.window import RolloutWindow
+from ..update.engines import TorchEngine, check_engine, make_engine
+from ..update.gate import Gate
+from ..update.step import LookaheadReport, lookahead_step
+from .lookahead_config import LookaheadConfig
+
+
+logger = get_logger(__name__)
+
+STATE_NAME = "lookahead_state.json"
+ENTROPY_CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
+SLOW_METRICS = {
+    "clip_ratio/region_mean": "clip_ratio_slow",
+    "cispo_clip_ratio": "clip_ratio_slow",
+    "kl": "kl_slow",
+}
+"""TRL's names of what pass 3 measures, and ours."""
+
+
+class LookaheadTrainer(GRPOTrainer):
+    """
+    Trainer for lookahead policy updates: [`~trl.GRPOTrainer`] that moves the policy further on each batch of rollouts.
+
+    The first pass over the rollouts is TRL's own. When its last micro-batch is done and the active phase lasts,
+    `training_step` runs the rest of the update rule of `args.update_rule` on the same rollouts and leaves the corrective
+    gradient to the training loop, which clips and steps as always. Schedule, callbacks, logging, saving, evaluation and
+    vLLM see committed weights only, once per step.
+
+    Args:
+        model, reward_funcs:
+            As for [`~trl.GRPOTrainer`].
+        args ([`LookaheadConfig`], *optional*):
+            Configuration. If `None`, a default one.
+        *positional, **kwargs:
+            The other arguments of [`~trl.GRPOTrainer`], in its order.
+
+    Raises:
+        `ValueError`: If the set-up is not supported: the engine, the precision of the trainable parameters, or `args`
+            that are no [`LookaheadConfig`].
+    """
+
+    _config_class = LookaheadConfig
+
+    def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self._config_class(f"{model_name.split('/')[-1]}-{self._name}")
+        if not isinstance(args, LookaheadConfig):
+            raise ValueError(
+                f"`args` must be a {self._config_class.__name__}, got a {type(args).__name__}. It takes every argument "
+                f"of the {type(args).__name__}: change the name."
+            )
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+
+        self._uses_lookahead = args.update_rule != "grpo"
+        if self._uses_lookahead:
+            check_engine(self.accelerator)
+            self._check_parameter_precision()
+        self._rule = args.lookahead_rule()
+        self._gate = Gate(
+            threshold=math.inf if args.gate_signal == "never" else args.gate_threshold,
+            window=args.gate_window,
+            warmup_steps=args.gate_warmup_steps,
+            patience=args.gate_patience,
+        )
+        self._engine: TorchEngine | None = None
+        self._window: RolloutWindow | None = None  # of the step under way, while pass 1 is being recorded
+        self._entropy_at_window_start: dict[str, Any] = {}
+        self._backward_passes = 0
+        self._fallbacks = 0
+        self._shutoff_step: int | None = None
+        self._update_time = 0.0
+        self._update_started = 0.0
+        self.accelerator.print(self._describe_batch())
+
+    @property
+    def lookahead_active(self) -> bool:
+        """Whether the next optimizer step is a lookahead step."""
+        return self._uses_lookahead and not self._gate.tripped
+
+    # ---- One optimizer step
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        if self.lookahead_active and self._window is None:
+            self._open_window()
+        output = super().training_step(model, inputs, num_items_in_batch)
+        self._update_time += time.perf_counter() - self._update_started
+        if self.accelerator.sync_gradients:
+            self._finish_update(model)
+        return output
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._update_started = time.perf_counter()  # generation lies before; it is no part of the update
+        if self._window is not None and self.model.training:
+            self._window.open_micro_batch(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._window is not None and torch.is_grad_enabled():
+            self._window.keep_logps(outputs[0])
+        return outputs
+
+    def _open_window(self) -> None:
+        self._window = RolloutWindow(
+            devices={parameter.device for parameter in self.model.parameters()},
+            freeze_old_logps=self.args.ratio_anchor == "rollout",
+        )
+        self._entropy_at_window_start = self._entropy_controller()
+
+    def _finish_update(self, model) -> None:
+        """What follows pass 1: the rest of the update rule, the gate, the metrics."""
+        started = time.perf_counter()
+        window, self._window = self._window, None
+        if window is None:
+            self._backward_passes += 1
+            metrics = {"active": 0.0}
+        else:
+            if self._engine is None:
+                self._engine = make_engine(self.accelerator, model, self.optimizer, self.args.max_grad_norm)
+            with self._private_metrics() as slow_metrics, window.preserved_randomness():
+                report = lookahead_step(self._engine, lambda: self._replay(model, window), self._rule)
+            self._backward_passes += report.passes
+            metrics = self._judge(report, slow_metrics)
+        self._update_time += time.perf_counter() - started
+        self._log_update(metrics)
+
+    def _replay(self, model, window: RolloutWindow) -> None:
+        """One pass over the window at the present parameters, as TRL's own `training_step` would make it."""
+        self._metrics["train"].clear()
+        self._set_entropy_controller(self._entropy_at_window_start)
+        for inputs, is_last in window.replay():
+            with self._engine.micro_batch(is_last):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, inputs)
+                self._engine.backward(loss)
+
+    @contextlib.contextmanager
+    def _private_metrics(self) -> Iterator[dict[str, list[float]]]:
+        """Around replays: TRL's metrics and entropy controller stay those of pass 1. Yields what the last pass wrote."""
+        metrics, controller = self._metrics, self._entropy_controller()
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        try:
+            yield self._metrics["train"]
+        finally:
+            self._metrics = metrics
+            self._set_entropy_controller(controller)
+
+    def _entropy_controller(self) -> dict[str, Any]:
+        """TRL's adaptive entropy controller, which `compute_loss` moves whenever gradients synchronise."""
+        return {name: getattr(self, name) for name in ENTROPY_CONTROLLER}
+
+    def _set_entropy_controller(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    # ---- Gate and metrics
+
+    def _judge(self, report: LookaheadReport, slow_metrics: dict[str, list[float]]) -> dict[str, float | None]:
+        """Shows the gate what the step measured, and names it for the log."""
+        metrics = dataclasses.asdict(report)
+        del metrics["passes"], metrics["fell_back"]
+        metrics["active"] = 1.0
+        if report.fell_back:
+            self._fallbacks += 1
+            logger.warning(
+                f"Step {self.state.global_step + 1}: a gradient or the repositioned point was not finite; "
+                "the parameters were restored and the step is a plain one."
+            )
+            return metrics
+        for trl_name, name in SLOW_METRICS.items():
+            if values := slow_metrics.get(trl_name):
+                metrics[name] = sum(values) / len(values)
+        metrics["gate_z"] = self._gate.observe(report.grad_norm_slow)
+        if self._gate.tripped:
+            self._shutoff_step = self.state.global_step + 1
+        return metrics
+
+    def _log_update(self, metrics: dict[str, float | None]) -> None:
+        log = self._metrics["train"]
+        for name, value in metrics.items():
+            if value is not None:
+                log[f"lookahead/{name}"].append(value)
+        log["lookahead/update_time"].append(self._update_time)
+        self._update_time = 0.0
+        # Running totals: TRL logs the mean of each list over the logging interval, and of these only the last counts.
+        log["lookahead/backward_passes"] = [self._backward_passes]
+        log["lookahead/fallbacks"] = [self._fallbacks]
+        if self._shutoff_step is not None:
+            log["lookahead/shutoff_step"] = [self._shutoff_step]
+
+    def _describe_batch(self) -> str:
+        """The start-up line: prompts × generations × devices × accumulation × passes."""
+        args = self.args
+        completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        passes = "1 pass"
+        if self._uses_lookahead:
+            passes = f"{self._rule.passes} passes while active and 1 after"
+        return (
+            f"{args.update_rule.upper()}: {completions / args.num_generations:g} prompts × {args.num_generations} "
+            f"generations = {completions} completions an optimizer step, as {args.world_size} device(s) × "
+            f"{args.gradient_accumulation_steps} accumulation steps × {args.per_device_train_batch_size}; "
+            f"{passes} over them."
+        )
+
+    def _check_parameter_precision(self) -> None:
+        low = {p.dtype for p in self.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        if low and not self.args.allow_low_precision_parameters:
+            raise ValueError(
+                f"Trainable parameters are stored in {', '.join(sorted(map(str, low)))}: a step of a small learning "
+                "rate vanishes in its rounding, and with it the retention ratio. Load the model in fp32 (`dtype: "
+                "float32`; `bf16: true` still computes in bf16), or set `allow_low_precision_parameters: true`."
+            )
+
+    # ---- Checkpoints and model card
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            path = Path(output_dir) / STATE_NAME
+            state = {
+                "gate": self._gate.state_dict(),
+                "backward_passes": self._backward_passes,
+                "fallbacks": self._fallbacks,
+                "shutoff_step": self._shutoff_step,
+            }
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(state, indent=2))
+            os.replace(partial, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE_NAME
+        if not path.is_file():
+            logger.warning(
+                f"{checkpoint} holds no {STATE_NAME}: it was not saved by a LookaheadTrainer. The gate and the count "
+                "of backward passes start afresh."
+            )
+            return
+        state = json.loads(path.read_text())
+        self._gate.load_state_dict(state["gate"])
+        self._backward_passes = state["backward_passes"]
+        self._fallbacks = state["fallbacks"]
+        self._shutoff_step = state["shutoff_step"]
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(self._describe_settings())
+
+    def _describe_settings(self) -> str:
+        own = {field.name for field in dataclasses.fields(LookaheadConfig)}
+        own -= {field.name for field in dataclasses.fields(LookaheadConfig.__base__)}
+        shown = ("learning_rate", "max_grad_norm", "loss_type", "beta", "epsilon", "num_generations", "temperature")
+        rows = [f"| `{name}` | {getattr(self.args, name)} |" for name in (*sorted(own), *shown)]
+        return "\n".join(["", "", "## Lookahead settings", "", "| setting | value |", "|---|---|", *rows, ""])

@@ -1,0 +1,1 @@
+"""The update rule: tensors and an engine, no TRL, no transformers."""
