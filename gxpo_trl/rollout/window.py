@@ -36,7 +36,8 @@ class MicroBatch:
 
     Attributes:
         inputs (`dict[str, Any]`): What the loss reads; never written.
-        random_state (`RandomState`): The generators just before the forward pass, so that dropout draws the same masks.
+        random_state (`RandomState`): The generators just before the forward pass, so that dropout draws the same
+            masks.
         per_token_logps (`torch.Tensor`, *optional*): The policy's detached log-probabilities in pass 1, (B, T).
     """
 
@@ -51,9 +52,10 @@ class RolloutWindow:
 
     Args:
         devices (`set[torch.device]`): Where the model lives.
-        freeze_old_logps (`bool`): Whether replays measure the importance ratio against pass 1's log-probabilities where
-            the rollouts carry none of their own. TRL leaves them out when a batch is used once, and then takes the
-            *current* ones: at θ1 and θ̃ every ratio would be 1, nothing would be clipped, and the objective another.
+        freeze_old_logps (`bool`): Whether replays measure the importance ratio against pass 1's log-probabilities
+            where the rollouts carry none of their own. TRL leaves them out when a batch is used once, and then takes
+            the *current* ones: at θ1 and θ̃ every ratio would be 1, nothing would be clipped, and the objective
+            another.
     """
 
     devices: set[torch.device]

@@ -1,10 +1,11 @@
 """The embedded task: short arithmetic word problems with a verifiable answer, generated on the spot.
 
-    Q: Mia has 6 pens. Mia gets 4 more. Then the number doubles. How many pens does Mia have? A: 6+4=10 10*2=20 \\boxed{20}
+    Q: Mia has 6 pens. Mia gets 4 more. Then the number doubles. How many pens does Mia have? A:
+    6+4=10 10*2=20 \\boxed{20}
 
-Every problem chains 2 to 4 operations (+, -, doubling) and every running value stays in 0..20, so that numbers are single
-tokens of the embedded tokenizer. Problems are held out by a hash of their *expression* (`6+4*2`), one in ten: no test
-expression ever occurs in the training split, whatever the names and items around it.
+Every problem chains 2 to 4 operations (+, -, doubling) and every running value stays in 0..20, so that numbers are
+single tokens of the embedded tokenizer. Problems are held out by a hash of their *expression* (`6+4*2`), one in ten:
+no test expression ever occurs in the training split, whatever the names and items around it.
 """
 
 import hashlib

@@ -2,9 +2,10 @@
 
     python -m gxpo_trl.tasks.tiny_model --output gxpo_trl/tasks/tiny      # about 90 s on one core
 
-The warm start imitates a mixed demonstrator. 70 % of the steps show clean worked answers. The last 30 % show mostly bare
-answers (right, but the model can't compute them in its head) and worked answers that sometimes slip. The result solves
-about a quarter of the problems when sampled, and nearly all of them within 16 samples: that gap is what RL can close.
+The warm start imitates a mixed demonstrator. 70 % of the steps show clean worked answers. The last 30 % show mostly
+bare answers (right, but the model can't compute them in its head) and worked answers that sometimes slip. The result
+solves about a quarter of the problems when sampled, and nearly all of them within 16 samples: that gap is what RL can
+close.
 """
 
 import argparse

@@ -19,9 +19,9 @@ class GXPOTrainer(LookaheadTrainer):
     Trainer for Gradient Extrapolation-Based Policy Optimization (GXPO).
 
     GXPO (https://huggingface.co/papers/2605.06755) takes two probe steps on one batch of rollouts, extrapolates the
-    change of the gradient coordinate by coordinate to a virtual K-step point, moves part of the way there, and corrects
-    with the true gradient at that point. The only change w.r.t. [`~trl.GRPOTrainer`] is how a batch of rollouts becomes
-    an update; arguments, generation, rewards, losses and logging are inherited unchanged.
+    change of the gradient coordinate by coordinate to a virtual K-step point, moves part of the way there, and
+    corrects with the true gradient at that point. The only change w.r.t. [`~trl.GRPOTrainer`] is how a batch of
+    rollouts becomes an update; arguments, generation, rewards, losses and logging are inherited unchanged.
 
     Example:
 
@@ -49,7 +49,8 @@ class GXPOTrainer(LookaheadTrainer):
         "citation": textwrap.dedent("""\
             @article{swapnil2026gxpo,
                 title        = {{Gradient Extrapolation-Based Policy Optimization}},
-                author       = {Ismam Nur Swapnil and Aranya Saha and Tanvir Ahmed Khan and Mohammad Ariful Haque and Ser-Nam Lim},
+                author       = {Ismam Nur Swapnil and Aranya Saha and Tanvir Ahmed Khan and Mohammad Ariful Haque
+                                and Ser-Nam Lim},
                 year         = 2026,
                 eprint       = {arXiv:2605.06755},
             }"""),

@@ -23,12 +23,13 @@ class LookaheadConfig(GRPOConfig):
     r"""
     Configuration class for the [`LookaheadTrainer`].
 
-    [`LookaheadConfig`] inherits every parameter from [`~trl.GRPOConfig`] and adds those of the lookahead policy updates.
+    [`LookaheadConfig`] inherits every parameter from [`~trl.GRPOConfig`] and adds those of the lookahead policy
+    updates.
 
     Parameters:
         update_rule (`str`, *optional*, defaults to `"gxpo"`):
-            How a batch of rollouts becomes an update: `"gxpo"` (three passes: two probes, extrapolation, correction) or
-            `"grpo"` (plain single pass through the same trainer).
+            How a batch of rollouts becomes an update: `"gxpo"` (three passes: two probes, extrapolation, correction)
+            or `"grpo"` (plain single pass through the same trainer).
         lookahead_steps (`int`, *optional*, defaults to `5`):
             K, the number of virtual steps that the two probes are extrapolated to; at least 2.
         reposition_alpha (`float`, *optional*, defaults to `0.5`):
@@ -45,11 +46,12 @@ class LookaheadConfig(GRPOConfig):
         scale_max (`float`, *optional*):
             Upper bound of that factor; `None` for K / 2 + 1, `inf` for none.
         probe_optimizer_state (`str`, *optional*, defaults to `"carry"`):
-            `"carry"` lets the probes advance the optimizer's moments, as in the paper; `"rollback"` restores them before
-            the correction, at the cost of a copy of the optimizer's state.
+            `"carry"` lets the probes advance the optimizer's moments, as in the paper; `"rollback"` restores them
+            before the correction, at the cost of a copy of the optimizer's state.
         ratio_anchor (`str`, *optional*, defaults to `"rollout"`):
             What the importance ratio is measured against in passes 2 and 3: `"rollout"`, the policy that generated the
-            batch, or `"current"`, what TRL takes where it keeps no old log-probabilities, the policy of the pass itself.
+            batch, or `"current"`, what TRL takes where it keeps no old log-probabilities, the policy of the pass
+            itself.
         gate_signal (`str`, *optional*, defaults to `"grad_norm"`):
             What ends the active phase: `"grad_norm"`, a rise of the corrective gradient's norm, or `"never"`.
         gate_threshold (`float`, *optional*, defaults to `0.5`):
@@ -61,8 +63,8 @@ class LookaheadConfig(GRPOConfig):
         gate_patience (`int`, *optional*, defaults to `1`):
             Consecutive steps over the threshold that end the active phase.
         allow_low_precision_parameters (`bool`, *optional*, defaults to `False`):
-            Whether to accept trainable parameters stored in bf16 or fp16, where small steps, and with them the retention
-            ratio, vanish in rounding.
+            Whether to accept trainable parameters stored in bf16 or fp16, where small steps, and with them the
+            retention ratio, vanish in rounding.
     """
 
     update_rule: str = field(
@@ -103,8 +105,8 @@ class LookaheadConfig(GRPOConfig):
     probe_optimizer_state: str = field(
         default="carry",
         metadata={
-            "help": "'carry' lets the probes advance the optimizer's moments, as in the paper; 'rollback' restores them "
-            "before the correction, at the cost of a copy of the optimizer's state."
+            "help": "'carry' lets the probes advance the optimizer's moments, as in the paper; 'rollback' restores "
+            "them before the correction, at the cost of a copy of the optimizer's state."
         },
     )
     ratio_anchor: str = field(
@@ -196,14 +198,15 @@ class LookaheadConfig(GRPOConfig):
     def _check_bounds(self, lower_name: str, lower: float, upper_name: str, upper: float) -> None:
         if not lower < upper:
             raise ValueError(
-                f"`{lower_name}` must be below `{upper_name}`, got {lower} and {upper}. Use -.inf and .inf for no bound."
+                f"`{lower_name}` must be below `{upper_name}`, got {lower} and {upper}. Use -.inf and .inf for "
+                "no bound."
             )
 
     def _check_precision_and_optimizer(self) -> None:
         if self.fp16:
             raise ValueError(
-                "Lookahead updates don't support `fp16: true`: its loss scaler skips steps on its own. Use `bf16: true` "
-                "(or neither, for fp32)."
+                "Lookahead updates don't support `fp16: true`: its loss scaler skips steps on its own. Use "
+                "`bf16: true` (or neither, for fp32)."
             )
         for name, reason in OWN_STEP_OPTIMIZERS.items():
             if name in str(self.optim.value):

@@ -40,9 +40,9 @@ class LookaheadTrainer(GRPOTrainer):
     Trainer for lookahead policy updates: [`~trl.GRPOTrainer`] that moves the policy further on each batch of rollouts.
 
     The first pass over the rollouts is TRL's own. When its last micro-batch is done and the active phase lasts,
-    `training_step` runs the rest of the update rule of `args.update_rule` on the same rollouts and leaves the corrective
-    gradient to the training loop, which clips and steps as always. Schedule, callbacks, logging, saving, evaluation and
-    vLLM see committed weights only, once per step.
+    `training_step` runs the rest of the update rule of `args.update_rule` on the same rollouts and leaves the
+    corrective gradient to the training loop, which clips and steps as always. Schedule, callbacks, logging, saving,
+    evaluation and vLLM see committed weights only, once per step.
 
     Args:
         model, reward_funcs:
@@ -65,8 +65,8 @@ class LookaheadTrainer(GRPOTrainer):
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name}")
         if not isinstance(args, LookaheadConfig):
             raise ValueError(
-                f"`args` must be a {self._config_class.__name__}, got a {type(args).__name__}. It takes every argument "
-                f"of the {type(args).__name__}: change the name."
+                f"`args` must be a {self._config_class.__name__}, got a {type(args).__name__}. It takes every "
+                f"argument of the {type(args).__name__}: change the name."
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
@@ -155,7 +155,7 @@ class LookaheadTrainer(GRPOTrainer):
 
     @contextlib.contextmanager
     def _private_metrics(self) -> Iterator[dict[str, list[float]]]:
-        """Around replays: TRL's metrics and entropy controller stay those of pass 1. Yields what the last pass wrote."""
+        """Around replays: TRL's metrics and entropy controller stay those of pass 1. Yields what a pass wrote."""
         metrics, controller = self._metrics, self._entropy_controller()
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         try:

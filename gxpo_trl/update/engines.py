@@ -24,7 +24,7 @@ REPLICATED = (
     DistributedType.MULTI_MLU,
     DistributedType.MULTI_HPU,
 )
-"""One process, or DistributedDataParallel: every rank holds whole parameters and, after a backward pass, equal gradients."""
+"""One process, or DistributedDataParallel: every rank holds whole parameters and, after a pass, equal gradients."""
 
 
 class TorchEngine:
@@ -82,11 +82,12 @@ class TorchEngine:
         Returns:
             `(norm, factor)`: the norm before clipping, over all ranks, and what the gradients were multiplied with.
         """
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).item()
-        return norm, min(1.0, self.max_grad_norm / (norm + 1e-6))  # the formula of torch.nn.utils.clip_grad_norm_
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+        return norm.item(), factor.item()
 
     def step(self) -> None:
-        """One optimizer step with the present gradients, which stay. Learning-rate schedule and callbacks don't move."""
+        """One optimizer step with the present gradients, which stay. The learning-rate schedule doesn't move."""
         self.optimizer.step()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -101,7 +102,7 @@ class TorchEngine:
             yield
 
     def gather_over_shards(self, totals: torch.Tensor) -> torch.Tensor:
-        """Local totals, shape (n,), of all ranks that hold different shards, shape (ranks, n). Each holds all, here."""
+        """Local totals, shape (n,), of all ranks that hold different shards: (ranks, n). Each holds all, here."""
         return totals[None]
 
     def snapshot_optimizer(self) -> OptimizerSnapshot:
@@ -141,8 +142,8 @@ def check_engine(accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type not in REPLICATED:
         raise ValueError(
-            f"Lookahead updates don't support the engine {accelerator.distributed_type.value} yet. Launch with a single "
-            "process or with DDP (`accelerate launch --multi_gpu`), or set `update_rule: grpo`."
+            f"Lookahead updates don't support the engine {accelerator.distributed_type.value} yet. Launch with a "
+            "single process or with DDP (`accelerate launch --multi_gpu`), or set `update_rule: grpo`."
         )
     if accelerator.parallelism_config is not None and accelerator.parallelism_config.tp_enabled:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 
 
 NEARLY_ZERO = 1e-6
-"""|1 + r| at or below this counts as S_2 = 0, where the ratio S_K / S_2 has a pole (odd K) or is all rounding (even K)."""
+"""|1 + r| at or below this counts as S_2 = 0, where S_K / S_2 has a pole (odd K) or is all rounding (even K)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def retention_and_scale(
         rule (`Extrapolation`): K, δ and the bounds.
 
     Returns:
-        `(retention, scale, active)`: two fp32 tensors and a bool tensor of that shape; `retention` is 1 where not active.
+        `(retention, scale, active)`: two fp32 tensors and a bool tensor of that shape; `retention` is 1 where not
+        active.
     """
     active = grad_0.abs() > rule.active_threshold
     ratio = grad_1 / grad_0

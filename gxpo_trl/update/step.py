@@ -112,9 +112,10 @@ class _Origin:
 def lookahead_step(engine: TorchEngine, replay: Callable[[], None], rule: LookaheadRule) -> LookaheadReport:
     """Takes one active step up to, and without, its slow correction.
 
-    The gradient g0 of pass 1 lies in the engine when this is called, unclipped; g_slow does when it returns, unclipped,
-    with the parameters at θ̃. When a gradient or θ̃ is not finite on any rank, the step becomes the plain one: θ0 is
-    restored and g0 lies in the engine, or no gradient at all, so that nothing moves, if g0 itself is not finite.
+    The gradient g0 of pass 1 lies in the engine when this is called, unclipped; g_slow does when it returns,
+    unclipped, with the parameters at θ̃. When a gradient or θ̃ is not finite on any rank, the step becomes the plain
+    one: θ0 is restored and g0 lies in the engine, or no gradient at all, so that nothing moves, if g0 itself is not
+    finite.
 
     Args:
         engine (`TorchEngine`): Where parameters, gradients and optimizer state are.
@@ -174,7 +175,7 @@ def _reposition_shards(engine: TorchEngine, origin: _Origin, clip_0: float, rule
         grad_0 = torch.zeros_like(theta_0) if grad_0 is None else grad_0
         grad_1 = torch.zeros_like(theta_0) if grad_1 is None else grad_1
         for part in _aligned_slices(theta, theta_0, grad_0, grad_1):
-            totals.append(_reposition_slice(*part, clip_0, rule).to(engine.device))
+            totals.append(_reposition_slice(*part, clip_0, rule).to(engine.device, torch.float32))
     return _combine(torch.stack(totals))
 
 
@@ -198,9 +199,10 @@ def _reposition_slice(
 
     `grad_0` is as pass 1 left it, `grad_1` as the optimizer consumed it.
     """
-    start = theta_0.float()
-    displacement = theta.float() - start
-    retention, scale, active = retention_and_scale(grad_0.float() * clip_0, grad_1.float(), rule)
+    dtype = torch.promote_types(theta.dtype, torch.float32)
+    start = theta_0.to(dtype)
+    displacement = theta.to(dtype) - start
+    retention, scale, active = retention_and_scale(grad_0.to(dtype) * clip_0, grad_1.to(dtype), rule)
     theta_tilde = reposition(start, displacement, scale, rule.reposition_alpha)
     theta.copy_(theta_tilde)
     lost = retention - 1.0  # 0 where not active; centred, because most ratios are close to 1
@@ -208,8 +210,8 @@ def _reposition_slice(
         [
             scale.new_zeros(()),
             scale.new_full((), scale.numel()),
-            active.sum().float(),
-            (~torch.isfinite(theta_tilde)).sum().float(),
+            active.sum(),
+            (~torch.isfinite(theta_tilde)).sum(),
             lost.sum(),
             lost.square().sum(),
             scale.sum(),

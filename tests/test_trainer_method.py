@@ -1,0 +1,266 @@
+"""The trainer computes the method: against an independent reference, and what the reference can't show."""
+
+import copy
+
+import pytest
+import torch
+from helpers import RisingGateTrainer, assert_close_parameters, logged, make_trainer, parameters, tiny_model, train
+from peft import LoraConfig
+from reference import train_gxpo
+from trl import GRPOTrainer
+
+from gxpo_trl import GXPOTrainer
+
+
+class RecordingTrainer(GXPOTrainer):
+    """Keeps the rollouts that the loss was computed on, pass by pass."""
+
+    def __init__(self, *args, **kwargs):
+        self.slices, self.loss_inputs, self.backward_calls = [], [], 0
+        super().__init__(*args, **kwargs)
+        backward = self.accelerator.backward
+
+        def counting_backward(*args, **kwargs):
+            self.backward_calls += 1
+            return backward(*args, **kwargs)
+
+        self.accelerator.backward = counting_backward
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training:
+            self.slices.append(inputs)
+        return inputs
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.loss_inputs.append(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def windows(self) -> list[list[dict]]:
+        size = self.args.gradient_accumulation_steps
+        return [self.slices[i : i + size] for i in range(0, len(self.slices), size)]
+
+
+# Large steps and a tight clip: the gradient and the ratio are both clipped. A large eps keeps AdamW well-conditioned
+# where gradients are nearly 0, so that rounding does not decide.
+METHOD = {"learning_rate": 3e-4, "max_grad_norm": 0.5, "epsilon": 0.05, "adam_epsilon": 1e-3, "weight_decay": 0.0}
+
+
+def run_reference(trainer, model, **overrides):
+    args = trainer.args
+    settings = {
+        "lr": args.learning_rate,
+        "K": args.lookahead_steps,
+        "alpha": args.reposition_alpha,
+        "max_norm": args.max_grad_norm,
+        "epsilon": args.epsilon,
+        "tau": args.gate_threshold,
+        "w": args.gate_window,
+        "warmup": args.gate_warmup_steps,
+        "eps": args.adam_epsilon,
+        "rollback": args.probe_optimizer_state == "rollback",
+        "anchor": args.ratio_anchor,
+    }
+    norms, shutoff = train_gxpo(model, trainer.windows(), **{**settings, **overrides})
+    return {n: p.detach() for n, p in model.named_parameters()}, norms, shutoff
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("probe_optimizer_state", ["carry", "rollback"])
+def test_a_run_equals_the_reference(tmp_path, accumulation, probe_optimizer_state):
+    trainer = train(
+        tmp_path,
+        RecordingTrainer,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=16 // accumulation,
+        probe_optimizer_state=probe_optimizer_state,
+        max_steps=8,
+        gate_window=3,
+        gate_warmup_steps=2,
+        gate_threshold=0.2,
+        **METHOD,
+    )
+    expected, norms, shutoff = run_reference(trainer, tiny_model())
+    assert min(norms) > trainer.args.max_grad_norm  # gradient clipping binds
+    assert max(logged(trainer, "lookahead/clip_ratio_slow")) > 0.01  # ratio clipping binds
+    assert_close_parameters(parameters(trainer), expected, atol=1e-6)
+    moved = max((expected[n] - p).abs().max().item() for n, p in tiny_model().named_parameters())
+    assert moved > 1e-3
+    assert shutoff is not None and shutoff < 8  # the gate fires of its own accord
+    assert trainer._shutoff_step == shutoff
+    slow = norms[2 : 3 * shutoff : 3]
+    assert logged(trainer, "lookahead/grad_norm_slow") == pytest.approx(slow, rel=1e-4)
+
+
+def test_the_reference_with_a_recomputed_anchor_ends_elsewhere(tmp_path):
+    """What the run above would equal if passes 2 and 3 recomputed π_old, and what `ratio_anchor: current` computes."""
+    settings = {"gate_signal": "never", "gate_threshold": float("inf"), **METHOD}
+    frozen = train(tmp_path, RecordingTrainer, **settings)
+    current = train(tmp_path, RecordingTrainer, ratio_anchor="current", **settings)
+    recomputed, _, _ = run_reference(frozen, tiny_model(), anchor="current")
+    assert_close_parameters(parameters(current), recomputed, atol=2e-6)
+    with pytest.raises(AssertionError):
+        assert_close_parameters(parameters(frozen), recomputed, atol=2e-6)
+    assert max(logged(current, "lookahead/clip_ratio_slow")) == 0.0  # every ratio is 1
+
+
+def test_passes_two_and_three_use_the_log_probabilities_of_pass_one(tmp_path):
+    trainer = train(tmp_path, RecordingTrainer, max_steps=1, gradient_accumulation_steps=2, **METHOD)
+    first, second, third = (trainer.loss_inputs[i : i + 2] for i in (0, 2, 4))
+    for micro_batch in range(2):
+        assert first[micro_batch].get("old_per_token_logps") is None  # TRL's own inputs are left as they are
+        anchor = second[micro_batch]["old_per_token_logps"]
+        assert anchor is third[micro_batch]["old_per_token_logps"]
+        assert not anchor.requires_grad
+        assert second[micro_batch]["completion_ids"] is first[micro_batch]["completion_ids"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_passes_are_counted_and_keep_to_the_budget(tmp_path, accumulation):
+    steps = 8
+    trainer = train(
+        tmp_path,
+        type("Trainer", (RecordingTrainer, RisingGateTrainer), {}),
+        max_steps=steps,
+        gradient_accumulation_steps=accumulation,
+        gate_warmup_steps=3,
+    )
+    shutoff = 4  # the first step after the warm-up, whose slow correction is still taken
+    assert trainer._shutoff_step == shutoff
+    budget = 3 * shutoff + (steps - shutoff)
+    assert trainer.backward_calls == budget * accumulation
+    assert logged(trainer, "lookahead/backward_passes")[-1] == budget
+    assert logged(trainer, "lookahead/active") == [1.0] * shutoff + [0.0] * (steps - shutoff)
+    assert logged(trainer, "lookahead/shutoff_step") == [shutoff] * (steps - shutoff + 1)
+
+
+@pytest.mark.parametrize("lookahead_steps", [2, 3, 10])
+def test_an_active_step_is_three_passes_whatever_k(tmp_path, lookahead_steps):
+    trainer = train(tmp_path, RecordingTrainer, lookahead_steps=lookahead_steps, max_steps=2)
+    assert trainer.backward_calls == 2 * 3 * 2
+
+
+def test_nothing_is_held_after_shut_off(tmp_path):
+    trainer = train(tmp_path, RisingGateTrainer, max_steps=4, gate_warmup_steps=2)
+    assert trainer._gate.tripped
+    assert trainer._window is None
+    held = [value for value in vars(trainer._engine).values() if torch.is_tensor(value) or isinstance(value, list)]
+    assert held == []
+
+
+@pytest.mark.parametrize("dropout", ["attention", "lora"])
+def test_passes_draw_the_same_dropout_masks(tmp_path, dropout):
+    """With a learning rate of 0 the three passes are at one point: their gradients can differ by their masks alone."""
+    settings = {"learning_rate": 0.0, "max_steps": 2}
+    if dropout == "attention":
+        trainer = train(tmp_path, model=tiny_model(attention_dropout=0.5), **settings)
+    else:
+        trainer = train(
+            tmp_path, peft_config=LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"), **settings
+        )
+    norms = [logged(trainer, f"lookahead/grad_norm_{name}") for name in ("0", "1", "slow")]
+    assert min(norms[0]) > 0
+    assert norms[0] == norms[1] == norms[2]
+    assert logged(trainer, "lookahead/retention_std") == [0.0, 0.0]
+    assert logged(trainer, "lookahead/retention_mean") == [1.0, 1.0]
+
+
+def test_dropout_is_really_drawn(tmp_path):
+    """The test above would hold without dropout too."""
+    with_dropout = train(tmp_path, model=tiny_model(attention_dropout=0.5), learning_rate=0.0, max_steps=1)
+    without = train(tmp_path, learning_rate=0.0, max_steps=1)
+    assert logged(with_dropout, "lookahead/grad_norm_0") != logged(without, "lookahead/grad_norm_0")
+
+
+class PoisonedTrainer(GXPOTrainer):
+    """Makes the loss of one pass of the second step not a number."""
+
+    poisoned_pass = 1
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._calls = 0 if self._calls_step != self.state.global_step else self._calls + 1
+        self._calls_step = self.state.global_step
+        poisoned = self.state.global_step == 1 and self._calls == 2 * (self.poisoned_pass - 1)
+        return loss * float("nan") if poisoned else loss
+
+    _calls, _calls_step = 0, -1
+
+
+@pytest.mark.parametrize("probe_optimizer_state", ["carry", "rollback"])
+@pytest.mark.parametrize("poisoned_pass", [2, 3])
+def test_a_gradient_that_is_not_finite_makes_the_step_a_plain_one(tmp_path, poisoned_pass, probe_optimizer_state):
+    poisoned_class = type("Poisoned", (PoisonedTrainer,), {"poisoned_pass": poisoned_pass})
+    before = train(tmp_path, max_steps=1, probe_optimizer_state=probe_optimizer_state)
+    optimizer_state = copy.deepcopy(before.optimizer.optimizer.state_dict())
+    trainer = train(tmp_path, poisoned_class, max_steps=2, probe_optimizer_state=probe_optimizer_state)
+    assert logged(trainer, "lookahead/fallbacks") == [0, 1]
+    assert logged(trainer, "lookahead/backward_passes") == [3, 3 + poisoned_pass]
+    assert len(trainer._gate.values) == 1  # the gate saw the first step alone
+    if probe_optimizer_state == "rollback":
+        # From where the first step ended, TRL's own trainer takes the same second step.
+        plain = make_trainer(
+            tmp_path, max_steps=2, update_rule="grpo", model=before.accelerator.unwrap_model(before.model)
+        )
+        plain.create_optimizer()
+        plain.optimizer.load_state_dict(optimizer_state)
+        slices = iter(second_window(tmp_path))
+        plain._prepare_inputs = lambda batch: next(slices)
+        plain.args.max_steps = 1
+        plain.train()
+        assert_close_parameters(parameters(trainer), parameters(plain), atol=1e-7)
+
+
+def second_window(tmp_path) -> list[dict]:
+    """The rollouts of the second step: scripted, so the same in every run."""
+    recorder = train(tmp_path, RecordingTrainer, max_steps=2, update_rule="grpo")
+    return recorder.windows()[1]
+
+
+def test_a_first_gradient_that_is_not_finite_moves_nothing(tmp_path):
+    before = train(tmp_path, max_steps=1)
+    trainer = train(tmp_path, PoisonedTrainer, max_steps=2)
+    assert logged(trainer, "lookahead/fallbacks") == [0, 1]
+    assert logged(trainer, "lookahead/backward_passes") == [3, 4]
+    assert all(torch.equal(p, parameters(before)[n]) for n, p in parameters(trainer).items())
+
+
+def test_training_goes_on_after_a_fall_back(tmp_path):
+    trainer = train(tmp_path, PoisonedTrainer, max_steps=4)
+    assert logged(trainer, "lookahead/fallbacks") == [0, 1, 1, 1]
+    assert len(logged(trainer, "lookahead/grad_norm_slow")) == 3
+    assert all(p.isfinite().all() for p in parameters(trainer).values())
+
+
+def test_trl_itself_would_have_lost_the_parameters(tmp_path):
+    """Why the fall-back is there: the plain step writes NaN everywhere."""
+    trainer = train(tmp_path, PoisonedTrainer, max_steps=2, update_rule="grpo")
+    assert not all(p.isfinite().all() for p in parameters(trainer).values())
+
+
+def test_the_metrics_of_the_issue_are_logged(tmp_path):
+    trainer = train(tmp_path, RisingGateTrainer, max_steps=4, gate_warmup_steps=2, beta=0.01)
+    names = {name.removeprefix("lookahead/") for entry in trainer.state.log_history for name in entry if "/" in name}
+    assert names >= {
+        *("active", "backward_passes", "grad_norm_0", "grad_norm_1", "grad_norm_slow", "cos_0_slow"),
+        *("retention_mean", "retention_std", "scale_mean", "scale_max", "inactive_fraction", "displacement_ratio"),
+        *("effective_multiplier", "gate_z", "shutoff_step", "update_time", "fallbacks", "clip_ratio_slow", "kl_slow"),
+    }
+
+
+def test_running_totals_are_logged_as_they_stand(tmp_path):
+    """TRL logs means over the logging interval; a mean of a running total is nobody's number."""
+    trainer = train(tmp_path, max_steps=4, logging_steps=4)
+    assert logged(trainer, "lookahead/backward_passes") == [12]
+
+
+def test_the_start_up_line_multiplies_out(tmp_path, capsys):
+    make_trainer(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=3, num_generations=4)
+    assert (
+        "GXPO: 6 prompts × 4 generations = 24 completions an optimizer step, "
+        "as 1 device(s) × 3 accumulation steps × 8; 3 passes while active and 1 after"
+    ) in capsys.readouterr().out
+
+
+def test_plain_trl_is_a_grpo_trainer():
+    assert issubclass(GXPOTrainer, GRPOTrainer)
