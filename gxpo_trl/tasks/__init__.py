@@ -1,7 +1,15 @@
 """Rewards, datasets, and the embedded arithmetic task with its tiny model."""
 
 from .arithmetic import arithmetic_reward, load_arithmetic
+from .names import resolve_dataset, resolve_model, resolve_reward
 from .tiny_model import TINY_MODEL_PATH
 
 
-__all__ = ["TINY_MODEL_PATH", "arithmetic_reward", "load_arithmetic"]
+__all__ = [
+    "TINY_MODEL_PATH",
+    "arithmetic_reward",
+    "load_arithmetic",
+    "resolve_dataset",
+    "resolve_model",
+    "resolve_reward",
+]

@@ -1,0 +1,23 @@
+"""The `gxpo` command: `gxpo train`, `gxpo demo`."""
+
+import argparse
+import importlib
+
+
+COMMANDS = {
+    "train": "train a model from a recipe",
+    "demo": "watch a small model learn with GRPO and with GXPO, and get a picture of it",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="gxpo", description="Lookahead policy updates for TRL.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, summary in COMMANDS.items():
+        subparsers.add_parser(name, help=summary, add_help=False)
+    known, rest = parser.parse_known_args(arguments)
+    importlib.import_module(f"gxpo_trl.scripts.{known.command}").main(rest, prog=f"gxpo {known.command}")
+
+
+if __name__ == "__main__":
+    main()

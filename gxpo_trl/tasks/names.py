@@ -1,0 +1,70 @@
+"""What a recipe may call by name: embedded or Hub datasets and models, and reward functions."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+import trl.rewards
+from datasets import DatasetDict, IterableDatasetDict, load_dataset
+
+from .arithmetic import arithmetic_reward, load_arithmetic
+from .tiny_model import TINY_MODEL_PATH
+
+
+EMBEDDED_DATASET = "gxpo_trl/arithmetic"
+EMBEDDED_MODEL = "gxpo_trl/tiny"
+
+
+def resolve_dataset(
+    name: str, config: str | None = None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
+    """The dataset of that name: `gxpo_trl/arithmetic`, which needs no network, or any that `load_dataset` knows."""
+    if name == EMBEDDED_DATASET:
+        return load_arithmetic()
+    return load_dataset(name, name=config, streaming=streaming)
+
+
+def resolve_model(name: str) -> str:
+    """A model's name or path as `from_pretrained` wants it: `gxpo_trl/tiny` becomes the folder in the package."""
+    return str(TINY_MODEL_PATH) if name == EMBEDDED_MODEL else name
+
+
+def resolve_reward(name: str) -> Callable:
+    """The reward function of that name.
+
+    Args:
+        name (`str`): `arithmetic_reward`, one of the names that TRL's own script takes, or a dotted path such as
+            `my_package.rewards.my_reward`, looked up in the working directory too.
+
+    Raises:
+        ValueError: If there is none of that name; it names the nearest.
+    """
+    known = {
+        "arithmetic_reward": arithmetic_reward,
+        "accuracy_reward": trl.rewards.accuracy_reward,
+        "reasoning_accuracy_reward": trl.rewards.reasoning_accuracy_reward,
+        "think_format_reward": trl.rewards.think_format_reward,
+        "get_soft_overlong_punishment": trl.rewards.get_soft_overlong_punishment(1280, 256),
+    }
+    if name in known:
+        return known[name]
+    module_name, _, function_name = name.rpartition(".")
+    if not module_name:
+        raise ValueError(
+            f"There is no reward function `{name}`{nearest(name, known)} Names are {', '.join(known)}; anything else "
+            "needs its dotted path, such as `my_package.rewards.my_reward`."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward function `{name}` can't be imported: {error}.") from error
+
+
+def nearest(word: str, known) -> str:
+    """The end of a sentence about an unknown word: `; did you mean …?` where one is close, else a full stop."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean `{matches[0]}`?" if matches else "."
