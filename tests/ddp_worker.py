@@ -1,0 +1,50 @@
+"""One rank of a two-process run: trains what the command line says and saves what came of it.
+
+torchrun --nproc_per_node 2 tests/ddp_worker.py OUTPUT_DIR '{"max_steps": 3}'
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401  offline, as the tests are
+import torch
+from accelerate.utils import DistributedType
+from helpers import RisingGateTrainer, make_trainer, parameters
+from peft import LoraConfig
+
+from gxpo_trl import GXPOTrainer
+
+
+class PoisonedOnOneRankTrainer(GXPOTrainer):
+    """Rank 1 sees a loss that is not a number, in the second pass of the second step."""
+
+    calls = 0
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.calls = self.calls + 1 if self.state.global_step == 1 else 0
+        poisoned = self.calls == 3 and self.accelerator.process_index == 1
+        return loss * float("nan") if poisoned else loss
+
+
+TRAINERS = {"plain": GXPOTrainer, "rising gate": RisingGateTrainer, "poisoned": PoisonedOnOneRankTrainer}
+
+
+def main() -> None:
+    output_dir, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    trainer_class = TRAINERS[settings.pop("trainer", "plain")]
+    lora = LoraConfig(r=4, target_modules="all-linear") if settings.pop("lora", False) else None
+    trainer = make_trainer(output_dir, trainer_class, peft_config=lora, ddp_backend="gloo", **settings)
+    assert trainer.accelerator.distributed_type == DistributedType.MULTI_CPU
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    result = {"parameters": parameters(trainer), "log": trainer.state.log_history, "passes": trainer._backward_passes}
+    result["gate"] = trainer._gate.state_dict()
+    torch.save(result, output_dir / f"rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main()

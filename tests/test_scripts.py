@@ -1,0 +1,121 @@
+"""The commands, as their users type them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from matplotlib.image import imread
+
+from gxpo_trl import GXPOTrainer, LookaheadTrainer
+from gxpo_trl.scripts import demo
+from gxpo_trl.scripts.recipe import parse_recipe
+from gxpo_trl.scripts.train import build_trainer
+
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "tiny"
+FEW = ["--max_steps", "3", "--per_device_eval_batch_size", "8", "--eval_steps", "2", "--gate_warmup_steps", "0"]
+
+
+def recipe(name: str) -> list[str]:
+    return ["--config", str(RECIPES / f"{name}.yaml")]
+
+
+def test_the_two_recipes_differ_in_the_update_rule_alone():
+    grpo, gxpo = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("grpo", "gxpo"))
+    different = {key for key in grpo.keys() | gxpo.keys() if grpo.get(key) != gxpo.get(key)}
+    assert different - {"update_rule", "output_dir"} == {
+        *("lookahead_steps", "reposition_alpha", "gate_threshold", "gate_window", "gate_warmup_steps"),
+    }
+
+
+def test_the_command_line_overrides_the_recipe():
+    _, training_args, *_ = parse_recipe([*recipe("gxpo"), "--lookahead_steps", "7", "--scale_max", "inf"])
+    assert training_args.lookahead_steps == 7
+    assert training_args.scale_max == float("inf")
+    assert training_args.reposition_alpha == 0.5
+
+
+def test_the_update_rule_chooses_the_trainer():
+    for name, trainer_class in (("gxpo", GXPOTrainer), ("grpo", LookaheadTrainer)):
+        assert type(build_trainer(parse_recipe(recipe(name)))) is trainer_class
+
+
+@pytest.mark.parametrize(
+    "key, nearest", [("lookahead_step", "lookahead_steps"), ("reposition_alfa", "reposition_alpha")]
+)
+def test_an_unknown_key_names_the_nearest(tmp_path, key, nearest):
+    path = tmp_path / "recipe.yaml"
+    path.write_text((RECIPES / "gxpo.yaml").read_text() + f"\n{key}: 1\n")
+    with pytest.raises(ValueError, match=f"`{key}` in the recipe; did you mean `{nearest}`"):
+        parse_recipe(["--config", str(path)])
+    with pytest.raises(ValueError, match=f"`{key}` in the command line; did you mean `{nearest}`"):
+        parse_recipe([*recipe("gxpo"), f"--{key}", "1"])
+
+
+def test_a_recipe_of_the_wrong_shape_is_one_sentence(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text((RECIPES / "gxpo.yaml").read_text() + "\nlookahead_steps: 1\n")
+    finished = gxpo("train", "--config", str(path))
+    assert finished.returncode == 1
+    assert finished.stderr.strip().splitlines()[-1].startswith("error: `lookahead_steps` must be")
+    finished = gxpo("train", "--config", str(tmp_path / "missing.yaml"))
+    assert "missing.yaml" in finished.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [("dataset_name", "no data"), ("model_name_or_path", "no model"), ("reward_funcs", "no reward")],
+)
+def test_a_recipe_without_its_essentials_is_refused(tmp_path, missing, message):
+    settings = yaml.safe_load((RECIPES / "gxpo.yaml").read_text())
+    del settings[missing]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=message):
+        build_trainer(parse_recipe(["--config", str(path)]))
+
+
+def gxpo(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gxpo_trl.scripts.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_accelerate_launch_trains_saves_and_resumes(tmp_path):
+    """The README's launch line with LoRA on top; then the same line again with more steps."""
+    few = ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "steps", "--save_steps", "2"]
+    lora = ["--use_peft", "--lora_r", "8", "--lora_target_modules", "all-linear", "--learning_rate", "1e-3"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = [*launch, "-m", "gxpo_trl.scripts.train", *recipe("gxpo"), *few, *lora]
+    command += ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"]
+    for steps in (2, 4):
+        finished = subprocess.run([*command, "--max_steps", str(steps)], capture_output=True, text=True, timeout=240)
+        assert finished.returncode == 0, finished.stderr
+        assert (tmp_path / "adapter_model.safetensors").is_file()
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [entry["lookahead/backward_passes"] for entry in state["log_history"] if "loss" in entry] == [3, 6, 9, 12]
+    assert "2605.06755" in (tmp_path / "README.md").read_text()
+
+
+def test_the_demo_compares_and_draws(tmp_path, capsys):
+    demo.main(["--output_dir", str(tmp_path), *FEW], prog="gxpo demo")
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    assert table["GRPO"]["backward passes"] == "3"
+    assert table["GXPO"]["backward passes"] in ("7", "9")  # shut off after step 2 at the earliest
+    assert table["GRPO"]["rollouts"] == table["GXPO"]["rollouts"] == "384"
+    assert table["GRPO"]["pass@1 at start"] == table["GXPO"]["pass@1 at start"]
+    path = tmp_path / "comparison.png"
+    assert str(path) in printed
+    assert imread(path).std() > 0.05  # something is drawn
+
+
+def test_the_commands_explain_themselves():
+    for command in ([], ["train"], ["demo"]):
+        finished = gxpo(*command, "--help")
+        assert finished.returncode == 0, finished.stderr
+        assert "usage: gxpo" in finished.stdout
+    assert "lookahead_steps" in gxpo("train", "--help").stdout

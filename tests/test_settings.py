@@ -1,0 +1,140 @@
+"""Settings that make no sense are refused where they are made, with the setting and the remedy in the sentence."""
+
+import functools
+import math
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from helpers import ON_CPU, make_trainer, tiny_model
+from trl import GRPOConfig
+
+from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig
+from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
+from gxpo_trl.update.engines import check_engine
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("update_rule", "gpxo"),
+        ("lookahead_steps", 1),
+        ("reposition_alpha", -0.1),
+        ("reposition_alpha", math.nan),
+        ("reposition_alpha", math.inf),
+        ("active_threshold", -1e-8),
+        ("active_threshold", math.inf),
+        ("retention_min", 3.0),
+        ("retention_max", -2.0),
+        ("retention_max", math.nan),
+        ("scale_min", 3.5),
+        ("scale_max", 1.0),
+        ("scale_max", math.nan),
+        ("probe_optimizer_state", "reset"),
+        ("ratio_anchor", "old"),
+        ("gate_signal", "loss"),
+        ("gate_threshold", 0.0),
+        ("gate_threshold", math.nan),
+        ("gate_window", 1),
+        ("gate_warmup_steps", -1),
+        ("gate_patience", 0),
+        ("fp16", True),
+        ("optim", "lomo"),
+        ("optim", "adalomo"),
+        ("optim", "galore_adamw_layerwise"),
+        ("optim", "schedule_free_adamw"),
+    ],
+)
+def test_a_setting_out_of_bounds_is_named(tmp_path, setting, value):
+    with pytest.raises(ValueError, match=f"{setting}"):
+        GXPOConfig(str(tmp_path), **{**ON_CPU, setting: value})
+
+
+def test_the_defaults_are_those_of_the_paper(tmp_path):
+    rule = GXPOConfig(str(tmp_path), **ON_CPU).lookahead_rule()
+    assert rule.passes == 3 and not rule.rollback
+    extrapolation = rule.extrapolation
+    assert (extrapolation.lookahead_steps, extrapolation.reposition_alpha) == (5, 0.5)
+    assert (extrapolation.active_threshold, extrapolation.scale_min, extrapolation.scale_max) == (1e-8, 1.0, 3.5)
+    assert (extrapolation.retention_min, extrapolation.retention_max) == (-2.0, 3.0)
+
+
+def test_bounds_can_be_opened(tmp_path):
+    lower, upper = ("retention_min", "scale_min"), ("retention_max", "scale_max")
+    bounds = {**dict.fromkeys(lower, -math.inf), **dict.fromkeys(upper, math.inf)}
+    extrapolation = GXPOConfig(str(tmp_path), **ON_CPU, **bounds).lookahead_rule().extrapolation
+    assert {name: getattr(extrapolation, name) for name in bounds} == bounds
+
+
+def test_alpha_above_one_warns_once(tmp_path):
+    with pytest.warns(UserWarning, match="reposition_alpha") as caught:
+        GXPOConfig(str(tmp_path), **ON_CPU, reposition_alpha=1.5)
+    assert sum("reposition_alpha" in str(warning.message) for warning in caught) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GXPOConfig(str(tmp_path), **ON_CPU, reposition_alpha=1.0)
+    assert not any("reposition_alpha" in str(warning.message) for warning in caught)
+
+
+def test_the_plain_rule_takes_what_trl_takes(tmp_path):
+    LookaheadConfig(str(tmp_path), **{**ON_CPU, "optim": "schedule_free_adamw"}, update_rule="grpo")
+
+
+def test_every_new_field_has_help_and_a_documented_default():
+    for field in LookaheadConfig.__dataclass_fields__.values():
+        if field.name in GRPOConfig.__dataclass_fields__:
+            continue
+        assert field.metadata["help"].endswith("."), field.name
+        assert f"{field.name} (`" in LookaheadConfig.__doc__, field.name
+
+
+def test_a_plain_grpo_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="GXPOConfig"):
+        make_trainer(tmp_path, config_class=GRPOConfig)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_stored_in_low_precision_are_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match="allow_low_precision_parameters"):
+        make_trainer(tmp_path, model=tiny_model(dtype=dtype))
+
+
+def test_parameters_stored_in_low_precision_are_taken_when_the_user_insists(tmp_path):
+    trainer = make_trainer(
+        tmp_path, model=tiny_model(dtype=torch.bfloat16), allow_low_precision_parameters=True, max_steps=1
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["lookahead/active"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "engine", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA]
+)
+def test_an_engine_of_other_storage_is_refused_with_what_to_use(engine):
+    accelerator = SimpleNamespace(distributed_type=engine, scaler=None, parallelism_config=None)
+    with pytest.raises(ValueError, match=f"{engine.value}.*DDP"):
+        check_engine(accelerator)
+
+
+def test_a_loss_scaler_is_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, scaler=object(), parallelism_config=None)
+    with pytest.raises(ValueError, match="fp16"):
+        check_engine(accelerator)
+
+
+def test_tensor_parallelism_is_refused():
+    parallelism = SimpleNamespace(tp_enabled=True)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, scaler=None, parallelism_config=parallelism)
+    with pytest.raises(ValueError, match="tp_size"):
+        check_engine(accelerator)
+
+
+def test_a_trainer_without_args_makes_its_own(tmp_path, monkeypatch):
+    """As in TRL. (TRL's own defaults want a GPU, hence the partial.)"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GXPOTrainer, "_config_class", functools.partial(GXPOConfig, **ON_CPU))
+    trainer = GXPOTrainer(tiny_model(), arithmetic_reward, train_dataset=load_arithmetic(8, 2)["train"])
+    assert isinstance(trainer.args, GXPOConfig)
+    assert trainer.args.output_dir == "tiny-GXPO"

@@ -1,0 +1,156 @@
+"""The internals of TRL, transformers and accelerate that the trainer touches, each with the promise it relies on.
+
+When an upgrade breaks one of these tests, `gxpo_trl/trainer` has to be looked at before the range in pyproject.toml
+moves.
+"""
+
+import inspect
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from helpers import logged, make_trainer
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer
+
+
+def trl_trainer(tmp_path, trainer_class=GRPOTrainer, **settings):
+    return make_trainer(tmp_path, trainer_class, GRPOConfig, **settings)
+
+
+def parameter_names(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_overridden_methods_keep_their_signatures():
+    assert parameter_names(GRPOTrainer.training_step) == ["self", "model", "inputs", "num_items_in_batch"]
+    assert parameter_names(GRPOTrainer.compute_loss) == [
+        *("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    ]
+    assert parameter_names(GRPOTrainer.create_model_card) == ["self", "model_name", "dataset_name", "tags"]
+    assert parameter_names(Trainer._save_optimizer_and_scheduler) == ["self", "output_dir"]
+    assert parameter_names(GRPOTrainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]
+    assert parameter_names(GRPOTrainer.__init__)[:4] == ["self", "model", "reward_funcs", "args"]
+
+
+class SpyingTrainer(GRPOTrainer):
+    """Writes down, in order, what one optimizer step calls."""
+
+    def __init__(self, *args, **kwargs):
+        self.calls, self.logps, self.synchronises = [], [], []
+        super().__init__(*args, **kwargs)
+        backward = self.accelerator.backward
+        self.accelerator.backward = lambda *args, **kwargs: (self.calls.append("backward"), backward(*args, **kwargs))
+
+    def _prepare_inputs(self, generation_batch):
+        self.calls.append("prepare")
+        self.prepared = super()._prepare_inputs(generation_batch)
+        return self.prepared
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.calls.append("loss")
+        self.synchronises.append(self.accelerator.sync_gradients)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.calls.append("logps" if torch.is_grad_enabled() else "logps without grad")
+        self.logps.append(outputs[0])
+        return outputs
+
+
+def test_a_training_step_prepares_computes_one_loss_and_goes_backward(tmp_path):
+    """Recording between `_prepare_inputs` and the forward pass, once a micro-batch, sees all there is."""
+    trainer = trl_trainer(tmp_path, SpyingTrainer, max_steps=2, beta=0.01)
+    trainer.train()
+    micro_batch = ["prepare", "loss", "logps", "backward"]
+    calls = [call for call in trainer.calls if call != "logps without grad"]
+    assert calls == micro_batch * 4
+    assert trainer.synchronises == [False, True] * 2
+
+
+def test_log_probabilities_come_first_and_are_those_of_the_completion(tmp_path):
+    trainer = trl_trainer(tmp_path, SpyingTrainer, max_steps=1)
+    trainer.train()
+    assert trainer.logps[-1].shape == trainer.prepared["completion_ids"].shape
+    assert trainer.logps[-1].requires_grad
+
+
+def test_the_step_counter_moves_in_training_step_alone(tmp_path):
+    """Replays call `compute_loss`; it must not advance `_step`, which selects the slice and triggers generation."""
+    trainer = trl_trainer(tmp_path, SpyingTrainer, max_steps=1)
+    trainer.train()
+    before = trainer._step
+    assert before == trainer.args.gradient_accumulation_steps
+    trainer.compute_loss(trainer.model, trainer.prepared)
+    assert trainer._step == before
+
+
+def test_the_loss_measures_its_ratio_against_old_per_token_logps(tmp_path):
+    """`None` stands for the current policy; what is given is used."""
+    trainer = trl_trainer(tmp_path, SpyingTrainer, max_steps=1)
+    trainer.train()
+    inputs = trainer.prepared
+    assert inputs.get("old_per_token_logps") is None
+    trainer._metrics["train"].clear()
+    shifted = trainer.logps[-1].detach() - 1.0  # every ratio is e
+    trainer.compute_loss(trainer.model, {**inputs, "old_per_token_logps": shifted})
+    positive = (inputs["advantages"][:, None] > 0) * inputs["completion_mask"]
+    expected = positive.sum() / inputs["completion_mask"].sum()
+    assert trainer._metrics["train"]["clip_ratio/region_mean"] == [pytest.approx(expected.item(), abs=1e-2)]
+
+
+def test_the_loss_is_scaled_for_accumulation_by_compute_loss():
+    """Replays go backward with what `compute_loss` returns, as `training_step` does."""
+    assert GRPOTrainer.loss_is_scaled_for_ga is True
+
+
+def test_metrics_are_lists_by_name_that_log_averages_and_clears(tmp_path):
+    trainer = trl_trainer(tmp_path, max_steps=1)
+    trainer._metrics["train"]["lookahead/probe"].extend([1.0, 3.0])
+    trainer.train()
+    assert logged(trainer, "lookahead/probe") == [2.0]
+    assert not trainer._metrics["train"]
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [({}, "clip_ratio/region_mean"), ({"loss_type": "cispo"}, "cispo_clip_ratio"), ({"beta": 0.01}, "kl")],
+)
+def test_the_metrics_of_pass_three_go_by_these_names(tmp_path, settings, name):
+    trainer = trl_trainer(tmp_path, max_steps=1, **settings)
+    trainer.train()
+    assert len(logged(trainer, name)) == 1
+
+
+def test_the_entropy_controller_is_these_three_attributes(tmp_path):
+    settings = {
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.01,
+        "entropy_target": 100.0,
+        "entropy_coef_delta": 0.01,
+    }
+    trainer = trl_trainer(tmp_path, max_steps=1, **settings)
+    before = {name for name, value in vars(trainer).items() if "entropy" in name and not callable(value)}
+    assert {"entropy_coef", "_last_world_entropy", "_entropy_window_stats"} <= before
+    trainer.train()
+    assert trainer.entropy_coef == pytest.approx(0.02)
+    assert trainer._last_world_entropy > 0
+    assert trainer._entropy_window_stats is None
+
+
+def test_accelerate_lets_gradients_synchronise_by_hand(tmp_path):
+    trainer = trl_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    assert isinstance(trainer.optimizer, AcceleratedOptimizer)
+    trainer.accelerator.gradient_state._set_sync_gradients(False)
+    assert not trainer.accelerator.sync_gradients
+    parameter = trainer.optimizer.param_groups[0]["params"][0]
+    assert parameter in trainer.optimizer.state
+    before = parameter.detach().clone()
+    parameter.grad = torch.ones_like(parameter)
+    trainer.optimizer.step()
+    assert torch.equal(parameter, before)  # a step acts only when gradients synchronise
+    trainer.accelerator.gradient_state._set_sync_gradients(True)
+    trainer.optimizer.step()
+    assert not torch.equal(parameter, before)
