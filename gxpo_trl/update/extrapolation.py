@@ -65,11 +65,11 @@ def retention_and_scale(
     """
     active = grad_0.abs() > rule.active_threshold
     ratio = grad_1 / grad_0
-    usable = active & torch.isfinite(ratio)
+    usable = active & (ratio.abs() < math.inf)  # false for NaN too
     retention = torch.where(usable, ratio, 1.0).clamp_(rule.retention_min, rule.retention_max)
     two_steps = 1.0 + retention
     scale = geometric_sum(retention, rule.lookahead_steps) / two_steps
-    usable &= (two_steps.abs() > NEARLY_ZERO) & torch.isfinite(scale)
+    usable &= (two_steps.abs() > NEARLY_ZERO) & (scale.abs() < math.inf)
     scale = torch.where(usable, scale.clamp_(rule.scale_min, rule.scale_max), 1.0)
     return retention, scale, active
 

@@ -18,7 +18,6 @@ TOTALS = (
     "dot_0_slow",
     "coordinates",
     "active",
-    "non_finite",
     "lost",
     "lost_squared",
     "scale",
@@ -28,7 +27,7 @@ TOTALS = (
 )
 """What an active step adds up over slices, shards and ranks; `scale_max`, the last, is a maximum. `lost` is r - 1."""
 
-SLICE_SIZE = 2**22  # coordinates that are extrapolated at a time, so that temporaries stay small beside the model
+SLICE_SIZE = 2**20  # coordinates that are extrapolated at a time, so that temporaries stay small beside the model
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def lookahead_step(engine: TorchEngine, replay: Callable[[], None], rule: Lookah
     totals[TOTALS.index("dot_0_slow")] = _dot(engine, origin.grad_0)
     totals = _combine(engine.gather_over_shards(totals))
     summed = dict(zip(TOTALS, totals.tolist(), strict=True))
-    if summed["non_finite"] > 0 or not math.isfinite(norms[-1]):
+    if not (math.isfinite(summed["lookahead_squared"]) and math.isfinite(norms[-1])):
         return _fall_back(engine, origin, norms)
     return _report(norms, summed, rule.extrapolation.reposition_alpha)
 
@@ -203,15 +202,13 @@ def _reposition_slice(
     start = theta_0.to(dtype)
     displacement = theta.to(dtype) - start
     retention, scale, active = retention_and_scale(grad_0.to(dtype) * clip_0, grad_1.to(dtype), rule)
-    theta_tilde = reposition(start, displacement, scale, rule.reposition_alpha)
-    theta.copy_(theta_tilde)
+    theta.copy_(reposition(start, displacement, scale, rule.reposition_alpha))
     lost = retention - 1.0  # 0 where not active; centred, because most ratios are close to 1
     return torch.stack(
         [
             scale.new_zeros(()),
             scale.new_full((), scale.numel()),
             active.sum(),
-            (~torch.isfinite(theta_tilde)).sum(),
             lost.sum(),
             lost.square().sum(),
             scale.sum(),

@@ -1,0 +1,39 @@
+"""What the benchmarks share: the machine in words, and results as committed files."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe_machine(threads: int) -> dict:
+    """Where and with what a result was measured."""
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "trl": trl.__version__,
+        "transformers": transformers.__version__,
+        "revision": revision,
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def save_result(name: str, result: dict) -> Path:
+    """Writes `benchmarks/results/NAME.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
