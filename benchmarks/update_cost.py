@@ -8,13 +8,15 @@ Rollouts are scripted and not timed. The bar is 3.1: three passes, and a little 
 extrapolation. That little is paid per parameter, the passes per parameter and token: the more tokens a step has, the
 closer the ratio comes to 3 (`--micro_batches`).
 
-The C library's allocator is told to keep freed memory, as the caching allocator of a GPU does. Otherwise the page faults
-of activations decide: they made one and the same pass 5 to 10 % slower or faster here.
+The C library's allocator is told to keep freed memory, as the caching allocator of a GPU does. Otherwise the page
+faults of activations decide: they made one and the same pass 5 to 10 % slower or faster here.
 """
 
 import argparse
+import os
 import random
 import statistics
+import sys
 import time
 
 import torch
@@ -27,6 +29,7 @@ from gxpo_trl.tasks.tiny_model import build_tokenizer
 
 
 PROMPT_LENGTH, COMPLETION_LENGTH = 32, 96
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_MMAP_THRESHOLD_": "10000000000"}  # glibc
 
 
 def scripted_rollouts(prompts, trainer) -> dict:
@@ -81,6 +84,8 @@ def main() -> None:
     parser.add_argument("--micro_batches", type=int, default=4, help="of 16 completions, accumulated for a step")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if not KEEP_FREED_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
     torch.set_num_threads(options.threads)
 
     tokenizer = build_tokenizer()

@@ -26,7 +26,7 @@ def grpo_loss(model, window: list[dict], old_logps: list[torch.Tensor], epsilon:
         ratio = torch.exp(token_logps(model, micro_batch) - old)
         advantage = micro_batch["advantages"][:, None]
         objective = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
-        mask = micro_batch["completion_mask"]
+        mask = micro_batch["completion_mask"] * micro_batch.get("tool_mask", 1)
         losses.append(-((objective * mask).sum(1) / mask.sum(1)).mean())
     return torch.stack(losses).mean()
 

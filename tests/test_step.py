@@ -177,6 +177,27 @@ def test_a_repositioned_point_that_is_not_finite_falls_back(rollback):
     assert torch.equal(model.theta.grad, grad_0)
 
 
+@pytest.mark.parametrize("interrupted_pass", [2, 3])
+def test_an_interrupted_step_leaves_committed_weights(interrupted_pass):
+    model = quadratic()
+    engine = prepare(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+    take_step(engine, gxpo(5, 0.5))
+    committed = model.theta.detach().clone()
+    engine.clear_gradients()
+    engine.backward(model())
+    passes = iter(range(2, 4))
+
+    def replay():
+        if next(passes) == interrupted_pass:
+            raise KeyboardInterrupt
+        engine.backward(model())
+
+    with pytest.raises(KeyboardInterrupt):
+        lookahead_step(engine, replay, gxpo(5, 0.5, rollback=True))
+    assert torch.equal(model.theta, committed)
+    assert engine.optimizer.state[model.theta]["step"].item() == 3  # one step, its probes included
+
+
 def test_large_parameters_are_extrapolated_slice_by_slice():
     """Slices cover every coordinate once, whatever the shape."""
     for shape in [(7,), (), (3, SLICE_SIZE // 2 + 1), (SLICE_SIZE + 5,), (5, 3, SLICE_SIZE // 4)]:

@@ -4,12 +4,24 @@ import copy
 
 import pytest
 import torch
-from helpers import RisingGateTrainer, assert_close_parameters, logged, make_trainer, parameters, tiny_model, train
+from helpers import (
+    ON_CPU,
+    RisingGateTrainer,
+    assert_close_parameters,
+    logged,
+    make_trainer,
+    parameters,
+    scripted_rollouts,
+    tiny_model,
+    train,
+)
 from peft import LoraConfig
 from reference import train_gxpo
+from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
-from gxpo_trl import GXPOTrainer
+from gxpo_trl import GXPOConfig, GXPOTrainer
+from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
 
 
 class RecordingTrainer(GXPOTrainer):
@@ -90,6 +102,20 @@ def test_a_run_equals_the_reference(tmp_path, accumulation, probe_optimizer_stat
     assert trainer._shutoff_step == shutoff
     slow = norms[2 : 3 * shutoff : 3]
     assert logged(trainer, "lookahead/grad_norm_slow") == pytest.approx(slow, rel=1e-4)
+
+
+def test_a_run_with_tool_results_in_its_completions_equals_the_reference(tmp_path):
+    """Tokens that a tool or an environment wrote are masked out of the loss in every pass."""
+
+    def rollouts_with_tool_results(prompts, trainer):
+        rollouts = scripted_rollouts(prompts, trainer)
+        env_mask = [[int(i % 3 != 1) for i in range(len(ids))] for ids in rollouts["completion_ids"]]
+        return {**rollouts, "env_mask": env_mask}
+
+    trainer = train(tmp_path, RecordingTrainer, rollout_func=rollouts_with_tool_results, **METHOD)
+    assert "tool_mask" in trainer.slices[0]
+    expected, _, _ = run_reference(trainer, tiny_model())
+    assert_close_parameters(parameters(trainer), expected, atol=1e-6)
 
 
 def test_the_reference_with_a_recomputed_anchor_ends_elsewhere(tmp_path):
@@ -262,5 +288,29 @@ def test_the_start_up_line_multiplies_out(tmp_path, capsys):
     ) in capsys.readouterr().out
 
 
-def test_plain_trl_is_a_grpo_trainer():
+def test_training_can_start_again_after_an_interruption(tmp_path):
+    """An interrupted notebook cell, run again: what was recorded of the broken step is gone."""
+    trainer = make_trainer(tmp_path, RecordingTrainer, max_steps=1)
+    loss, calls = trainer.compute_loss, iter(range(1, 100))
+
+    def interrupted_loss(*args, **kwargs):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return loss(*args, **kwargs)
+
+    trainer.compute_loss = interrupted_loss
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.backward_calls = 0
+    trainer.train()
+    assert trainer.backward_calls == 3 * 2
+
+
+def test_it_is_a_grpo_trainer_and_takes_its_arguments_in_their_order(tmp_path):
     assert issubclass(GXPOTrainer, GRPOTrainer)
+    args, dataset = GXPOConfig(str(tmp_path), **ON_CPU), load_arithmetic(8, 8)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+    trainer = GXPOTrainer(tiny_model(), arithmetic_reward, args, dataset["train"], dataset["test"], tokenizer)
+    assert trainer.args is args
+    assert trainer.eval_dataset is dataset["test"]
+    assert trainer.processing_class is tokenizer

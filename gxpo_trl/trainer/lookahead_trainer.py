@@ -101,10 +101,14 @@ class LookaheadTrainer(GRPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch):
         if self.lookahead_active and self._window is None:
             self._open_window()
-        output = super().training_step(model, inputs, num_items_in_batch)
-        self._update_time += time.perf_counter() - self._update_started
-        if self.accelerator.sync_gradients:
-            self._finish_update(model)
+        try:
+            output = super().training_step(model, inputs, num_items_in_batch)
+            self._update_time += time.perf_counter() - self._update_started
+            if self.accelerator.sync_gradients:
+                self._finish_update(model)
+        except BaseException:
+            self._window = None  # `train()` may be called again, and starts a step of its own
+            raise
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -126,6 +126,18 @@ def lookahead_step(engine: TorchEngine, replay: Callable[[], None], rule: Lookah
         `LookaheadReport`: What was measured.
     """
     origin = _Origin.of(engine, rule.rollback)
+    try:
+        return _probe_and_reposition(engine, replay, rule, origin)
+    except (
+        BaseException
+    ):  # an interrupted notebook cell, memory run out: what is saved afterwards are committed weights
+        origin.return_to(engine)
+        raise
+
+
+def _probe_and_reposition(
+    engine: TorchEngine, replay: Callable[[], None], rule: LookaheadRule, origin: _Origin
+) -> LookaheadReport:
     norms, clip_0 = [], 1.0
     for probe in range(rule.probes):
         if probe > 0:

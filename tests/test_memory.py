@@ -1,0 +1,76 @@
+"""What an active step holds beside a plain one, counted allocation by allocation."""
+
+import itertools
+
+import pytest
+import torch
+from test_step import Quadratic, gxpo, prepare, take_step
+from torch.profiler import profile
+
+from gxpo_trl.update.engines import TorchEngine
+
+
+COORDINATES = 2_000_000
+MODEL_BYTES = 4 * COORDINATES
+
+
+class Layers(torch.nn.Module):
+    """Eight quadratics of equal size, fp32."""
+
+    def __init__(self):
+        super().__init__()
+        size = COORDINATES // 8
+        self.layers = torch.nn.ModuleList(Quadratic(torch.ones(size), torch.ones(size)) for _ in range(8))
+
+    def forward(self):
+        return sum(layer() for layer in self.layers)
+
+
+def peak_bytes(function) -> int:
+    """The most that is allocated at once while `function` runs, above what was there before."""
+    return max(itertools.accumulate(allocations(function)))
+
+
+def allocations(function) -> list[int]:
+    """Bytes of every allocation (positive) and release (negative) while `function` runs, in order."""
+    with profile(profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def plain_step(engine: TorchEngine) -> None:
+    engine.backward(engine.model())
+    engine.clip_gradients()
+    engine.step()
+    engine.clear_gradients()
+
+
+def active_step(engine: TorchEngine, rollback: bool = False) -> None:
+    take_step(engine, gxpo(5, 0.5, rollback))
+    engine.clear_gradients()
+
+
+@pytest.fixture
+def engine(monkeypatch) -> TorchEngine:
+    monkeypatch.setattr("gxpo_trl.update.step.SLICE_SIZE", 2**12)  # temporaries of the extrapolation count for nothing
+    model = Layers()
+    engine = prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False), max_grad_norm=1.0)
+    plain_step(engine)  # the moments exist
+    return engine
+
+
+def test_an_active_step_holds_two_copies_of_the_trainable_parameters(engine):
+    plain = peak_bytes(lambda: plain_step(engine))
+    active = peak_bytes(lambda: active_step(engine))
+    assert 1.9 < (active - plain) / MODEL_BYTES < 2.05
+
+
+def test_rollback_holds_the_moments_too(engine):
+    plain = peak_bytes(lambda: plain_step(engine))
+    active = peak_bytes(lambda: active_step(engine, rollback=True))
+    assert 3.9 < (active - plain) / MODEL_BYTES < 4.05
+
+
+def test_nothing_stays_behind(engine):
+    assert abs(sum(allocations(lambda: active_step(engine)))) < 0.01 * MODEL_BYTES
