@@ -67,7 +67,7 @@ class Alternate(TrainerCallback):
         self.seconds = {"active": [], "single": []}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer._gate.tripped = state.global_step % 2 == 1
+        self.trainer._gate.resting = state.global_step % 2
 
     def on_step_end(self, args, state, control, **kwargs):
         update = (

@@ -3,7 +3,19 @@
 from .trainer.gxpo import GXPOConfig, GXPOTrainer
 from .trainer.lookahead_config import LookaheadConfig
 from .trainer.lookahead_trainer import LookaheadTrainer
+from .trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer
+from .trainer.sfpo import SFPOConfig, SFPOTrainer
 from .version import __version__
 
 
-__all__ = ["GXPOConfig", "GXPOTrainer", "LookaheadConfig", "LookaheadTrainer", "__version__"]
+__all__ = [
+    "GXPOConfig",
+    "GXPORLOOConfig",
+    "GXPORLOOTrainer",
+    "GXPOTrainer",
+    "LookaheadConfig",
+    "LookaheadTrainer",
+    "SFPOConfig",
+    "SFPOTrainer",
+    "__version__",
+]

@@ -32,14 +32,51 @@ ON_CPU = {
     "loss_type": "grpo",
 }
 
+# Large steps and a tight clip: the gradient and the ratio are both clipped. A large eps keeps AdamW well-conditioned
+# where gradients are nearly 0, so that rounding does not decide.
+METHOD = {"learning_rate": 3e-4, "max_grad_norm": 0.5, "epsilon": 0.05, "adam_epsilon": 1e-3, "weight_decay": 0.0}
 
-class RisingGateTrainer(GXPOTrainer):
+
+class Recording:
+    """Keeps the rollouts that the loss was computed on, pass by pass."""
+
+    def __init__(self, *args, **kwargs):
+        self.slices, self.loss_inputs, self.backward_calls = [], [], 0
+        super().__init__(*args, **kwargs)
+        backward = self.accelerator.backward
+
+        def counting_backward(*args, **kwargs):
+            self.backward_calls += 1
+            return backward(*args, **kwargs)
+
+        self.accelerator.backward = counting_backward
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training:
+            self.slices.append(inputs)
+        return inputs
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.loss_inputs.append(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def windows(self) -> list[list[dict]]:
+        size = self.args.gradient_accumulation_steps
+        return [self.slices[i : i + size] for i in range(0, len(self.slices), size)]
+
+
+class RisingGate:
     """The gate is shown a signal that rises at every step: it trips as soon as the warm-up lets it."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         observe = self._gate.observe
         self._gate.observe = lambda value: observe(float(self._gate.observed))
+
+
+class RisingGateTrainer(RisingGate, GXPOTrainer):
+    pass
 
 
 def tiny_model(**overrides) -> AutoModelForCausalLM:
@@ -69,6 +106,7 @@ def make_trainer(
     config_class=GXPOConfig,
     model=None,
     scripted: bool = True,
+    reward=None,
     rollout_func=scripted_rollouts,
     peft_config=None,
     callbacks=None,
@@ -79,17 +117,20 @@ def make_trainer(
     dataset = load_arithmetic(train_size=64, test_size=16)
     if not scripted:
         settings.setdefault("max_completion_length", 28)  # room for a worked answer, so that some are right
+    settings = {**ON_CPU, **TINY_BATCH, **settings}
+    if "loss_type" not in config_class.__dataclass_fields__:
+        del settings["loss_type"]
     return trainer_class(
         model=model or tiny_model(),
-        reward_funcs=text_reward if scripted else arithmetic_reward,
-        args=config_class(str(output_dir), **{**ON_CPU, **TINY_BATCH, **settings}),
+        reward_funcs=reward or (text_reward if scripted else arithmetic_reward),
+        args=config_class(str(output_dir), **settings),
         train_dataset=dataset["train"],
         eval_dataset=dataset["test"],
         processing_class=AutoTokenizer.from_pretrained(TINY_MODEL_PATH),
-        rollout_func=rollout_func if scripted else None,
         peft_config=peft_config,
         callbacks=callbacks,
         optimizers=optimizers,
+        **({"rollout_func": rollout_func} if scripted else {}),  # RLOO has none
     )
 
 

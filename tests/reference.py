@@ -1,4 +1,4 @@
-"""GXPO as a slow, plain script, written from algorithm 1 of the paper: own loss, own clipping, own AdamW, own gate.
+"""GXPO and SFPO as slow, plain scripts, written from their algorithms: own loss, own clipping, own AdamW, own gate.
 
 Nothing here imports `gxpo_trl` or TRL. It takes the rollouts of a run (token ids, masks, advantages) and the model it
 started from, and returns where the parameters must end up.
@@ -31,6 +31,16 @@ def grpo_loss(model, window: list[dict], old_logps: list[torch.Tensor], epsilon:
     return torch.stack(losses).mean()
 
 
+def rloo_loss(model, window: list[dict], old_logps: list[torch.Tensor], epsilon: float) -> torch.Tensor:
+    """The clipped surrogate with one ratio a completion; the old log-probabilities are those of the rollouts."""
+    losses = []
+    for micro_batch in window:
+        logps = (token_logps(model, micro_batch) * micro_batch["completion_mask"]).sum(1)
+        ratio, advantage = torch.exp(logps - micro_batch["old_logps"]), micro_batch["advantages"]
+        losses.append(-torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage).mean())
+    return torch.stack(losses).mean()
+
+
 class AdamW:
     """Decoupled weight decay, as in Loshchilov & Hutter (2019)."""
 
@@ -41,46 +51,73 @@ class AdamW:
         self.t = 0
 
     def step(self, gradients):
+        """Returns the directions it moved in, without weight decay."""
         self.t += 1
         b1, b2 = self.betas
+        directions = []
         for p, g, m, v in zip(self.parameters, gradients, self.m, self.v, strict=True):
             m.copy_(b1 * m + (1 - b1) * g)
             v.copy_(b2 * v + (1 - b2) * g**2)
-            p.data -= self.lr * self.weight_decay * p.data
-            p.data -= self.lr * (m / (1 - b1**self.t)) / ((v / (1 - b2**self.t)).sqrt() + self.eps)
+            if p.dim() > 1:  # norms do not decay
+                p.data -= self.lr * self.weight_decay * p.data
+            directions.append((m / (1 - b1**self.t)) / ((v / (1 - b2**self.t)).sqrt() + self.eps))
+            p.data -= self.lr * directions[-1]
+        return directions
 
 
-def train_gxpo(model, windows, lr, K, alpha, max_norm, epsilon, tau, w, warmup, eps, rollback=False, anchor="rollout"):
-    """Algorithm 1. Returns the norms of every pass and the step from which on the updates are single-pass."""
+def old_logps(model, window: list[dict]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [token_logps(model, micro_batch) for micro_batch in window]
+
+
+def clipped_gradient(loss: torch.Tensor, parameters: list, max_norm: float) -> tuple[list[torch.Tensor], float]:
+    raw = torch.autograd.grad(loss, parameters)
+    norm = torch.sqrt(sum(g.square().sum() for g in raw)).item()
+    return [g * min(1.0, max_norm / (norm + 1e-6)) for g in raw], norm
+
+
+def train_gxpo(
+    model,
+    windows,
+    lr,
+    K,
+    alpha,
+    max_norm,
+    epsilon,
+    eps,
+    tau=float("inf"),
+    w=30,
+    warmup=0,
+    weight_decay=0.0,
+    rollback=False,
+    anchor="rollout",
+    retention="gradient",
+    loss_function=grpo_loss,
+):
+    """Algorithm 1 of GXPO. Returns the norms of every pass and the step from which on the updates are single-pass."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(parameters, lr, eps=eps)
-    buffer, shutoff, norms, clipped = [], None, [], 0.0
-
-    def old_logps(window):
-        with torch.no_grad():
-            return [token_logps(model, micro_batch) for micro_batch in window]
+    optimizer = AdamW(parameters, lr, eps=eps, weight_decay=weight_decay)
+    buffer, shutoff, norms = [], None, []
 
     def gradient(window, old):
-        nonlocal clipped
-        old = old_logps(window) if anchor == "current" else old
-        loss = grpo_loss(model, window, old, epsilon)
-        raw = torch.autograd.grad(loss, parameters)
-        norm = torch.sqrt(sum(g.square().sum() for g in raw)).item()
+        old = old_logps(model, window) if anchor == "current" else old
+        gradients, norm = clipped_gradient(loss_function(model, window, old, epsilon), parameters, max_norm)
         norms.append(norm)
-        return [g * min(1.0, max_norm / (norm + 1e-6)) for g in raw], norm
+        return gradients
 
     for t, window in enumerate(windows):
-        old = old_logps(window)
+        old = old_logps(model, window)
         theta_0 = [p.detach().clone() for p in parameters]
-        g0, _ = gradient(window, old)
+        g0 = gradient(window, old)
         if shutoff is not None:
             optimizer.step(g0)
             continue
         saved = copy.deepcopy((optimizer.m, optimizer.v, optimizer.t))
-        optimizer.step(g0)
-        g1, _ = gradient(window, old)
-        optimizer.step(g1)
-        for p, p0, a, b in zip(parameters, theta_0, g0, g1, strict=True):
+        d0 = optimizer.step(g0)
+        g1 = gradient(window, old)
+        d1 = optimizer.step(g1)
+        first, second = (g0, g1) if retention == "gradient" else (d0, d1)
+        for p, p0, a, b in zip(parameters, theta_0, first, second, strict=True):
             r = torch.where(a.abs() > 1e-8, b / a, torch.ones_like(a)).clamp(-2.0, 3.0)
             s_k, s_2 = sum(r**n for n in range(K)), 1 + r
             scale = torch.where((a.abs() > 1e-8) & (s_2.abs() > 1e-6), (s_k / s_2).clamp(1.0, K / 2 + 1), 1.0)
@@ -88,11 +125,25 @@ def train_gxpo(model, windows, lr, K, alpha, max_norm, epsilon, tau, w, warmup, 
             p.data = p0 + alpha * (theta_k - p0)
         if rollback:
             optimizer.m, optimizer.v, optimizer.t = saved
-        g_slow, norm_slow = gradient(window, old)
-        optimizer.step(g_slow)
+        optimizer.step(gradient(window, old))
+        norm_slow = norms[-1]
         if len(buffer) > 1:
             z = (norm_slow - statistics.fmean(buffer[-w:])) / (statistics.pstdev(buffer[-w:]) + 1e-8)
             if t >= warmup and z >= tau:
                 shutoff = t + 1
         buffer.append(norm_slow)
     return norms, shutoff
+
+
+def train_sfpo(model, windows, lr, K, alpha, max_norm, epsilon, eps):
+    """Algorithm 1 of SFPO, without its gate: K fast steps, reposition, one slow step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW(parameters, lr, eps=eps)
+    for window in windows:
+        old = old_logps(model, window)
+        start = [p.detach().clone() for p in parameters]
+        for _ in range(K):
+            optimizer.step(clipped_gradient(grpo_loss(model, window, old, epsilon), parameters, max_norm)[0])
+        for p, p0 in zip(parameters, start, strict=True):
+            p.data = p0 + alpha * (p.data - p0)
+        optimizer.step(clipped_gradient(grpo_loss(model, window, old, epsilon), parameters, max_norm)[0])

@@ -63,7 +63,7 @@ def test_two_processes_equal_one(tmp_path, probe_optimizer_state, lora):
 def test_the_gate_trips_on_all_ranks_at_once(tmp_path):
     ranks = launch(tmp_path, trainer="rising gate", gate_warmup_steps=2, max_steps=5)
     assert_ranks_agree(ranks)
-    assert ranks[0]["gate"]["tripped"]
+    assert ranks[0]["gate"]["resting"] == "for good"
     assert ranks[0]["passes"] == 3 * 3 + 2
 
 

@@ -5,10 +5,22 @@ import math
 import pytest
 import torch
 
-from gxpo_trl.update.extrapolation import NEARLY_ZERO, Extrapolation, geometric_sum, reposition, retention_and_scale
+from gxpo_trl.update.extrapolation import (
+    NEARLY_ZERO,
+    Extrapolation,
+    geometric_sum,
+    optimizer_direction,
+    reposition,
+    retention_and_scale,
+)
 
 
 UNBOUNDED = {"retention_min": -math.inf, "retention_max": math.inf, "scale_min": -math.inf, "scale_max": math.inf}
+
+
+def measure(grad_0: torch.Tensor, grad_1: torch.Tensor, rule: Extrapolation):
+    rms = grad_0.square().mean().sqrt().item()
+    return retention_and_scale(grad_0, grad_1, rule, rule.threshold(rms))
 
 
 def reference_scale(grad_0: float, grad_1: float, rule: Extrapolation) -> float:
@@ -32,13 +44,13 @@ def test_geometric_sum_is_the_sum_of_powers(ratio, terms):
 @pytest.mark.parametrize("lookahead_steps", [2, 3, 4, 5, 10])
 @pytest.mark.parametrize("bounds", [{}, {"scale_max": 3.5}, UNBOUNDED])
 def test_scale_matches_the_float64_reference(lookahead_steps, bounds):
-    rule = Extrapolation(lookahead_steps, 0.5, **bounds)
+    rule = Extrapolation(lookahead_steps, **bounds)
     generator = torch.Generator().manual_seed(0)
     near = torch.cat([c + torch.linspace(-1e-2, 1e-2, 101, dtype=torch.float64) for c in (-1.0, 0.0, 1.0)])
     ratios = torch.cat([near, 4 * torch.randn(2000, dtype=torch.float64, generator=generator)])
     grad_0 = torch.randn(ratios.numel(), dtype=torch.float64, generator=generator)
     grad_1 = ratios * grad_0
-    _, scale, _ = retention_and_scale(grad_0, grad_1, rule)
+    _, scale, _ = measure(grad_0, grad_1, rule)
     expected = [reference_scale(a, b, rule) for a, b in zip(grad_0.tolist(), grad_1.tolist(), strict=True)]
     torch.testing.assert_close(scale, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
@@ -46,32 +58,32 @@ def test_scale_matches_the_float64_reference(lookahead_steps, bounds):
 @pytest.mark.parametrize("lookahead_steps", [3, 5, 10])
 def test_scale_in_fp32_is_close_to_float64_around_one(lookahead_steps):
     """Most coordinates have r close to 1, where the closed form (1 - r^K) / (1 - r²) loses every digit."""
-    rule = Extrapolation(lookahead_steps, 0.5, **UNBOUNDED)
+    rule = Extrapolation(lookahead_steps, **UNBOUNDED)
     grad_0 = torch.full((1001,), 0.37)
     grad_1 = grad_0 * (1 + torch.linspace(-1e-4, 1e-4, 1001))
-    _, scale, _ = retention_and_scale(grad_0, grad_1, rule)
-    _, exact, _ = retention_and_scale(grad_0.double(), grad_1.double(), rule)
+    _, scale, _ = measure(grad_0, grad_1, rule)
+    _, exact, _ = measure(grad_0.double(), grad_1.double(), rule)
     torch.testing.assert_close(scale.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_retention_is_clamped_to_its_bounds():
     grad_0, grad_1 = torch.ones(4), torch.tensor([-7.0, -2.0, 3.0, 9.0])
-    retention, _, _ = retention_and_scale(grad_0, grad_1, Extrapolation(5, 0.5))
+    retention, _, _ = measure(grad_0, grad_1, Extrapolation(5))
     assert retention.tolist() == [-2.0, -2.0, 3.0, 3.0]
-    retention, _, _ = retention_and_scale(grad_0, grad_1, Extrapolation(5, 0.5, **UNBOUNDED))
+    retention, _, _ = measure(grad_0, grad_1, Extrapolation(5, **UNBOUNDED))
     assert retention.tolist() == grad_1.tolist()
 
 
 def test_scale_is_clamped_to_its_bounds():
     grad_0, grad_1 = torch.ones(3), torch.tensor([-0.5, 1.0, 3.0])
-    _, scale, _ = retention_and_scale(grad_0, grad_1, Extrapolation(5, 0.5, scale_min=1.5, scale_max=2.0))
+    _, scale, _ = measure(grad_0, grad_1, Extrapolation(5, scale_min=1.5, scale_max=2.0))
     assert scale.tolist() == [1.5, 2.0, 2.0]
 
 
 def test_inactive_coordinates_keep_the_observed_displacement():
-    rule = Extrapolation(5, 0.5, active_threshold=1e-3, scale_min=2.0, scale_max=3.0)
+    rule = Extrapolation(5, active_threshold=1e-3, scale_min=2.0, scale_max=3.0)
     grad_0 = torch.tensor([0.0, 1e-3, -1e-3, 2e-3])
-    retention, scale, active = retention_and_scale(grad_0, grad_0.clone(), rule)
+    retention, scale, active = measure(grad_0, grad_0.clone(), rule)
     assert active.tolist() == [False, False, False, True]
     assert scale.tolist() == [1.0, 1.0, 1.0, 2.5]
     assert retention.tolist() == [1.0, 1.0, 1.0, 1.0]
@@ -79,7 +91,7 @@ def test_inactive_coordinates_keep_the_observed_displacement():
 
 @pytest.mark.parametrize("lookahead_steps", [3, 4])
 def test_scale_is_one_at_the_pole(lookahead_steps):
-    _, scale, active = retention_and_scale(torch.ones(2), -torch.ones(2), Extrapolation(lookahead_steps, 0.5))
+    _, scale, active = measure(torch.ones(2), -torch.ones(2), Extrapolation(lookahead_steps))
     assert active.all()
     assert scale.tolist() == [1.0, 1.0]
 
@@ -90,8 +102,8 @@ def test_scale_is_one_at_the_pole(lookahead_steps):
     ids=["nan g1", "inf g1", "nan g0", "inf both", "overflowing sum"],
 )
 def test_scale_is_one_where_anything_is_not_finite(grad_0, grad_1):
-    rule = Extrapolation(10, 0.5, **UNBOUNDED)
-    _, scale, _ = retention_and_scale(torch.tensor([grad_0]), torch.tensor([grad_1]), rule)
+    rule = Extrapolation(10, **UNBOUNDED)
+    _, scale, _ = measure(torch.tensor([grad_0]), torch.tensor([grad_1]), rule)
     assert scale.item() == 1.0
 
 
@@ -100,3 +112,37 @@ def test_reposition_goes_alpha_of_the_way():
     assert reposition(theta_0, displacement, scale, 0.0).tolist() == [1.0, 2.0]
     assert reposition(theta_0, displacement, scale, 0.5).tolist() == [1.5, 0.5]
     assert reposition(theta_0, displacement, scale, 1.0).tolist() == [2.0, -1.0]
+
+
+def test_a_relative_threshold_is_a_fraction_of_the_root_mean_square():
+    grad_0 = torch.tensor([3.0, -3.0, 0.1, 0.5])  # root mean square 2.14
+    for relative, active in ((0.0, 4), (0.1, 3), (0.5, 2)):
+        _, scale, mask = measure(grad_0, grad_0.clone(), Extrapolation(5, active_threshold_relative=relative))
+        assert mask.sum() == active
+        assert (scale == 1).sum() == 4 - active
+
+
+def test_the_larger_of_the_two_thresholds_counts():
+    rule = Extrapolation(5, active_threshold=1e-2, active_threshold_relative=0.5)
+    assert rule.threshold(1e-3) == 1e-2
+    assert rule.threshold(1.0) == 0.5
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_direction_of_an_adamw_step_is_that_of_its_moments(weight_decay):
+    """Recovered from the parameters before and after, against m̂ / (√v̂ + ε) of the optimizer's own state."""
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.nn.Parameter(torch.randn(1000, dtype=torch.float64, generator=generator))
+    optimizer = torch.optim.AdamW([theta], lr=1e-3, weight_decay=weight_decay)
+    for step in range(1, 4):
+        before = theta.detach().clone()
+        theta.grad = torch.randn(1000, dtype=torch.float64, generator=generator)
+        optimizer.step()
+        state = optimizer.state[theta]
+        first, second = state["exp_avg"] / (1 - 0.9**step), state["exp_avg_sq"] / (1 - 0.999**step)
+        direction = optimizer_direction(before, theta.detach(), 1e-3, weight_decay)
+        torch.testing.assert_close(direction, first / (second.sqrt() + 1e-8), rtol=1e-5, atol=1e-5)
+
+
+def test_a_learning_rate_of_zero_has_no_direction():
+    assert optimizer_direction(torch.ones(3), torch.ones(3), 0.0, 0.1).tolist() == [0.0, 0.0, 0.0]

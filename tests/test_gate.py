@@ -1,89 +1,189 @@
-"""The gate's arithmetic, worked by hand."""
+"""The gate's arithmetic, worked by hand, and its behaviour on recorded series."""
 
 import json
 import math
 
 import pytest
 
-from gxpo_trl.update.gate import Gate
+from gxpo_trl.update.gate import Fallback, Gate, Trigger, median_and_deviation
 
 
-def observe_all(gate: Gate, values: list[float]) -> list[float | None]:
-    return [gate.observe(value) for value in values]
+PERMANENT = Fallback()
+
+
+def gate(fallback: Fallback = PERMANENT, **trigger) -> Gate:
+    return Gate(Trigger(**{"threshold": 0.5, "window": 30, "warmup_steps": 0, **trigger}), fallback)
+
+
+def observe_all(watched: Gate, values: list[float]) -> list[float | None]:
+    return [watched.observe(value) for value in values]
+
+
+def phases(watched: Gate, values: list[float]) -> str:
+    """One letter a step: a while active, d while α decays, - in single-pass steps, which show the gate nothing."""
+    letters = ""
+    for value in values:
+        if not watched.active:
+            letters += "-"
+            watched.rest()
+        else:
+            letters += "d" if watched.decaying else "a"
+            watched.observe(value)
+    return letters
 
 
 def test_z_score_leaves_the_current_value_out():
-    gate = Gate(threshold=math.inf, window=30, warmup_steps=0)
-    z_scores = observe_all(gate, [1.0, 3.0, 5.0])
+    z_scores = observe_all(gate(threshold=math.inf), [1.0, 3.0, 5.0])
     assert z_scores[:2] == [None, None]
     assert z_scores[2] == pytest.approx((5.0 - 2.0) / 1.0)  # mean 2, population deviation 1
 
 
 def test_window_forgets():
-    gate = Gate(threshold=math.inf, window=2, warmup_steps=0)
-    assert observe_all(gate, [100.0, 1.0, 3.0, 4.0])[-1] == pytest.approx(2.0)
+    assert observe_all(gate(threshold=math.inf, window=2), [100.0, 1.0, 3.0, 4.0])[-1] == pytest.approx(2.0)
 
 
-def test_a_rise_trips_the_gate_for_good():
-    gate = Gate(threshold=0.5, window=30, warmup_steps=0)
-    observe_all(gate, [1.0, 3.0, 2.4])
-    assert not gate.tripped  # z = 0.4
-    gate.observe(9.0)
-    assert gate.tripped
-    gate.observe(0.0)
-    assert gate.tripped
+def test_a_rise_ends_the_phase_for_good():
+    watched = gate()
+    observe_all(watched, [1.0, 3.0, 2.4])
+    assert watched.active  # z = 0.4
+    watched.observe(9.0)
+    assert not watched.active
+    assert phases(watched, [0.0] * 1000) == "-" * 1000
 
 
 def test_the_threshold_itself_trips():
-    gate = Gate(threshold=1.0, window=30, warmup_steps=0)
-    observe_all(gate, [1.0, 3.0])
-    gate.observe(3.0 + 1e-7)  # z = 1 with the guard against a zero deviation
-    assert gate.tripped
+    watched = gate(threshold=1.0)
+    observe_all(watched, [1.0, 3.0])
+    watched.observe(3.0 + 1e-7)  # z = 1 with the guard against a zero deviation
+    assert not watched.active
 
 
-def test_a_fall_does_not_trip():
-    gate = Gate(threshold=0.5, window=30, warmup_steps=0)
-    observe_all(gate, [5.0, 5.1, 0.1])
-    assert not gate.tripped
+@pytest.mark.parametrize("two_sided, active", [(False, True), (True, False)])
+def test_a_fall_trips_only_a_two_sided_gate(two_sided, active):
+    watched = gate(two_sided=two_sided)
+    observe_all(watched, [5.0, 5.1, 0.1])
+    assert watched.active == active
 
 
 @pytest.mark.parametrize("warmup_steps, trips_at", [(0, 3), (3, 4), (4, None)])
 def test_warmup_only_fills_the_window(warmup_steps, trips_at):
-    gate = Gate(threshold=0.5, window=30, warmup_steps=warmup_steps)
+    watched = gate(warmup_steps=warmup_steps)
     tripped_at = None
     for step, value in enumerate([1.0, 3.0, 9.0, 20.0, 1.0], start=1):
-        gate.observe(value)
-        tripped_at = tripped_at or (step if gate.tripped else None)
+        watched.observe(value)
+        tripped_at = tripped_at or (None if watched.active else step)
     assert tripped_at == trips_at
 
 
 def test_two_values_are_needed_even_without_warmup():
-    gate = Gate(threshold=0.1, window=30, warmup_steps=0)
-    observe_all(gate, [1.0, 1000.0])
-    assert not gate.tripped
+    watched = gate(threshold=0.1)
+    observe_all(watched, [1.0, 1000.0])
+    assert watched.active
 
 
 def test_patience_wants_consecutive_exceedances():
-    gate = Gate(threshold=0.5, window=3, warmup_steps=0, patience=2)
-    observe_all(gate, [1.0, 3.0, 9.0, 1.0, 20.0])
-    assert not gate.tripped
-    gate.observe(100.0)
-    assert gate.tripped
+    watched = gate(patience=2)
+    observe_all(watched, [1.0, 3.0, 9.0, 1.0, 20.0])
+    assert watched.active
+    watched.observe(21.0)
+    assert not watched.active
 
 
-def test_a_constant_signal_does_not_trip():
-    gate = Gate(threshold=0.5, window=30, warmup_steps=0)
-    assert observe_all(gate, [2.0] * 10)[2:] == [0.0] * 8
-    assert not gate.tripped
+def test_the_baseline_is_not_fed_while_a_streak_is_open():
+    watched = gate(patience=3)
+    observe_all(watched, [1.0, 3.0, 9.0, 9.0])
+    assert list(watched.values) == [1.0, 3.0]
+    watched.observe(2.0)  # ends the streak
+    assert list(watched.values) == [1.0, 3.0, 2.0]
 
 
-def test_state_survives_json():
-    values = [1.0, 3.0, 9.0, 2.0, 20.0, 1.0]
-    straight = Gate(threshold=0.5, window=3, warmup_steps=1, patience=2)
-    expected = observe_all(straight, values)
-    first = Gate(threshold=0.5, window=3, warmup_steps=1, patience=2)
-    observe_all(first, values[:3])
-    second = Gate(threshold=0.5, window=3, warmup_steps=1, patience=2)
+def test_a_value_that_is_not_finite_says_nothing():
+    watched = gate()
+    observe_all(watched, [1.0, 3.0, math.nan, math.inf])
+    assert watched.active
+    assert list(watched.values) == [1.0, 3.0]
+    assert watched.active_steps == 4 and watched.observed == 2
+
+
+RECORDED = {
+    "constant": [2.0] * 40,
+    "falling": [4.0 * 0.9**i for i in range(40)],
+    "noise": [2.0 + 0.1 * math.sin(7.0 * i) for i in range(40)],
+    "spike": [2.0 + 0.1 * math.sin(7.0 * i) + 3.0 * (i == 25) for i in range(40)],
+    "drift": [2.0 + 0.1 * math.sin(7.0 * i) + 0.1 * max(i - 20, 0) for i in range(40)],
+    "wild first steps": [50.0, 0.1, 30.0] + [2.0 + 0.1 * math.sin(7.0 * i) for i in range(37)],
+}
+
+
+@pytest.mark.parametrize(
+    "series, settings, shutoff",
+    [
+        ("constant", {}, None),
+        ("falling", {}, None),
+        ("falling", {"two_sided": True}, 11),
+        ("noise", {"threshold": 3.0}, None),
+        ("spike", {"threshold": 3.0}, 26),
+        ("spike", {"threshold": 3.0, "patience": 2}, None),
+        ("drift", {"threshold": 3.0, "patience": 2}, 27),
+        ("wild first steps", {"threshold": 3.0}, None),
+    ],
+)
+def test_recorded_series(series, settings, shutoff):
+    letters = phases(gate(**{"warmup_steps": 10, **settings}), RECORDED[series])
+    assert letters == ("a" * 40 if shutoff is None else "a" * shutoff + "-" * (40 - shutoff))
+
+
+def test_a_robust_baseline_is_not_blinded_by_an_early_spike():
+    """After a spike in the warm-up the mean and deviation hide a later rise; median and MAD do not."""
+    series = [2.0, 2.1, 1.9, 40.0, 2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 3.0]
+    plain, robust = (gate(threshold=3.0, warmup_steps=10, **b) for b in ({}, {"baseline": median_and_deviation}))
+    observe_all(plain, series)
+    observe_all(robust, series)
+    assert plain.active
+    assert not robust.active
+
+
+def test_the_robust_deviation_has_a_floor():
+    assert median_and_deviation([2.0] * 10) == (2.0, 0.02)
+    assert median_and_deviation([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, pytest.approx(1.4826))
+
+
+def test_a_temporary_fallback_arms_again():
+    watched = gate(Fallback(cooldown_steps=3))
+    assert phases(watched, [1.0, 3.0, 9.0] + [2.0] * 6) == "aaa---aaa"
+    assert list(watched.values)[:2] == [1.0, 3.0]  # what tripped it is no baseline
+
+
+def test_a_budget_ends_the_phase_whatever_the_signal_does():
+    assert phases(gate(Fallback(max_active_steps=4)), [2.0] * 8) == "aaaa----"
+    assert phases(gate(Fallback(max_active_steps=4, cooldown_steps=1)), [2.0] * 8) == "aaaa----"
+
+
+def test_alpha_decays_linearly_after_the_trip():
+    watched = gate(Fallback(decay_steps=3))
+    factors = []
+    for value in [1.0, 3.0, 9.0, 50.0, 0.0, 7.0]:
+        factors.append(watched.alpha_factor)
+        watched.observe(value)
+    assert factors == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert not watched.active
+
+
+def test_decaying_steps_count_against_the_budget():
+    assert phases(gate(Fallback(decay_steps=3, max_active_steps=4)), [1.0, 3.0, 9.0] + [2.0] * 4) == "aaad---"
+
+
+@pytest.mark.parametrize(
+    "fallback",
+    [Fallback(), Fallback(decay_steps=2), Fallback(cooldown_steps=2), Fallback(decay_steps=1, cooldown_steps=3)],
+)
+@pytest.mark.parametrize("interrupted_at", range(1, 12))
+def test_state_survives_json_wherever_it_is_cut(fallback, interrupted_at):
+    values = [1.0, 3.0, 9.0, 2.0, 20.0, 1.0, 2.0, 30.0, 1.0, 40.0, 50.0, 2.0]
+    settings = {"window": 3, "warmup_steps": 1, "patience": 1}
+    straight, first, second = (gate(fallback, **settings) for _ in range(3))
+    expected = phases(straight, values)
+    letters = phases(first, values[:interrupted_at])
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert observe_all(second, values[3:]) == expected[3:]
+    assert letters + phases(second, values[interrupted_at:]) == expected
     assert second.state_dict() == straight.state_dict()

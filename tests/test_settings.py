@@ -1,5 +1,6 @@
 """Settings that make no sense are refused where they are made, with the setting and the remedy in the sentence."""
 
+import contextlib
 import functools
 import math
 import warnings
@@ -11,8 +12,9 @@ from accelerate.utils import DistributedType
 from helpers import ON_CPU, make_trainer, tiny_model
 from trl import GRPOConfig
 
-from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig
+from gxpo_trl import GXPOConfig, GXPORLOOConfig, GXPOTrainer, LookaheadConfig, SFPOConfig
 from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
+from gxpo_trl.trainer.lookahead_config import LookaheadArguments
 from gxpo_trl.update.engines import check_engine
 
 
@@ -26,11 +28,11 @@ from gxpo_trl.update.engines import check_engine
         ("reposition_alpha", math.inf),
         ("active_threshold", -1e-8),
         ("active_threshold", math.inf),
-        ("retention_min", 3.0),
-        ("retention_max", -2.0),
+        ("retention_min", 3.1),
+        ("retention_max", -2.1),
         ("retention_max", math.nan),
-        ("scale_min", 3.5),
-        ("scale_max", 1.0),
+        ("scale_min", 3.6),
+        ("scale_max", 0.9),
         ("scale_max", math.nan),
         ("probe_optimizer_state", "reset"),
         ("ratio_anchor", "old"),
@@ -40,6 +42,15 @@ from gxpo_trl.update.engines import check_engine
         ("gate_window", 1),
         ("gate_warmup_steps", -1),
         ("gate_patience", 0),
+        ("gate_fallback", "never"),
+        ("gate_cooldown_steps", 0),
+        ("max_active_steps", 0),
+        ("alpha_decay_steps", -1),
+        ("retention", "momentum"),
+        ("active_threshold_relative", -0.1),
+        ("snapshot_device", "disk"),
+        ("snapshot_dtype", "float16"),
+        ("lookahead_diagnostics_steps", -1),
         ("fp16", True),
         ("optim", "lomo"),
         ("optim", "adalomo"),
@@ -52,11 +63,53 @@ def test_a_setting_out_of_bounds_is_named(tmp_path, setting, value):
         GXPOConfig(str(tmp_path), **{**ON_CPU, setting: value})
 
 
+@pytest.mark.parametrize("optim", ["sgd", "rmsprop", "adagrad"])
+def test_updates_cannot_be_read_from_a_coupled_weight_decay(tmp_path, optim):
+    settings = {**ON_CPU, "optim": optim, "retention": "update"}
+    with pytest.raises(ValueError, match="weight_decay: 0.0"):
+        GXPOConfig(str(tmp_path), **settings, weight_decay=0.1)
+    GXPOConfig(str(tmp_path), **settings, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    "optimizer_class, refused", [(torch.optim.Adam, True), (torch.optim.SGD, True), (torch.optim.AdamW, False)]
+)
+def test_nor_from_that_of_an_optimizer_of_ones_own(tmp_path, optimizer_class, refused):
+    model = tiny_model()
+    optimizer = optimizer_class(model.parameters(), lr=1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match=optimizer_class.__name__) if refused else contextlib.nullcontext():
+        make_trainer(tmp_path, model=model, optimizers=(optimizer, None), retention="update")
+
+
+def test_the_cosine_gate_needs_the_first_gradient(tmp_path):
+    with pytest.raises(ValueError, match="gate_signal: cosine"):
+        GXPOConfig(str(tmp_path), **ON_CPU, retention="update", gate_signal="cosine")
+
+
+def test_sfpo_takes_one_fast_step_and_gxpo_does_not(tmp_path):
+    assert SFPOConfig(str(tmp_path), **ON_CPU, lookahead_steps=1).lookahead_rule().passes == 2
+    with pytest.raises(ValueError, match="lookahead_steps"):
+        GXPOConfig(str(tmp_path), **ON_CPU, lookahead_steps=1)
+
+
+def test_the_defaults_of_sfpo_are_those_of_its_paper(tmp_path):
+    config = SFPOConfig(str(tmp_path), **ON_CPU)
+    rule, trigger = config.lookahead_rule(), config.gate().trigger
+    assert (rule.probes, rule.passes, rule.alpha, rule.extrapolation) == (3, 4, 0.8, None)
+    assert (config.gate_signal, trigger.threshold, trigger.window, trigger.two_sided) == ("entropy", 1.0, 30, True)
+
+
+def test_rloo_has_no_current_anchor(tmp_path):
+    settings = {name: value for name, value in ON_CPU.items() if name != "loss_type"}
+    with pytest.raises(ValueError, match="ratio_anchor"):
+        GXPORLOOConfig(str(tmp_path), **settings, ratio_anchor="current")
+
+
 def test_the_defaults_are_those_of_the_paper(tmp_path):
     rule = GXPOConfig(str(tmp_path), **ON_CPU).lookahead_rule()
     assert rule.passes == 3 and not rule.rollback
     extrapolation = rule.extrapolation
-    assert (extrapolation.lookahead_steps, extrapolation.reposition_alpha) == (5, 0.5)
+    assert (extrapolation.lookahead_steps, rule.alpha) == (5, 0.5)
     assert (extrapolation.active_threshold, extrapolation.scale_min, extrapolation.scale_max) == (1e-8, 1.0, 3.5)
     assert (extrapolation.retention_min, extrapolation.retention_max) == (-2.0, 3.0)
 
@@ -87,7 +140,7 @@ def test_every_new_field_has_help_and_a_documented_default():
         if field.name in GRPOConfig.__dataclass_fields__:
             continue
         assert field.metadata["help"].endswith("."), field.name
-        assert f"{field.name} (`" in LookaheadConfig.__doc__, field.name
+        assert f"{field.name} (`" in LookaheadArguments.__doc__, field.name
 
 
 def test_a_plain_grpo_config_is_refused(tmp_path):

@@ -57,8 +57,8 @@ def take_step(engine: TorchEngine, rule: LookaheadRule):
     return report
 
 
-def gxpo(lookahead_steps: int, alpha: float, rollback: bool = False, **bounds) -> LookaheadRule:
-    return LookaheadRule(2, Extrapolation(lookahead_steps, alpha, **bounds), rollback)
+def gxpo(lookahead_steps: int, alpha: float, rollback: bool = False, **settings) -> LookaheadRule:
+    return LookaheadRule(2, alpha, Extrapolation(lookahead_steps, **settings), rollback)
 
 
 @pytest.mark.parametrize("lookahead_steps", [2, 3, 5, 10])

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from helpers import (
+    METHOD,
     ON_CPU,
+    Recording,
     RisingGateTrainer,
     assert_close_parameters,
     logged,
@@ -24,38 +26,8 @@ from gxpo_trl import GXPOConfig, GXPOTrainer
 from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
 
 
-class RecordingTrainer(GXPOTrainer):
-    """Keeps the rollouts that the loss was computed on, pass by pass."""
-
-    def __init__(self, *args, **kwargs):
-        self.slices, self.loss_inputs, self.backward_calls = [], [], 0
-        super().__init__(*args, **kwargs)
-        backward = self.accelerator.backward
-
-        def counting_backward(*args, **kwargs):
-            self.backward_calls += 1
-            return backward(*args, **kwargs)
-
-        self.accelerator.backward = counting_backward
-
-    def _prepare_inputs(self, generation_batch):
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training:
-            self.slices.append(inputs)
-        return inputs
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        self.loss_inputs.append(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def windows(self) -> list[list[dict]]:
-        size = self.args.gradient_accumulation_steps
-        return [self.slices[i : i + size] for i in range(0, len(self.slices), size)]
-
-
-# Large steps and a tight clip: the gradient and the ratio are both clipped. A large eps keeps AdamW well-conditioned
-# where gradients are nearly 0, so that rounding does not decide.
-METHOD = {"learning_rate": 3e-4, "max_grad_norm": 0.5, "epsilon": 0.05, "adam_epsilon": 1e-3, "weight_decay": 0.0}
+class RecordingTrainer(Recording, GXPOTrainer):
+    pass
 
 
 def run_reference(trainer, model, **overrides):
@@ -66,12 +38,14 @@ def run_reference(trainer, model, **overrides):
         "alpha": args.reposition_alpha,
         "max_norm": args.max_grad_norm,
         "epsilon": args.epsilon,
-        "tau": args.gate_threshold,
+        "tau": float("inf") if args.gate_signal == "never" else args.gate_threshold,
         "w": args.gate_window,
         "warmup": args.gate_warmup_steps,
         "eps": args.adam_epsilon,
         "rollback": args.probe_optimizer_state == "rollback",
         "anchor": args.ratio_anchor,
+        "retention": args.retention,
+        "weight_decay": args.weight_decay,
     }
     norms, shutoff = train_gxpo(model, trainer.windows(), **{**settings, **overrides})
     return {n: p.detach() for n, p in model.named_parameters()}, norms, shutoff
@@ -120,7 +94,7 @@ def test_a_run_with_tool_results_in_its_completions_equals_the_reference(tmp_pat
 
 def test_the_reference_with_a_recomputed_anchor_ends_elsewhere(tmp_path):
     """What the run above would equal if passes 2 and 3 recomputed π_old, and what `ratio_anchor: current` computes."""
-    settings = {"gate_signal": "never", "gate_threshold": float("inf"), **METHOD}
+    settings = {"gate_signal": "never", **METHOD}
     frozen = train(tmp_path, RecordingTrainer, **settings)
     current = train(tmp_path, RecordingTrainer, ratio_anchor="current", **settings)
     recomputed, _, _ = run_reference(frozen, tiny_model(), anchor="current")
@@ -168,7 +142,7 @@ def test_an_active_step_is_three_passes_whatever_k(tmp_path, lookahead_steps):
 
 def test_nothing_is_held_after_shut_off(tmp_path):
     trainer = train(tmp_path, RisingGateTrainer, max_steps=4, gate_warmup_steps=2)
-    assert trainer._gate.tripped
+    assert not trainer._gate.active
     assert trainer._window is None
     held = [value for value in vars(trainer._engine).values() if torch.is_tensor(value) or isinstance(value, list)]
     assert held == []

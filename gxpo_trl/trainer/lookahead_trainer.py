@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,53 +18,42 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..rollout.window import RolloutWindow
-from ..update.engines import TorchEngine, check_engine, make_engine
-from ..update.gate import Gate
+from ..update.engines import TorchEngine, check_decoupled_decay, check_engine, make_engine
 from ..update.step import LookaheadReport, lookahead_step
-from .lookahead_config import LookaheadConfig
+from .advice import Advisor
+from .lookahead_config import LookaheadArguments, LookaheadConfig
 
 
 logger = get_logger(__name__)
 
 STATE_NAME = "lookahead_state.json"
-ENTROPY_CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 SLOW_METRICS = {
     "clip_ratio/region_mean": "clip_ratio_slow",
     "cispo_clip_ratio": "clip_ratio_slow",
     "kl": "kl_slow",
 }
-"""TRL's names of what pass 3 measures, and ours."""
+"""TRL's names of what the last pass measures, and ours."""
 
 
-class LookaheadTrainer(GRPOTrainer):
+class LookaheadMixin:
     """
-    Trainer for lookahead policy updates: [`~trl.GRPOTrainer`] that moves the policy further on each batch of rollouts.
+    The lookahead policy updates, over a TRL trainer whose loss can be computed again on the rollouts of a step.
 
     The first pass over the rollouts is TRL's own. When its last micro-batch is done and the active phase lasts,
     `training_step` runs the rest of the update rule of `args.update_rule` on the same rollouts and leaves the
     corrective gradient to the training loop, which clips and steps as always. Schedule, callbacks, logging, saving,
     evaluation and vLLM see committed weights only, once per step.
-
-    Args:
-        model, reward_funcs:
-            As for [`~trl.GRPOTrainer`].
-        args ([`LookaheadConfig`], *optional*):
-            Configuration. If `None`, a default one.
-        *positional, **kwargs:
-            The other arguments of [`~trl.GRPOTrainer`], in its order.
-
-    Raises:
-        `ValueError`: If the set-up is not supported: the engine, the precision of the trainable parameters, or `args`
-            that are no [`LookaheadConfig`].
     """
 
-    _config_class = LookaheadConfig
+    _config_class: type[LookaheadArguments]
+    _moved_by_loss: tuple[str, ...] = ()  # attributes that `compute_loss` moves, and replays must not
+    _freezes_old_logps = True  # whether the old log-probabilities are to be kept from pass 1 where TRL keeps none
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name}")
-        if not isinstance(args, LookaheadConfig):
+        if not isinstance(args, LookaheadArguments):
             raise ValueError(
                 f"`args` must be a {self._config_class.__name__}, got a {type(args).__name__}. It takes every "
                 f"argument of the {type(args).__name__}: change the name."
@@ -71,19 +61,17 @@ class LookaheadTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
         self._uses_lookahead = args.update_rule != "grpo"
+        self._rule = args.lookahead_rule()
         if self._uses_lookahead:
             check_engine(self.accelerator)
             self._check_parameter_precision()
-        self._rule = args.lookahead_rule()
-        self._gate = Gate(
-            threshold=math.inf if args.gate_signal == "never" else args.gate_threshold,
-            window=args.gate_window,
-            warmup_steps=args.gate_warmup_steps,
-            patience=args.gate_patience,
-        )
+            if self._rule.uses_updates and self.optimizer is not None:
+                check_decoupled_decay(self.optimizer)
+        self._gate = args.gate()
+        self._advisor = Advisor(args)
         self._engine: TorchEngine | None = None
         self._window: RolloutWindow | None = None  # of the step under way, while pass 1 is being recorded
-        self._entropy_at_window_start: dict[str, Any] = {}
+        self._moved_at_window_start: dict[str, Any] = {}
         self._backward_passes = 0
         self._fallbacks = 0
         self._shutoff_step: int | None = None
@@ -94,7 +82,7 @@ class LookaheadTrainer(GRPOTrainer):
     @property
     def lookahead_active(self) -> bool:
         """Whether the next optimizer step is a lookahead step."""
-        return self._uses_lookahead and not self._gate.tripped
+        return self._uses_lookahead and self._gate.active
 
     # ---- One optimizer step
 
@@ -126,9 +114,9 @@ class LookaheadTrainer(GRPOTrainer):
     def _open_window(self) -> None:
         self._window = RolloutWindow(
             devices={parameter.device for parameter in self.model.parameters()},
-            freeze_old_logps=self.args.ratio_anchor == "rollout",
+            freeze_old_logps=self._freezes_old_logps and self.args.ratio_anchor == "rollout",
         )
-        self._entropy_at_window_start = self._entropy_controller()
+        self._moved_at_window_start = self._moved_state()
 
     def _finish_update(self, model) -> None:
         """What follows pass 1: the rest of the update rule, the gate, the metrics."""
@@ -136,73 +124,91 @@ class LookaheadTrainer(GRPOTrainer):
         window, self._window = self._window, None
         if window is None:
             self._backward_passes += 1
+            self._gate.rest()
             metrics = {"active": 0.0}
         else:
             if self._engine is None:
                 self._engine = make_engine(self.accelerator, model, self.optimizer, self.args.max_grad_norm)
+            rule = dataclasses.replace(self._rule, alpha=self._rule.alpha * self._gate.alpha_factor)
+            every = self.args.lookahead_diagnostics_steps
+            diagnose = every > 0 and self._gate.active_steps % every == 0
             with self._private_metrics() as slow_metrics, window.preserved_randomness():
-                report = lookahead_step(self._engine, lambda: self._replay(model, window), self._rule)
+                report = lookahead_step(self._engine, lambda: self._replay(model, window), rule, diagnose)
             self._backward_passes += report.passes
-            metrics = self._judge(report, slow_metrics)
+            metrics = self._judge(report, slow_metrics, len(window.micro_batches))
         self._update_time += time.perf_counter() - started
         self._log_update(metrics)
 
     def _replay(self, model, window: RolloutWindow) -> None:
         """One pass over the window at the present parameters, as TRL's own `training_step` would make it."""
         self._metrics["train"].clear()
-        self._set_entropy_controller(self._entropy_at_window_start)
+        self._set_moved_state(self._moved_at_window_start)
         for inputs, is_last in window.replay():
             with self._engine.micro_batch(is_last):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, inputs)
+                if not self.loss_is_scaled_for_ga:
+                    loss = loss / self.current_gradient_accumulation_steps
                 self._engine.backward(loss)
 
     @contextlib.contextmanager
     def _private_metrics(self) -> Iterator[dict[str, list[float]]]:
-        """Around replays: TRL's metrics and entropy controller stay those of pass 1. Yields what a pass wrote."""
-        metrics, controller = self._metrics, self._entropy_controller()
+        """Around replays: TRL's metrics, and what its loss moves, stay those of pass 1. Yields what a pass wrote."""
+        metrics, moved = self._metrics, self._moved_state()
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         try:
             yield self._metrics["train"]
         finally:
             self._metrics = metrics
-            self._set_entropy_controller(controller)
+            self._set_moved_state(moved)
 
-    def _entropy_controller(self) -> dict[str, Any]:
-        """TRL's adaptive entropy controller, which `compute_loss` moves whenever gradients synchronise."""
-        return {name: getattr(self, name) for name in ENTROPY_CONTROLLER}
+    def _moved_state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._moved_by_loss}
 
-    def _set_entropy_controller(self, state: dict[str, Any]) -> None:
+    def _set_moved_state(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
 
     # ---- Gate and metrics
 
-    def _judge(self, report: LookaheadReport, slow_metrics: dict[str, list[float]]) -> dict[str, float | None]:
+    def _judge(
+        self, report: LookaheadReport, slow_metrics: dict[str, list[float]], micro_batches: int
+    ) -> dict[str, float]:
         """Shows the gate what the step measured, and names it for the log."""
-        metrics = dataclasses.asdict(report)
-        del metrics["passes"], metrics["fell_back"]
-        metrics["active"] = 1.0
+        metrics = {"active": 1.0, **report.metrics()}
         if report.fell_back:
             self._fallbacks += 1
             logger.warning(
                 f"Step {self.state.global_step + 1}: a gradient or the repositioned point was not finite; "
                 "the parameters were restored and the step is a plain one."
             )
-            return metrics
-        for trl_name, name in SLOW_METRICS.items():
-            if values := slow_metrics.get(trl_name):
-                metrics[name] = sum(values) / len(values)
-        metrics["gate_z"] = self._gate.observe(report.grad_norm_slow)
-        if self._gate.tripped:
+        else:
+            for trl_name, name in SLOW_METRICS.items():
+                if values := slow_metrics.get(trl_name):
+                    metrics[name] = sum(values) / len(values)
+        z_score = self._gate.observe(self._gate_signal(report, micro_batches))
+        if z_score is not None:
+            metrics["gate_z"] = z_score
+        if not self._gate.active:
             self._shutoff_step = self.state.global_step + 1
+        for advice in self._advisor.hear(report, self._gate):
+            logger.warning(advice)
         return metrics
 
-    def _log_update(self, metrics: dict[str, float | None]) -> None:
+    def _gate_signal(self, report: LookaheadReport, micro_batches: int) -> float:
+        """The value of this step that the gate watches, equal on every rank; NaN where there is none."""
+        if report.fell_back:
+            return math.nan
+        if self.args.gate_signal == "entropy":
+            return statistics.fmean(self._metrics["train"]["entropy"][-micro_batches:])
+        if self.args.gate_signal == "cosine":
+            return math.nan if report.cos_0_slow is None else 1.0 - report.cos_0_slow
+        return report.grad_norm_slow
+
+    def _log_update(self, metrics: dict[str, float]) -> None:
         log = self._metrics["train"]
         for name, value in metrics.items():
-            if value is not None:
-                log[f"lookahead/{name}"].append(value)
+            log[f"lookahead/{name}"].append(value)
         log["lookahead/update_time"].append(self._update_time)
         self._update_time = 0.0
         # Running totals: TRL logs the mean of each list over the logging interval, and of these only the last counts.
@@ -274,8 +280,29 @@ class LookaheadTrainer(GRPOTrainer):
                 card.write(self._describe_settings())
 
     def _describe_settings(self) -> str:
-        own = {field.name for field in dataclasses.fields(LookaheadConfig)}
-        own -= {field.name for field in dataclasses.fields(LookaheadConfig.__base__)}
         shown = ("learning_rate", "max_grad_norm", "loss_type", "beta", "epsilon", "num_generations", "temperature")
-        rows = [f"| `{name}` | {getattr(self.args, name)} |" for name in (*sorted(own), *shown)]
+        names = [field.name for field in dataclasses.fields(LookaheadArguments)]
+        names += [name for name in shown if name in self.args.__dataclass_fields__]
+        rows = [f"| `{name}` | {getattr(self.args, name)} |" for name in names]
         return "\n".join(["", "", "## Lookahead settings", "", "| setting | value |", "|---|---|", *rows, ""])
+
+
+class LookaheadTrainer(LookaheadMixin, GRPOTrainer):
+    """
+    Trainer for lookahead policy updates: [`~trl.GRPOTrainer`] that moves the policy further on each batch of rollouts.
+
+    Args:
+        model, reward_funcs:
+            As for [`~trl.GRPOTrainer`].
+        args ([`LookaheadConfig`], *optional*):
+            Configuration. If `None`, a default one.
+        *positional, **kwargs:
+            The other arguments of [`~trl.GRPOTrainer`], in its order.
+
+    Raises:
+        `ValueError`: If the set-up is not supported: the engine, the precision of the trainable parameters, or `args`
+            that are no [`LookaheadConfig`].
+    """
+
+    _config_class = LookaheadConfig
+    _moved_by_loss = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")  # the entropy controller

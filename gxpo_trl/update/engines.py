@@ -26,6 +26,16 @@ REPLICATED = (
 )
 """One process, or DistributedDataParallel: every rank holds whole parameters and, after a pass, equal gradients."""
 
+COUPLED_DECAY = (
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+)
+"""Optimizers that add weight decay to the gradient; Adam and its kin say so in their param groups."""
+
 
 class TorchEngine:
     """Plain torch and DDP: whole parameters, gradients in `.grad`, state in `optimizer.state[p]`.
@@ -55,6 +65,19 @@ class TorchEngine:
     def device(self) -> torch.device:
         """Where totals are added up."""
         return self.accelerator.device
+
+    def coordinates(self) -> int:
+        """How many trainable coordinates the model has, over all ranks."""
+        return sum(p.numel() for p in self._trainable)
+
+    def step_settings(self) -> list[tuple[float, float]]:
+        """Learning rate and weight decay of each local shard, from its param group."""
+        return [
+            (float(group["lr"]), float(group.get("weight_decay", 0.0)))
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
 
     def publish(self) -> None:
         """Makes written parameters what the next forward pass reads. They are, here."""
@@ -150,6 +173,23 @@ def check_engine(accelerator: Accelerator) -> None:
             "Lookahead updates don't support tensor parallelism. Set `tp_size` to 1 and use DDP, or set "
             "`update_rule: grpo`."
         )
+
+
+def check_decoupled_decay(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer whose weight decay goes through its moments, where the direction it moved in can't be told
+    from the parameters before and after.
+
+    Raises:
+        ValueError: Names the optimizer and what to do.
+    """
+    for group in optimizer.param_groups:
+        decoupled = group.get("decoupled_weight_decay", not isinstance(optimizer, COUPLED_DECAY))
+        if group.get("weight_decay", 0.0) > 0 and not decoupled:
+            raise ValueError(
+                "`retention: update` reads the direction of a step from the parameters, and "
+                f"{type(optimizer).__name__} adds its weight decay to the gradient, so that the two can't be told "
+                "apart. Set `weight_decay: 0.0`, or use AdamW, or `retention: gradient`."
+            )
 
 
 def make_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer, max_grad_norm: float) -> TorchEngine:

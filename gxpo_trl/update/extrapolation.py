@@ -15,23 +15,29 @@ NEARLY_ZERO = 1e-6
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """How far a lookahead reaches, and what bounds it.
+    """How the two-step displacement becomes one of K steps.
 
     Attributes:
         lookahead_steps (`int`): K, the virtual depth.
-        reposition_alpha (`float`): α, the fraction of the way to θK that is taken.
-        active_threshold (`float`): δ, a coordinate is active where |g0| > δ.
+        retention (`str`): What the ratio is formed of: `"gradient"`, r = g1 / g0, or `"update"`, r = d1 / d0.
+        active_threshold (`float`): δ, a coordinate is active where the denominator of r is above it.
+        active_threshold_relative (`float`): The same as a fraction of the denominators' RMS; the larger bound counts.
         retention_min, retention_max (`float`): Bounds of the retention ratio; ±inf = unbounded.
         scale_min, scale_max (`float`): Bounds of the scale; inf = unbounded.
     """
 
     lookahead_steps: int
-    reposition_alpha: float
+    retention: str = "gradient"
     active_threshold: float = 1e-8
+    active_threshold_relative: float = 0.0
     retention_min: float = -2.0
     retention_max: float = 3.0
     scale_min: float = 1.0
     scale_max: float = math.inf
+
+    def threshold(self, rms: float) -> float:
+        """What |g0| (or |d0|) must be above, given its root mean square over the model."""
+        return max(self.active_threshold, self.active_threshold_relative * rms)
 
 
 def geometric_sum(ratio: torch.Tensor, terms: int) -> torch.Tensor:
@@ -45,8 +51,22 @@ def geometric_sum(ratio: torch.Tensor, terms: int) -> torch.Tensor:
     return total
 
 
+def optimizer_direction(
+    before: torch.Tensor, after: torch.Tensor, learning_rate: float, weight_decay: float
+) -> torch.Tensor:
+    """d_k = ((1 - lr·wd) θ_k - θ_{k+1}) / lr: the direction that an optimizer with decoupled decay moved in.
+
+    Args:
+        before, after (`torch.Tensor`): θ_k and θ_{k+1}, same shape.
+        learning_rate, weight_decay (`float`): Of the parameter's group. A learning rate of 0 moved nowhere: zeros.
+    """
+    if learning_rate == 0:
+        return torch.zeros_like(before)
+    return ((before - after) - learning_rate * weight_decay * before) / learning_rate
+
+
 def retention_and_scale(
-    grad_0: torch.Tensor, grad_1: torch.Tensor, rule: Extrapolation
+    first: torch.Tensor, second: torch.Tensor, rule: Extrapolation, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The retention ratio, eq. (4), and the factor from two steps to K, eq. (7).
 
@@ -56,15 +76,17 @@ def retention_and_scale(
     nearly 0, and where anything is not finite.
 
     Args:
-        grad_0, grad_1 (`torch.Tensor`): The gradients that the optimizer consumed at θ0 and θ1; same shape, fp32.
-        rule (`Extrapolation`): K, δ and the bounds.
+        first, second (`torch.Tensor`): The gradients that the optimizer consumed at θ0 and θ1, or the directions it
+            moved in; same shape, fp32.
+        rule (`Extrapolation`): K and the bounds.
+        threshold (`float`): A coordinate is active where |first| is above it.
 
     Returns:
         `(retention, scale, active)`: two fp32 tensors and a bool tensor of that shape; `retention` is 1 where not
         active.
     """
-    active = grad_0.abs() > rule.active_threshold
-    ratio = grad_1 / grad_0
+    active = first.abs() > threshold
+    ratio = second / first
     usable = active & (ratio.abs() < math.inf)  # false for NaN too
     retention = torch.where(usable, ratio, 1.0).clamp_(rule.retention_min, rule.retention_max)
     two_steps = 1.0 + retention
@@ -81,8 +103,8 @@ def reposition(
 
     Args:
         theta_0 (`torch.Tensor`): θ0.
-        displacement (`torch.Tensor`): θ2 - θ0, same shape.
-        scale (`torch.Tensor` or `float`): S_K / S_2, same shape.
+        displacement (`torch.Tensor`): θ2 - θ0, same shape; of SFPO, θK - θ0.
+        scale (`torch.Tensor` or `float`): S_K / S_2, same shape; of SFPO, 1.
         alpha (`float`): α.
 
     Returns:

@@ -1,17 +1,22 @@
-"""The programme of one active step: probe, probe, extrapolate and reposition (arXiv 2605.06755, algorithm 1).
+"""The programme of one active step: probe, reposition, correct.
 
-`lookahead_step` begins where pass 1 has left its gradient and ends where the corrective gradient lies ready for the
-trainer's ordinary step. It holds two model-sized buffers, θ0 and g0, and, under `rollback`, the optimizer's state.
+GXPO (arXiv 2605.06755, algorithm 1) probes twice and extrapolates to K steps; SFPO probes K times and extrapolates
+nothing. `lookahead_step` begins where pass 1 has left its gradient and ends where the corrective gradient lies ready
+for the trainer's ordinary step. It holds two model-sized buffers (θ0 and g0, or θ0 and θ1 where the retention ratio is
+that of updates), and, under `rollback`, the optimizer's state.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from .engines import OptimizerSnapshot, TorchEngine
-from .extrapolation import Extrapolation, reposition, retention_and_scale
+from .diagnostics import Truth, candidate_totals, lookahead_errors, measure_truth
+from .engines import TorchEngine
+from .extrapolation import Extrapolation, optimizer_direction, reposition, retention_and_scale
+from .snapshot import Origin, Storage
 
 
 TOTALS = (
@@ -21,7 +26,7 @@ TOTALS = (
     "lost",
     "lost_squared",
     "scale",
-    "two_steps_squared",
+    "probes_squared",
     "lookahead_squared",
     "scale_max",
 )
@@ -35,35 +40,55 @@ class LookaheadRule:
     """An update rule as data.
 
     Attributes:
-        probes (`int`): Fast optimizer steps before the reposition; GXPO takes 2 whatever K is.
-        extrapolation (`Extrapolation`): How the observed displacement becomes θ̃.
+        probes (`int`): Fast optimizer steps before the reposition.
+        alpha (`float`): α, the fraction of the way to the lookahead point that is taken.
+        extrapolation (`Extrapolation`, *optional*): How the probes' displacement becomes the lookahead's. `None` takes
+            it as it is (SFPO).
         rollback (`bool`): Whether the optimizer's state returns to θ0's before the slow correction.
+        storage (`Storage`): Where the copies are kept.
+        diagnostics_steps (`int`): Compares with real steps every so many active steps; 0 never does.
     """
 
     probes: int
-    extrapolation: Extrapolation
+    alpha: float
+    extrapolation: Extrapolation | None = None
     rollback: bool = False
+    storage: Storage = Storage()
+    diagnostics_steps: int = 0
 
     @property
     def passes(self) -> int:
         """Passes over the window in an active step."""
         return self.probes + 1
 
+    @property
+    def lookahead_steps(self) -> int:
+        """K: the steps that the lookahead stands for."""
+        return self.probes if self.extrapolation is None else self.extrapolation.lookahead_steps
+
+    @property
+    def uses_updates(self) -> bool:
+        """Whether the retention ratio is that of the optimizer's directions."""
+        return self.extrapolation is not None and self.extrapolation.retention == "update"
+
 
 @dataclass
 class LookaheadReport:
-    """What one active step measured, equal on every rank.
+    """What one active step measured, equal on every rank. `None` stands for what was not measured or says nothing.
 
     Attributes:
-        passes (`int`): Passes over the window, the first included.
-        fell_back (`bool`): Something was not finite, and the step became the plain one; what follows is then `None`.
-        grad_norm_0, grad_norm_1, grad_norm_slow (`float`): Gradient norms at θ0, θ1 and θ̃, before clipping.
-        cos_0_slow (`float`): Cosine of g0 and g_slow.
+        passes (`int`): Passes over the window, the first included, those of diagnostics not.
+        fell_back (`bool`): Something was not finite, and the step became the plain one; nothing else is filled in
+            then.
+        grad_norm_0, grad_norm_1, grad_norm_slow (`float`): Gradient norms at θ0, θ1 and θ̃, before clipping. With one
+            probe there is no pass at θ1.
+        cos_0_slow (`float`): Cosine of g0 and g_slow; g0 is not kept where the ratio is that of updates.
         retention_mean, retention_std (`float`): Of the clamped retention ratio over active coordinates.
         scale_mean, scale_max (`float`): Of the scale over all coordinates.
-        inactive_fraction (`float`): Fraction of coordinates with |g0| ≤ δ.
-        displacement_ratio (`float`): ‖θK - θ0‖ / ‖θ2 - θ0‖.
-        effective_multiplier (`float`): ‖θ̃ - θ0‖ / ‖θ2 - θ0‖, which is α times the above.
+        inactive_fraction (`float`): Fraction of coordinates below the activity threshold.
+        displacement_ratio (`float`): ‖θK - θ0‖ over what the probes moved.
+        effective_multiplier (`float`): ‖θ̃ - θ0‖ over what the probes moved, which is α times the above.
+        diagnostics (`dict[str, float]`): `true_*` and `noise_*`, on the steps that measure them.
     """
 
     passes: int
@@ -79,36 +104,19 @@ class LookaheadReport:
     inactive_fraction: float | None = None
     displacement_ratio: float | None = None
     effective_multiplier: float | None = None
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
-
-@dataclass
-class _Origin:
-    """Where an active step started, and the way back to it."""
-
-    theta_0: list[torch.Tensor]
-    grad_0: list[torch.Tensor | None]
-    optimizer: OptimizerSnapshot | None
-
-    @classmethod
-    def of(cls, engine: TorchEngine, rollback: bool) -> "_Origin":
-        return cls(
-            theta_0=[shard.clone() for shard in engine.parameters()],
-            grad_0=[None if grad is None else grad.clone() for grad in engine.gradients()],
-            optimizer=engine.snapshot_optimizer() if rollback else None,
-        )
-
-    def return_to(self, engine: TorchEngine) -> None:
-        """Restores θ0, g0 and, under `rollback`, the optimizer's state."""
-        for shard, theta_0 in zip(engine.parameters(), self.theta_0, strict=True):
-            shard.copy_(theta_0)
-        engine.publish()
-        if self.optimizer is not None:
-            engine.restore_optimizer(self.optimizer)
-        engine.set_gradients(self.grad_0)
+    def metrics(self) -> dict[str, float]:
+        """What was measured, by name."""
+        measured = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "_" in f.name}
+        del measured["fell_back"]
+        return {name: value for name, value in measured.items() if value is not None} | self.diagnostics
 
 
 @torch.no_grad()
-def lookahead_step(engine: TorchEngine, replay: Callable[[], None], rule: LookaheadRule) -> LookaheadReport:
+def lookahead_step(
+    engine: TorchEngine, replay: Callable[[], None], rule: LookaheadRule, diagnose: bool = False
+) -> LookaheadReport:
     """Takes one active step up to, and without, its slow correction.
 
     The gradient g0 of pass 1 lies in the engine when this is called, unclipped; g_slow does when it returns,
@@ -121,100 +129,162 @@ def lookahead_step(engine: TorchEngine, replay: Callable[[], None], rule: Lookah
         replay (`Callable[[], None]`): Runs one pass over the window at the present parameters, and leaves its
             gradient in the engine.
         rule (`LookaheadRule`): The update rule.
+        diagnose (`bool`): Whether to compare this step with real ones.
 
     Returns:
         `LookaheadReport`: What was measured.
     """
-    origin = _Origin.of(engine, rule.rollback)
+
+    def one_pass() -> None:
+        with torch.enable_grad():
+            replay()
+
+    origin = Origin.of(engine, rule.storage, keeps_grad=not rule.uses_updates, rollback=rule.rollback)
     try:
-        return _probe_and_reposition(engine, replay, rule, origin)
-    except (
-        BaseException
-    ):  # an interrupted notebook cell, memory run out: what is saved afterwards are committed weights
+        truth = None
+        if diagnose:
+            truth = measure_truth(engine, one_pass, rule.extrapolation or Extrapolation(rule.probes))
+        return _probe_and_reposition(engine, one_pass, rule, origin, truth)
+    except BaseException:  # an interrupted notebook cell, memory run out: what is saved next are committed weights
         origin.return_to(engine)
         raise
 
 
 def _probe_and_reposition(
-    engine: TorchEngine, replay: Callable[[], None], rule: LookaheadRule, origin: _Origin
+    engine: TorchEngine, one_pass: Callable[[], None], rule: LookaheadRule, origin: Origin, truth: Truth | None
 ) -> LookaheadReport:
-    norms, clip_0 = [], 1.0
+    norms, clips, theta_1 = [], [], None
     for probe in range(rule.probes):
         if probe > 0:
             engine.clear_gradients()
-            _run(replay)
+            one_pass()
         norm, clip = engine.clip_gradients()
         norms.append(norm)
-        clip_0 = clip if probe == 0 else clip_0
+        clips.append(clip)
         if not math.isfinite(norm):
-            return _fall_back(engine, origin, norms)
+            return _fall_back(engine, one_pass, origin, norms)
         engine.step()
+        if rule.uses_updates and probe == 0:
+            theta_1 = [rule.storage.keep(shard) for shard in engine.parameters()]
 
-    totals = _reposition_shards(engine, origin, clip_0, rule.extrapolation)
+    first_norm = _update_norm(engine, origin, theta_1) if rule.uses_updates else norms[0] * clips[0]
+    totals, errors = _reposition_shards(engine, origin, theta_1, clips[0], first_norm, rule, truth)
+    del theta_1
     engine.publish()
     if origin.optimizer is not None:
         engine.restore_optimizer(origin.optimizer)
     engine.clear_gradients()
-    _run(replay)
+    one_pass()
 
     norms.append(engine.gradient_norm())
     totals[TOTALS.index("dot_0_slow")] = _dot(engine, origin.grad_0)
-    totals = _combine(engine.gather_over_shards(totals))
-    summed = dict(zip(TOTALS, totals.tolist(), strict=True))
+    gathered = engine.gather_over_shards(torch.cat([errors, totals]))
+    combined = _combine(gathered).tolist()
+    summed = dict(zip(TOTALS, combined[len(errors) :], strict=True))
     if not (math.isfinite(summed["lookahead_squared"]) and math.isfinite(norms[-1])):
-        return _fall_back(engine, origin, norms)
-    return _report(norms, summed, rule.extrapolation.reposition_alpha)
+        return _fall_back(engine, one_pass, origin, norms)
+    report = _report(norms, summed, rule)
+    if truth is not None:
+        report.diagnostics = lookahead_errors(combined[: len(errors)], rule.alpha) | truth.noise
+    return report
 
 
-def _run(replay: Callable[[], None]) -> None:
-    with torch.enable_grad():
-        replay()
-
-
-def _fall_back(engine: TorchEngine, origin: _Origin, norms: list[float]) -> LookaheadReport:
+def _fall_back(
+    engine: TorchEngine, one_pass: Callable[[], None], origin: Origin, norms: list[float]
+) -> LookaheadReport:
     origin.return_to(engine)
+    passes = len(norms)
     if not math.isfinite(norms[0]):
         engine.clear_gradients()
-    return LookaheadReport(passes=len(norms), fell_back=True)
+    elif origin.grad_0 is None:  # g0 was not kept: the same pass at the same point gives it again
+        one_pass()
+        passes += 1
+    return LookaheadReport(passes=passes, fell_back=True)
 
 
-def _reposition_shards(engine: TorchEngine, origin: _Origin, clip_0: float, rule: Extrapolation) -> torch.Tensor:
-    """Moves every parameter from θ2 to θ̃, in place, and returns the `TOTALS` of the local shards, shape (n,)."""
-    totals = []
-    shards = zip(engine.parameters(), origin.theta_0, origin.grad_0, engine.gradients(), strict=True)
-    for theta, theta_0, grad_0, grad_1 in shards:
-        grad_0 = torch.zeros_like(theta_0) if grad_0 is None else grad_0
-        grad_1 = torch.zeros_like(theta_0) if grad_1 is None else grad_1
-        for part in _aligned_slices(theta, theta_0, grad_0, grad_1):
-            totals.append(_reposition_slice(*part, clip_0, rule).to(engine.device, torch.float32))
-    return _combine(torch.stack(totals))
+def _update_norm(engine: TorchEngine, origin: Origin, theta_1: list[torch.Tensor]) -> float:
+    """‖d0‖ over the model."""
+    squares = torch.zeros(1, device=engine.device)
+    for theta_0, after, (learning_rate, decay) in zip(origin.theta_0, theta_1, engine.step_settings(), strict=True):
+        for before_slice, after_slice in _aligned_slices(theta_0, after):
+            direction = optimizer_direction(before_slice.float(), after_slice.float(), learning_rate, decay)
+            squares += direction.square().sum().to(squares)
+    return engine.gather_over_shards(squares).sum().sqrt().item()
 
 
-def _aligned_slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views of equally shaped tensors, cut at the same rows into at most about `SLICE_SIZE` elements each."""
-    if tensors[0].numel() <= SLICE_SIZE or tensors[0].dim() == 0:
-        return iter([tensors])
-    rows = max(1, SLICE_SIZE * tensors[0].shape[0] // tensors[0].numel())
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+def _reposition_shards(
+    engine: TorchEngine,
+    origin: Origin,
+    theta_1: list[torch.Tensor] | None,
+    clip_0: float,
+    first_norm: float,
+    rule: LookaheadRule,
+    truth: Truth | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves every parameter from where the probes left it to θ̃, in place.
+
+    Returns:
+        The `TOTALS` of the local shards, shape (n,), and those of the comparison with real steps, shape (13,), or (0,)
+        without `truth`.
+    """
+    totals, errors = [], [torch.zeros(0 if truth is None else 13, device=engine.device)]
+    rms = first_norm / math.sqrt(engine.coordinates())
+    shards = engine.parameters()
+    second = theta_1 or engine.gradients()
+    first = origin.grad_0 or [None] * len(shards)
+    true = [None] * len(shards) if truth is None else truth.displacements
+    for theta, theta_0, one, two, real, settings in zip(
+        shards, origin.theta_0, first, second, true, engine.step_settings(), strict=True
+    ):
+        missing = theta.new_zeros(()).expand(theta.shape)
+        parts = [missing if tensor is None else tensor for tensor in (one, two, real)]
+        for part in _aligned_slices(theta, theta_0, *parts):
+            theta_slice, *others, real_slice = part
+            start, displacement, retention, scale, active = _extrapolate_slice(
+                theta_slice, *others, clip_0, rms, settings, rule
+            )
+            theta_slice.copy_(reposition(start, displacement, scale, rule.alpha))
+            totals.append(_totals(displacement, retention, scale, active).to(engine.device, torch.float32))
+            if truth is not None:
+                linear = rule.lookahead_steps / rule.probes
+                compared = candidate_totals(displacement, scale, real_slice, rule.alpha, linear)
+                errors.append(compared.to(engine.device, torch.float32))
+    return _combine(torch.stack(totals)), torch.stack(errors).sum(0)
 
 
-def _reposition_slice(
+def _extrapolate_slice(
     theta: torch.Tensor,
     theta_0: torch.Tensor,
-    grad_0: torch.Tensor,
-    grad_1: torch.Tensor,
+    one: torch.Tensor,
+    two: torch.Tensor,
     clip_0: float,
-    rule: Extrapolation,
-) -> torch.Tensor:
-    """Writes θ̃ over θ2 in `theta`, and returns this slice's `TOTALS`, shape (n,).
+    rms: float,
+    settings: tuple[float, float],
+    rule: LookaheadRule,
+) -> tuple[torch.Tensor, ...]:
+    """θ0, the probes' displacement, retention, scale and activity of one slice, in fp32 at least.
 
-    `grad_0` is as pass 1 left it, `grad_1` as the optimizer consumed it.
+    `one` is g0 as pass 1 left it. `two` is g1 as the optimizer consumed it or, where the ratio is that of updates, θ1.
     """
     dtype = torch.promote_types(theta.dtype, torch.float32)
-    start = theta_0.to(dtype)
-    displacement = theta.to(dtype) - start
-    retention, scale, active = retention_and_scale(grad_0.to(dtype) * clip_0, grad_1.to(dtype), rule)
-    theta.copy_(reposition(start, displacement, scale, rule.reposition_alpha))
+    start, one, two = (t.to(theta.device, dtype, non_blocking=True) for t in (theta_0, one, two))
+    after = theta.to(dtype)
+    displacement = after - start
+    if rule.extrapolation is None:
+        ones = torch.ones_like(displacement)
+        return start, displacement, ones, ones, ones
+    if rule.uses_updates:
+        one, two = optimizer_direction(start, two, *settings), optimizer_direction(two, after, *settings)
+    else:
+        one = one * clip_0
+    threshold = rule.extrapolation.threshold(rms)
+    return start, displacement, *retention_and_scale(one, two, rule.extrapolation, threshold)
+
+
+def _totals(
+    displacement: torch.Tensor, retention: torch.Tensor, scale: torch.Tensor, active: torch.Tensor
+) -> torch.Tensor:
+    """The `TOTALS` of one slice, shape (n,)."""
     lost = retention - 1.0  # 0 where not active; centred, because most ratios are close to 1
     return torch.stack(
         [
@@ -231,35 +301,51 @@ def _reposition_slice(
     )
 
 
+def _aligned_slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of equally shaped tensors, cut at the same rows into at most about `SLICE_SIZE` elements each."""
+    if tensors[0].numel() <= SLICE_SIZE or tensors[0].dim() == 0:
+        return iter([tensors])
+    rows = max(1, SLICE_SIZE * tensors[0].shape[0] // tensors[0].numel())
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
 def _combine(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of `TOTALS`, shape (m, n), to one, shape (n,): the last column by its maximum, the others by their sum."""
+    """Rows of totals, shape (m, n), to one, shape (n,): the last column by its maximum, the others by their sum."""
     return torch.cat([rows[:, :-1].sum(0), rows[:, -1:].amax(0)])
 
 
-def _dot(engine: TorchEngine, grad_0: list[torch.Tensor | None]) -> torch.Tensor:
-    pairs = zip(engine.gradients(), grad_0, strict=True)
-    dots = [torch.sum(a.float() * b.float()).to(engine.device) for a, b in pairs if a is not None and b is not None]
-    return torch.stack(dots).sum() if dots else torch.zeros((), device=engine.device)
+def _dot(engine: TorchEngine, grad_0: list[torch.Tensor | None] | None) -> torch.Tensor:
+    total = torch.zeros((), device=engine.device)
+    for grad, first in zip(engine.gradients(), grad_0 or [], strict=False):
+        if grad is None or first is None:
+            continue
+        for grad_slice, first_slice in _aligned_slices(grad, first):
+            first_slice = first_slice.to(grad.device, torch.float32, non_blocking=True)
+            total += torch.sum(grad_slice.float() * first_slice).to(total)
+    return total
 
 
-def _report(norms: list[float], totals: dict[str, float], alpha: float) -> LookaheadReport:
-    active, coordinates = totals["active"], totals["coordinates"]
-    lost_mean = totals["lost"] / active if active else None
-    displacement_ratio = _ratio(math.sqrt(totals["lookahead_squared"]), math.sqrt(totals["two_steps_squared"]))
-    return LookaheadReport(
+def _report(norms: list[float], totals: dict[str, float], rule: LookaheadRule) -> LookaheadReport:
+    displacement_ratio = _ratio(math.sqrt(totals["lookahead_squared"]), math.sqrt(totals["probes_squared"]))
+    report = LookaheadReport(
         passes=len(norms),
         grad_norm_0=norms[0],
-        grad_norm_1=norms[1],
+        grad_norm_1=norms[1] if rule.probes > 1 else None,
         grad_norm_slow=norms[-1],
-        cos_0_slow=_ratio(totals["dot_0_slow"], norms[0] * norms[-1]),
-        retention_mean=1.0 + lost_mean if active else None,
-        retention_std=math.sqrt(max(totals["lost_squared"] / active - lost_mean**2, 0.0)) if active else None,
-        scale_mean=totals["scale"] / coordinates,
-        scale_max=totals["scale_max"],
-        inactive_fraction=1.0 - active / coordinates,
+        cos_0_slow=None if rule.uses_updates else _ratio(totals["dot_0_slow"], norms[0] * norms[-1]),
         displacement_ratio=displacement_ratio,
-        effective_multiplier=None if displacement_ratio is None else alpha * displacement_ratio,
+        effective_multiplier=None if displacement_ratio is None else rule.alpha * displacement_ratio,
     )
+    active, coordinates = totals["active"], totals["coordinates"]
+    if rule.extrapolation is not None:
+        report.scale_mean = totals["scale"] / coordinates
+        report.scale_max = totals["scale_max"]
+        report.inactive_fraction = 1.0 - active / coordinates
+        if active:
+            lost_mean = totals["lost"] / active
+            report.retention_mean = 1.0 + lost_mean
+            report.retention_std = math.sqrt(max(totals["lost_squared"] / active - lost_mean**2, 0.0))
+    return report
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

@@ -1,0 +1,60 @@
+"""What a run's own measurements say about its settings: one warning each, with the remedy."""
+
+import statistics
+from collections import deque
+from collections.abc import Iterator
+
+from ..update.gate import Gate
+from ..update.step import LookaheadReport
+from .lookahead_config import LookaheadArguments
+
+
+SHORT_REACH_STEPS = 20
+
+
+class Advisor:
+    """Listens to every active step, and speaks up once on each subject."""
+
+    def __init__(self, args: LookaheadArguments):
+        self.args = args
+        self.multipliers: deque[float] = deque(maxlen=SHORT_REACH_STEPS)
+        self.said: set[str] = set()
+
+    def hear(self, report: LookaheadReport, gate: Gate) -> Iterator[str]:
+        """Takes one active step, after the gate has seen it.
+
+        Yields:
+            `str`: Warnings that have not been given before.
+        """
+        for subject, advice in self._all(report, gate):
+            if subject not in self.said:
+                self.said.add(subject)
+                yield advice
+
+    def _all(self, report: LookaheadReport, gate: Gate) -> Iterator[tuple[str, str]]:
+        if self.args.update_rule == "gxpo" and report.effective_multiplier is not None:
+            self.multipliers.append(report.effective_multiplier)
+            if len(self.multipliers) == SHORT_REACH_STEPS and statistics.fmean(self.multipliers) < 1.0:
+                yield (
+                    "reach",
+                    f"Over the last {SHORT_REACH_STEPS} steps the reposition moved "
+                    f"{statistics.fmean(self.multipliers):.2f} times as far as the two probes: it gives back what "
+                    "they cost. Raise `reposition_alpha` or `lookahead_steps`.",
+                )
+        noise = report.diagnostics.get("noise_retention_std")
+        if noise is not None and report.retention_std is not None and noise >= report.retention_std:
+            yield (
+                "noise",
+                f"The same gradient computed twice has a retention ratio of standard deviation {noise:.3g}, and that "
+                f"of the two probes {report.retention_std:.3g}: what is extrapolated is noise. Raise the learning "
+                "rate or `active_threshold_relative`, or compute in fp32.",
+            )
+        trigger = self.args.gate().trigger
+        tripped = gate.decaying > 0 or not gate.active
+        first_armed = max(trigger.warmup_steps, 2) + trigger.patience
+        if tripped and gate.observed == first_armed and gate.active_steps < gate.fallback.max_active_steps:
+            yield (
+                "gate",
+                f"The gate fired in the first step in which it could, step {gate.active_steps}: the signal was no "
+                "steadier than its own noise. Raise `gate_threshold` or `gate_patience`, or set `gate_robust: true`.",
+            )

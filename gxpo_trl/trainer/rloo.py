@@ -1,0 +1,42 @@
+"""The lookahead policy updates over TRL's RLOO."""
+
+from dataclasses import dataclass
+
+from trl import RLOOConfig, RLOOTrainer
+
+from .gxpo import GXPOTrainer
+from .lookahead_config import LookaheadArguments
+from .lookahead_trainer import LookaheadMixin
+
+
+@dataclass
+class GXPORLOOConfig(LookaheadArguments, RLOOConfig):
+    r"""
+    Configuration class for the [`GXPORLOOTrainer`].
+
+    [`GXPORLOOConfig`] inherits every parameter from [`~trl.RLOOConfig`] and adds those of the lookahead policy
+    updates, [`LookaheadArguments`]. `update_rule: "grpo"` stands for RLOO's own single pass.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ratio_anchor == "current":
+            raise ValueError(
+                "`ratio_anchor: current` has no meaning for RLOO: TRL computes its old log-probabilities with the "
+                "rollouts and uses them in every pass. Leave `ratio_anchor: rollout`."
+            )
+
+
+class GXPORLOOTrainer(LookaheadMixin, RLOOTrainer):
+    """
+    Trainer for RLOO with lookahead policy updates: [`~trl.RLOOTrainer`] that moves the policy further on each batch of
+    rollouts.
+
+    TRL's RLOO computes the old log-probabilities with the rollouts; all passes use them.
+    """
+
+    _config_class = GXPORLOOConfig
+    _freezes_old_logps = False
+    _tag_names = ["trl", "rloo", "gxpo"]
+    _name = "RLOO with GXPO"
+    _paper = GXPOTrainer._paper
