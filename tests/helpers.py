@@ -33,8 +33,9 @@ ON_CPU = {
 }
 
 # Large steps and a tight clip: the gradient and the ratio are both clipped. A large eps keeps AdamW well-conditioned
-# where gradients are nearly 0, so that rounding does not decide.
-METHOD = {"learning_rate": 3e-4, "max_grad_norm": 0.5, "epsilon": 0.05, "adam_epsilon": 1e-3, "weight_decay": 0.0}
+# where gradients are nearly 0, so that rounding does not decide. (With an epsilon of 0.05 it does, in two of the runs:
+# one token's ratio lies on the bound, and which side it falls on changes the gradient.)
+METHOD = {"learning_rate": 3e-4, "max_grad_norm": 0.5, "epsilon": 0.04, "adam_epsilon": 1e-3, "weight_decay": 0.0}
 
 
 class Recording:

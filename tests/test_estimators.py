@@ -49,7 +49,7 @@ def test_a_run_with_update_retention_equals_the_reference(tmp_path, weight_decay
         K=5,
         alpha=0.5,
         max_norm=0.5,
-        epsilon=0.05,
+        epsilon=0.04,
         eps=1e-2,
         weight_decay=weight_decay,
         retention="update",

@@ -1,5 +1,6 @@
 """What an active step holds beside a plain one, counted allocation by allocation."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from test_step import Quadratic, gxpo, prepare, take_step
 from torch.profiler import profile
 
 from gxpo_trl.update.engines import TorchEngine
+from gxpo_trl.update.snapshot import Storage
 
 
 COORDINATES = 2_000_000
@@ -46,8 +48,8 @@ def plain_step(engine: TorchEngine) -> None:
     engine.clear_gradients()
 
 
-def active_step(engine: TorchEngine, rollback: bool = False) -> None:
-    take_step(engine, gxpo(5, 0.5, rollback))
+def active_step(engine: TorchEngine, rollback: bool = False, **settings) -> None:
+    take_step(engine, gxpo(5, 0.5, rollback, **settings))
     engine.clear_gradients()
 
 
@@ -64,6 +66,19 @@ def test_an_active_step_holds_two_copies_of_the_trainable_parameters(engine):
     plain = peak_bytes(lambda: plain_step(engine))
     active = peak_bytes(lambda: active_step(engine))
     assert 1.9 < (active - plain) / MODEL_BYTES < 2.05
+
+
+def test_update_retention_holds_two_copies_as_well(engine):
+    plain = peak_bytes(lambda: plain_step(engine))
+    active = peak_bytes(lambda: active_step(engine, retention="update"))
+    assert 1.9 < (active - plain) / MODEL_BYTES < 2.05
+
+
+def test_a_first_gradient_in_bf16_halves_its_copy(engine):
+    rule = dataclasses.replace(gxpo(5, 0.5), storage=Storage(grad_dtype=torch.bfloat16))
+    plain = peak_bytes(lambda: plain_step(engine))
+    active = peak_bytes(lambda: (take_step(engine, rule), engine.clear_gradients()))
+    assert 1.4 < (active - plain) / MODEL_BYTES < 1.55
 
 
 def test_rollback_holds_the_moments_too(engine):

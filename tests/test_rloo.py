@@ -46,7 +46,7 @@ def test_a_run_equals_the_reference(tmp_path, accumulation):
         K=5,
         alpha=0.5,
         max_norm=0.5,
-        epsilon=0.05,
+        epsilon=0.04,
         eps=1e-3,
         loss_function=rloo_loss,
     )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from gxpo_trl import GXPOTrainer, LookaheadTrainer
+from gxpo_trl import GXPOTrainer, LookaheadTrainer, SFPOTrainer
 from gxpo_trl.scripts import demo
 from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.train import build_trainer
@@ -23,12 +23,21 @@ def recipe(name: str) -> list[str]:
     return ["--config", str(RECIPES / f"{name}.yaml")]
 
 
-def test_the_two_recipes_differ_in_the_update_rule_alone():
-    grpo, gxpo = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("grpo", "gxpo"))
-    different = {key for key in grpo.keys() | gxpo.keys() if grpo.get(key) != gxpo.get(key)}
+@pytest.mark.parametrize("name", ["sfpo", "gxpo"])
+def test_the_recipes_differ_in_the_update_rule_alone(name):
+    grpo, other = (yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()) for recipe in ("grpo", name))
+    different = {key for key in grpo.keys() | other.keys() if grpo.get(key) != other.get(key)}
     assert different - {"update_rule", "output_dir"} == {
-        *("lookahead_steps", "reposition_alpha", "gate_threshold", "gate_window", "gate_warmup_steps"),
+        *("lookahead_steps", "reposition_alpha", "gate_signal", "gate_threshold", "gate_window", "gate_warmup_steps"),
     }
+
+
+def test_what_a_recipe_leaves_out_has_the_defaults_of_its_rule(tmp_path):
+    for rule, steps, signal in (("gxpo", 5, "grad_norm"), ("sfpo", 3, "entropy")):
+        path = tmp_path / f"{rule}.yaml"
+        path.write_text(f"output_dir: out\nuse_cpu: true\nbf16: false\nupdate_rule: {rule}\n")
+        training_args = parse_recipe(["--config", str(path)])[1]
+        assert (training_args.lookahead_steps, training_args.gate_signal) == (steps, signal)
 
 
 def test_the_command_line_overrides_the_recipe():
@@ -39,7 +48,7 @@ def test_the_command_line_overrides_the_recipe():
 
 
 def test_the_update_rule_chooses_the_trainer():
-    for name, trainer_class in (("gxpo", GXPOTrainer), ("grpo", LookaheadTrainer)):
+    for name, trainer_class in (("gxpo", GXPOTrainer), ("sfpo", SFPOTrainer), ("grpo", LookaheadTrainer)):
         assert type(build_trainer(parse_recipe(recipe(name)))) is trainer_class
 
 
@@ -105,9 +114,10 @@ def test_the_demo_compares_and_draws(tmp_path, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
     assert table["GRPO"]["backward passes"] == "3"
+    assert table["SFPO"]["backward passes"] in ("9", "12")  # the gate may fire in the third step, not before
     assert table["GXPO"]["backward passes"] in ("7", "9")  # shut off after step 2 at the earliest
-    assert table["GRPO"]["rollouts"] == table["GXPO"]["rollouts"] == "384"
-    assert table["GRPO"]["pass@1 at start"] == table["GXPO"]["pass@1 at start"]
+    assert table["SFPO"]["rollouts"] == table["GXPO"]["rollouts"] == table["GRPO"]["rollouts"] == "384"
+    assert len({row["pass@1 at start"] for row in table.values()}) == 1
     path = tmp_path / "comparison.png"
     assert str(path) in printed
     assert imread(path).std() > 0.05  # something is drawn

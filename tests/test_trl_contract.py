@@ -11,7 +11,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from helpers import logged, make_trainer
 from transformers import Trainer
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 def trl_trainer(tmp_path, trainer_class=GRPOTrainer, **settings):
@@ -33,7 +33,7 @@ def test_the_overridden_methods_keep_their_signatures():
     assert parameter_names(GRPOTrainer.__init__)[:4] == ["self", "model", "reward_funcs", "args"]
 
 
-class SpyingTrainer(GRPOTrainer):
+class SpyingMixin:
     """Writes down, in order, what one optimizer step calls."""
 
     def __init__(self, *args, **kwargs):
@@ -57,6 +57,10 @@ class SpyingTrainer(GRPOTrainer):
         self.calls.append("logps" if torch.is_grad_enabled() else "logps without grad")
         self.logps.append(outputs[0])
         return outputs
+
+
+class SpyingTrainer(SpyingMixin, GRPOTrainer):
+    pass
 
 
 def test_a_training_step_prepares_computes_one_loss_and_goes_backward(tmp_path):
@@ -103,6 +107,18 @@ def test_the_loss_measures_its_ratio_against_old_per_token_logps(tmp_path):
 def test_the_loss_is_scaled_for_accumulation_by_compute_loss():
     """Replays go backward with what `compute_loss` returns, as `training_step` does."""
     assert GRPOTrainer.loss_is_scaled_for_ga is True
+
+
+def test_rloo_is_scaled_by_the_training_step_and_keeps_its_own_old_log_probabilities(tmp_path):
+    assert RLOOTrainer.loss_is_scaled_for_ga is False
+    assert parameter_names(RLOOTrainer.compute_loss) == parameter_names(GRPOTrainer.compute_loss)
+    assert parameter_names(RLOOTrainer.training_step) == parameter_names(GRPOTrainer.training_step)
+    spying_class = type("SpyingRLOOTrainer", (SpyingMixin, RLOOTrainer), {})
+    trainer = make_trainer(tmp_path, spying_class, RLOOConfig, scripted=False, max_steps=1)
+    trainer.train()
+    calls = [call for call in trainer.calls if call != "logps without grad"]
+    assert calls == ["prepare", "loss", "logps", "backward"] * 2
+    assert trainer.prepared["old_logps"].shape == trainer.prepared["advantages"].shape
 
 
 def test_metrics_are_lists_by_name_that_log_averages_and_clears(tmp_path):

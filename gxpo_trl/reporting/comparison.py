@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from .runs import Run
 
 
-COLORS = {"GRPO": "#5B6770", "GXPO": "#C8442B"}  # one colour per method, throughout
+COLORS = {"GRPO": "#5B6770", "SFPO": "#2B7BBA", "GXPO": "#C8442B"}  # one colour per method, throughout
 COLUMNS = ("method", "pass@1 at start", "pass@1 at end", "rollouts", "backward passes", "seconds")
 
 

@@ -6,7 +6,7 @@ import importlib
 
 COMMANDS = {
     "train": "train a model from a recipe",
-    "demo": "watch a small model learn with GRPO and with GXPO, and get a picture of it",
+    "demo": "watch a small model learn with GRPO, SFPO and GXPO, and get a picture of it",
 }
 
 

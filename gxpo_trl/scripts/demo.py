@@ -1,10 +1,10 @@
-"""Trains a small language model with GRPO and with GXPO and compares them, offline, in minutes on a laptop.
+"""Trains a small language model with GRPO, SFPO and GXPO and compares them, offline, in minutes on a laptop.
 
     make demo                                    # or: gxpo demo --output_dir out/demo
 
 Both runs start from the same warm start and see the same prompts, seed and number of rollouts; they differ in the
 update rule alone (recipes/tiny/grpo.yaml, recipes/tiny/gxpo.yaml). Held-out pass@1 is measured on the way by the same
-function that rewards the rollouts. Options after `--output_dir` go to both recipes: `--max_steps 20`, `--learning_rate
+function that rewards the rollouts. Options after `--output_dir` go to all recipes: `--max_steps 20`, `--learning_rate
 3e-4`, …
 """
 
@@ -30,6 +30,8 @@ from .train import build_trainer, train
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 ARMS = {
     "GRPO": "one step with the gradient of each batch of rollouts",
+    "SFPO": "three fast steps on the batch, back a fifth of the way, one slow step; back to GRPO when the policy's "
+    "entropy jumps",
     "GXPO": "two probe steps on the batch, an extrapolation of where more would lead, part of the way there, one "
     "correcting step; back to GRPO when the correction grows restless",
 }

@@ -18,10 +18,11 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
 from ..trainer.gxpo import GXPOTrainer
 from ..trainer.lookahead_trainer import LookaheadTrainer
+from ..trainer.sfpo import SFPOTrainer
 from .recipe import Recipe, parse_recipe
 
 
-TRAINERS = {"gxpo": GXPOTrainer, "grpo": LookaheadTrainer}
+TRAINERS = {"gxpo": GXPOTrainer, "sfpo": SFPOTrainer, "grpo": LookaheadTrainer}
 
 
 def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> LookaheadTrainer:
