@@ -11,7 +11,7 @@ from pathlib import Path
 import conftest  # noqa: F401  offline, as the tests are
 import torch
 from accelerate.utils import DistributedType
-from helpers import RisingGateTrainer, make_trainer, parameters
+from helpers import RisingGateTrainer, compute_in_float64, double_model, make_trainer, parameters
 from peft import LoraConfig
 
 from gxpo_trl import GXPOTrainer
@@ -36,7 +36,10 @@ def main() -> None:
     output_dir, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     trainer_class = TRAINERS[settings.pop("trainer", "plain")]
     lora = LoraConfig(r=4, target_modules="all-linear") if settings.pop("lora", False) else None
-    trainer = make_trainer(output_dir, trainer_class, peft_config=lora, ddp_backend="gloo", **settings)
+    compute_in_float64()
+    trainer = make_trainer(
+        output_dir, trainer_class, model=double_model(), peft_config=lora, ddp_backend="gloo", **settings
+    )
     assert trainer.accelerator.distributed_type == DistributedType.MULTI_CPU
     assert trainer.accelerator.num_processes == 2
     trainer.train()

@@ -7,10 +7,10 @@ from helpers import (
     Recording,
     assert_close_parameters,
     assert_equal_parameters,
+    double_model,
     logged,
     parameters,
     text_reward,
-    tiny_model,
     train,
 )
 from reference import rloo_loss, train_gxpo
@@ -27,18 +27,19 @@ class RecordingTrainer(Recording, GXPORLOOTrainer):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_run_equals_the_reference(tmp_path, accumulation):
+def test_a_run_equals_the_reference(tmp_path, float64, accumulation):
     trainer = train(
         tmp_path,
         RecordingTrainer,
         GXPORLOOConfig,
+        model=double_model(),
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=16 // accumulation,
         beta=0.0,
         **SAMPLED,
         **METHOD,
     )
-    model = tiny_model()
+    model = double_model()
     train_gxpo(
         model,
         trainer.windows(),
@@ -46,11 +47,11 @@ def test_a_run_equals_the_reference(tmp_path, accumulation):
         K=5,
         alpha=0.5,
         max_norm=0.5,
-        epsilon=0.04,
+        epsilon=0.05,
         eps=1e-3,
         loss_function=rloo_loss,
     )
-    assert_close_parameters(parameters(trainer), {n: p.detach() for n, p in model.named_parameters()}, atol=1e-6)
+    assert_close_parameters(parameters(trainer), {n: p.detach() for n, p in model.named_parameters()}, atol=1e-9)
     assert max(logged(trainer, "lookahead/clip_ratio_slow")) > 0.01
     assert trainer.backward_calls == 3 * 3 * accumulation
 

@@ -7,9 +7,9 @@ from helpers import (
     RisingGate,
     assert_close_parameters,
     assert_equal_parameters,
+    double_model,
     logged,
     parameters,
-    tiny_model,
     train,
 )
 from reference import train_sfpo
@@ -22,11 +22,13 @@ class RecordingTrainer(Recording, SFPOTrainer):
 
 
 @pytest.mark.parametrize("fast_steps", [1, 3, 7])
-def test_a_run_equals_the_reference(tmp_path, fast_steps):
-    trainer = train(tmp_path, RecordingTrainer, SFPOConfig, lookahead_steps=fast_steps, max_steps=4, **METHOD)
-    model = tiny_model()
-    train_sfpo(model, trainer.windows(), lr=3e-4, K=fast_steps, alpha=0.8, max_norm=0.5, epsilon=0.04, eps=1e-3)
-    assert_close_parameters(parameters(trainer), {n: p.detach() for n, p in model.named_parameters()}, atol=1e-6)
+def test_a_run_equals_the_reference(tmp_path, float64, fast_steps):
+    trainer = train(
+        tmp_path, RecordingTrainer, SFPOConfig, model=double_model(), lookahead_steps=fast_steps, max_steps=4, **METHOD
+    )
+    model = double_model()
+    train_sfpo(model, trainer.windows(), lr=3e-4, K=fast_steps, alpha=0.8, max_norm=0.5, epsilon=0.05, eps=1e-3)
+    assert_close_parameters(parameters(trainer), {n: p.detach() for n, p in model.named_parameters()}, atol=1e-9)
     assert trainer.backward_calls == 4 * (fast_steps + 1) * 2
     assert logged(trainer, "lookahead/backward_passes")[-1] == 4 * (fast_steps + 1)
 
