@@ -1,6 +1,6 @@
-"""GRPO and GXPO on the embedded task, each over learning rates and seeds.
+"""GRPO, SFPO and GXPO on the embedded task, each over learning rates and seeds.
 
-    python benchmarks/learning_rates.py              # 24 runs, two at a time: about 12 minutes
+    python benchmarks/learning_rates.py              # 36 runs, two at a time: about 18 minutes
 
 A lookahead moves further per batch of rollouts, and so does a larger learning rate: a gain at equal learning rate
 alone proves nothing. This prints held-out pass@1 after few batches, on average over the run and at its end, for each
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
 
-    arms = list(itertools.product(("grpo", "gxpo"), options.learning_rates))
+    arms = list(itertools.product(("grpo", "sfpo", "gxpo"), options.learning_rates))
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda job: train(*job[0], job[1]), itertools.product(arms, range(options.seeds))))
     rows = []

@@ -63,7 +63,9 @@ def test_two_processes_equal_one(tmp_path, float64, probe_optimizer_state, lora)
     assert_close_parameters(ranks[0]["parameters"], parameters(one), atol=1e-6)  # the advantages are fp32 still
     for name in ("grad_norm_0", "grad_norm_slow", "retention_mean", "scale_mean", "cos_0_slow"):
         two = [entry[f"lookahead/{name}"] for entry in ranks[0]["log"] if f"lookahead/{name}" in entry]
-        assert two == pytest.approx([entry[f"lookahead/{name}"] for entry in one.state.log_history[:3]], rel=1e-6)
+        assert two == pytest.approx(
+            [entry[f"lookahead/{name}"] for entry in one.state.log_history[:3]], rel=1e-4, abs=1e-6
+        )
 
 
 def test_the_gate_trips_on_all_ranks_at_once(tmp_path):
