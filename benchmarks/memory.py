@@ -1,0 +1,103 @@
+"""What an active step holds in memory beside a plain step, by setting.
+
+    python benchmarks/memory.py
+
+Peak memory of one step above what is held between steps (parameters and optimizer state), in multiples of the
+trainable parameters, full fine-tuning with AdamW. On a GPU it is the allocator's peak; on a CPU every allocation is
+counted. With `snapshot_device: cpu` the copies are in pinned host memory: only a GPU's allocator shows the difference.
+The extrapolation's temporaries (about 40 MiB, whatever the model's size) are included.
+"""
+
+import argparse
+import dataclasses
+import itertools
+
+import torch
+from accelerate import Accelerator
+from common import describe_machine, save_result
+from torch.profiler import profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gxpo_trl.update.engines import TorchEngine
+from gxpo_trl.update.extrapolation import Extrapolation
+from gxpo_trl.update.snapshot import Storage
+from gxpo_trl.update.step import LookaheadRule, lookahead_step
+
+
+GXPO = LookaheadRule(probes=2, alpha=0.5, extrapolation=Extrapolation(5, scale_max=3.5))
+RULES = {
+    "gxpo": GXPO,
+    "gxpo, retention: update": dataclasses.replace(GXPO, extrapolation=Extrapolation(5, "update", scale_max=3.5)),
+    "gxpo, snapshot_dtype: bfloat16": dataclasses.replace(GXPO, storage=Storage(grad_dtype=torch.bfloat16)),
+    "gxpo, snapshot_device: cpu": dataclasses.replace(GXPO, storage=Storage(on_host=True)),
+    "gxpo, probe_optimizer_state: rollback": dataclasses.replace(GXPO, rollback=True),
+    "gxpo, a step with diagnostics": GXPO,
+    "sfpo, K = 3": LookaheadRule(probes=3, alpha=0.8),
+}
+
+
+def peak_bytes(function) -> int:
+    """The most that is allocated at once while `function` runs, above what was there before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+
+    accelerator = Accelerator()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1024,
+            hidden_size=options.hidden_size,
+            intermediate_size=4 * options.hidden_size,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.hidden_size // 64,
+            tie_word_embeddings=True,
+        )
+    ).to(accelerator.device)
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False))
+    engine = TorchEngine(accelerator, model, optimizer, max_grad_norm=1.0)
+    tokens = torch.randint(0, 1024, (2, 64), device=accelerator.device)
+
+    def one_pass() -> None:
+        engine.backward(model(input_ids=tokens, labels=tokens).loss)
+
+    def step(rule: LookaheadRule | None, diagnose: bool = False) -> None:
+        one_pass()
+        if rule is not None:
+            lookahead_step(engine, one_pass, rule, diagnose)
+        engine.clip_gradients()
+        engine.step()
+        engine.clear_gradients()
+
+    step(None)  # the moments exist from here on
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters())
+    plain = peak_bytes(lambda: step(None)) / trainable
+    rows = {"plain": plain}
+    print(
+        f"{trainable / 2**20:.0f} MiB of trainable parameters. Peak of a step in multiples of them, beside a plain one:"
+    )
+    print(f"  {'plain':42s} {plain:5.2f}")
+    for name, rule in RULES.items():
+        rows[name] = peak_bytes(lambda r=rule, n=name: step(r, diagnose="diagnostics" in n)) / trainable
+        print(f"  {name:42s} {rows[name]:5.2f}  (+{rows[name] - plain:.2f})")
+    result = {"trainable_bytes": trainable, "peak_in_trainable_parameters": rows, **describe_machine(threads=2)}
+    print(f"written to {save_result('memory', result)}")
+
+
+if __name__ == "__main__":
+    main()
