@@ -89,7 +89,7 @@ def main() -> None:
     plain = peak_bytes(lambda: step(None)) / trainable
     rows = {"plain": plain}
     print(
-        f"{trainable / 2**20:.0f} MiB of trainable parameters. Peak of a step in multiples of them, beside a plain one:"
+        f"{trainable / 2**20:.0f} MiB of trainable parameters. Peak of a step in multiples of them, beside a plain:"
     )
     print(f"  {'plain':42s} {plain:5.2f}")
     for name, rule in RULES.items():
