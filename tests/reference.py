@@ -147,3 +147,25 @@ def train_sfpo(model, windows, lr, K, alpha, max_norm, epsilon, eps):
         for p, p0 in zip(parameters, start, strict=True):
             p.data = p0 + alpha * (p.data - p0)
         optimizer.step(clipped_gradient(grpo_loss(model, window, old, epsilon), parameters, max_norm)[0])
+
+
+def run_reference(trainer, model, **overrides) -> tuple[dict[str, torch.Tensor], list[float], int | None]:
+    """`train_gxpo` with the settings and the rollouts of a run: the parameters, the norms, the shut-off step."""
+    args = trainer.args
+    settings = {
+        "lr": args.learning_rate,
+        "K": args.lookahead_steps,
+        "alpha": args.reposition_alpha,
+        "max_norm": args.max_grad_norm,
+        "epsilon": args.epsilon,
+        "tau": float("inf") if args.gate_signal == "never" else args.gate_threshold,
+        "w": args.gate_window,
+        "warmup": args.gate_warmup_steps,
+        "eps": args.adam_epsilon,
+        "rollback": args.probe_optimizer_state == "rollback",
+        "anchor": args.ratio_anchor,
+        "retention": args.retention,
+        "weight_decay": args.weight_decay,
+    }
+    norms, shutoff = train_gxpo(model, trainer.windows(), **{**settings, **overrides})
+    return {n: p.detach() for n, p in model.named_parameters()}, norms, shutoff

@@ -69,7 +69,6 @@ class LookaheadMixin:
                 check_decoupled_decay(self.optimizer)
         self._gate = args.gate()
         self._advisor = Advisor(args)
-        self._engine: TorchEngine | None = None
         self._window: RolloutWindow | None = None  # of the step under way, while pass 1 is being recorded
         self._moved_at_window_start: dict[str, Any] = {}
         self._backward_passes = 0
@@ -127,29 +126,28 @@ class LookaheadMixin:
             self._gate.rest()
             metrics = {"active": 0.0}
         else:
-            if self._engine is None:
-                self._engine = make_engine(self.accelerator, model, self.optimizer, self.args.max_grad_norm)
+            engine = make_engine(self.accelerator, model, self.optimizer, self.args.max_grad_norm)
             rule = dataclasses.replace(self._rule, alpha=self._rule.alpha * self._gate.alpha_factor)
             every = self.args.lookahead_diagnostics_steps
             diagnose = every > 0 and self._gate.active_steps % every == 0
             with self._private_metrics() as slow_metrics, window.preserved_randomness():
-                report = lookahead_step(self._engine, lambda: self._replay(model, window), rule, diagnose)
+                report = lookahead_step(engine, lambda: self._replay(engine, model, window), rule, diagnose)
             self._backward_passes += report.passes
             metrics = self._judge(report, slow_metrics, len(window.micro_batches))
         self._update_time += time.perf_counter() - started
         self._log_update(metrics)
 
-    def _replay(self, model, window: RolloutWindow) -> None:
+    def _replay(self, engine: TorchEngine, model, window: RolloutWindow) -> None:
         """One pass over the window at the present parameters, as TRL's own `training_step` would make it."""
         self._metrics["train"].clear()
         self._set_moved_state(self._moved_at_window_start)
         for inputs, is_last in window.replay():
-            with self._engine.micro_batch(is_last):
+            with engine.micro_batch(is_last):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, inputs)
                 if not self.loss_is_scaled_for_ga:
                     loss = loss / self.current_gradient_accumulation_steps
-                self._engine.backward(loss)
+                engine.backward(loss)
 
     @contextlib.contextmanager
     def _private_metrics(self) -> Iterator[dict[str, list[float]]]:
