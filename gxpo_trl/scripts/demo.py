@@ -87,6 +87,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("out/demo"), help="where runs and figure go")
     options, overrides = parser.parse_known_args(arguments)
+    if not RECIPES.is_dir():
+        sys.exit(f"error: the demo's recipes are not in {RECIPES}. Run it in a clone of the repository: `make demo`.")
     quieten()
     torch.set_num_threads(1)  # the model is too small to share
 
@@ -102,7 +104,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         print(f"\n[{i}/{len(ARMS)}] {label}: {summary}.")
         try:
             runs.append(run_arm(label, options.output_dir / label.lower(), overrides))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 
     figure = options.output_dir / "comparison.png"

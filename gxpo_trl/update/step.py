@@ -46,7 +46,6 @@ class LookaheadRule:
             it as it is (SFPO).
         rollback (`bool`): Whether the optimizer's state returns to θ0's before the slow correction.
         storage (`Storage`): Where the copies are kept.
-        diagnostics_steps (`int`): Compares with real steps every so many active steps; 0 never does.
     """
 
     probes: int
@@ -54,7 +53,6 @@ class LookaheadRule:
     extrapolation: Extrapolation | None = None
     rollback: bool = False
     storage: Storage = Storage()
-    diagnostics_steps: int = 0
 
     @property
     def passes(self) -> int:
