@@ -124,6 +124,18 @@ def test_the_noise_floor_of_a_noisy_gradient_shows():
     assert measured["noise_cos"] == pytest.approx(1 / 1.01, rel=1e-2)
 
 
+def test_the_noise_floor_has_the_threshold_of_the_ratio_it_is_held_against():
+    """Every other coordinate has a gradient far below the rest; its ratio is all noise, and a relative bound cures it."""
+    torch.manual_seed(0)
+    spreads = []
+    for relative in (0.0, 0.1):
+        model = Quadratic(torch.ones(20000).double(), torch.tensor([1.0, 1e-3]).double().repeat(10000))
+        rule = gxpo(5, 0.5, active_threshold_relative=relative)
+        spreads.append(diagnose(model, torch.optim.SGD(model.parameters(), lr=0.1), rule, 0.01)["noise_retention_std"])
+    assert spreads[0] > 0.5
+    assert spreads[1] == pytest.approx(0.01 * 2**0.5, rel=0.1)
+
+
 def test_a_real_step_that_is_not_finite_is_not_measured():
     """The run goes on; the step itself falls back or not as it would without."""
     model = quadratic()

@@ -66,10 +66,11 @@ def measure_truth(engine: TorchEngine, replay: Callable[[], None], rule: Extrapo
 
 def _noise(engine: TorchEngine, start: Origin, rule: Extrapolation) -> dict[str, float]:
     totals = torch.zeros(6, device=engine.device)
+    threshold = rule.threshold(engine.gradient_norm() / math.sqrt(engine.coordinates()))
     for again, grad_0 in zip(engine.gradients(), start.grad_0, strict=True):
         if again is None or grad_0 is None:
             continue
-        retention, _, active = retention_and_scale(grad_0.float(), again.float(), rule, rule.active_threshold)
+        retention, _, active = retention_and_scale(grad_0.float(), again.float(), rule, threshold)
         lost = retention - 1.0
         sums = [(again * grad_0).sum(), again.square().sum(), grad_0.square().sum()]
         totals += torch.stack([*sums, active.sum(), lost.sum(), lost.square().sum()]).to(totals)
