@@ -52,6 +52,13 @@ def test_a_retention_ratio_inside_its_noise(config):
     assert "0.5" in said[0] and "active_threshold_relative" in said[0]
 
 
+def test_a_learning_rate_of_zero_is_no_noise(config):
+    """In the first step of a warm-up nothing moves: every ratio is 1, and so is that of the repeated gradient."""
+    assert (
+        advice(config, [dataclasses.replace(GOOD, retention_std=0.0, diagnostics={"noise_retention_std": 0.0})]) == []
+    )
+
+
 def test_a_gate_that_fires_in_its_first_armed_step(config):
     said = advice(config, [GOOD] * 3, signal=[1.0, 2.0, 9.0])
     assert len(said) == 1

@@ -125,7 +125,7 @@ def test_the_noise_floor_of_a_noisy_gradient_shows():
 
 
 def test_the_noise_floor_has_the_threshold_of_the_ratio_it_is_held_against():
-    """Every other coordinate has a gradient far below the rest; its ratio is all noise, and a relative bound cures it."""
+    """Every other coordinate has a gradient far below the rest; its ratio is noise, and a relative bound cures it."""
     torch.manual_seed(0)
     spreads = []
     for relative in (0.0, 0.1):

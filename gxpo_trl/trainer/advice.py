@@ -42,16 +42,15 @@ class Advisor:
                     "they cost. Raise `reposition_alpha` or `lookahead_steps`.",
                 )
         noise = report.diagnostics.get("noise_retention_std")
-        if noise is not None and report.retention_std is not None and noise >= report.retention_std:
+        if noise and report.retention_std is not None and noise >= report.retention_std:
             yield (
                 "noise",
                 f"The same gradient computed twice has a retention ratio of standard deviation {noise:.3g}, and that "
                 f"of the two probes {report.retention_std:.3g}: what is extrapolated is noise. Raise the learning "
                 "rate or `active_threshold_relative`, or compute in fp32.",
             )
-        trigger = self.args.gate().trigger
         tripped = gate.decaying > 0 or not gate.active
-        first_armed = max(trigger.warmup_steps, 2) + trigger.patience
+        first_armed = max(gate.trigger.warmup_steps, 2) + gate.trigger.patience
         if tripped and gate.observed == first_armed and gate.active_steps < gate.fallback.max_active_steps:
             yield (
                 "gate",
