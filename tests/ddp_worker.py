@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from helpers import RisingGateTrainer, compute_in_float64, double_model, make_trainer, parameters
 from peft import LoraConfig
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from gxpo_trl import GXPOTrainer
 
@@ -29,7 +30,28 @@ class PoisonedOnOneRankTrainer(GXPOTrainer):
         return loss * float("nan") if poisoned else loss
 
 
-TRAINERS = {"plain": GXPOTrainer, "rising gate": RisingGateTrainer, "poisoned": PoisonedOnOneRankTrainer}
+class CountingTrainer(GXPOTrainer):
+    """Counts how often gradients are reduced over the ranks, once per backward pass that does so."""
+
+    reductions = None
+
+    def training_step(self, model, *args, **kwargs):
+        if self.reductions is None:
+            self.reductions = 0
+            model.register_comm_hook(None, self.count_and_reduce)
+        return super().training_step(model, *args, **kwargs)
+
+    def count_and_reduce(self, state, bucket):
+        self.reductions += bucket.is_last()
+        return allreduce_hook(None, bucket)
+
+
+TRAINERS = {
+    "plain": GXPOTrainer,
+    "counting": CountingTrainer,
+    "rising gate": RisingGateTrainer,
+    "poisoned": PoisonedOnOneRankTrainer,
+}
 
 
 def main() -> None:
@@ -46,6 +68,7 @@ def main() -> None:
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     result = {"parameters": parameters(trainer), "log": trainer.state.log_history, "passes": trainer._backward_passes}
     result["gate"] = trainer._gate.state_dict()
+    result["reductions"] = getattr(trainer, "reductions", None)
     torch.save(result, output_dir / f"rank{os.environ['RANK']}.pt")
 
 

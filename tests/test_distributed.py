@@ -68,6 +68,12 @@ def test_two_processes_equal_one(tmp_path, float64, probe_optimizer_state, lora)
         )
 
 
+def test_gradients_are_reduced_once_a_pass(tmp_path):
+    """Three passes of two micro-batches each: the first of a pass accumulates locally."""
+    ranks = launch(tmp_path, trainer="counting")
+    assert [rank["reductions"] for rank in ranks] == [3 * 3, 3 * 3]
+
+
 def test_the_gate_trips_on_all_ranks_at_once(tmp_path):
     ranks = launch(tmp_path, trainer="rising gate", gate_warmup_steps=2, max_steps=5)
     assert_ranks_agree(ranks)

@@ -1,6 +1,5 @@
 """The micro-batches of one optimizer step, kept so that the same loss can be computed again at other parameters."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,23 +70,13 @@ class RolloutWindow:
         self.micro_batches[-1].per_token_logps = per_token_logps.detach()
 
     def replay(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """One pass: yields `(inputs, is_last)`, with the generators set as they were for that micro-batch."""
+        """One pass: yields `(inputs, is_last)`, with the generators set as they were for that micro-batch.
+
+        A pass therefore leaves the generators where pass 1 did, and later rollouts are those of a run without replays.
+        """
         for i, micro_batch in enumerate(self.micro_batches):
             inputs = micro_batch.inputs
             if self.freeze_old_logps and inputs.get("old_per_token_logps") is None:
                 inputs = {**inputs, "old_per_token_logps": micro_batch.per_token_logps}
             micro_batch.random_state.restore()
             yield inputs, i == len(self.micro_batches) - 1
-
-    @contextlib.contextmanager
-    def preserved_randomness(self) -> Iterator[None]:
-        """Around replays: afterwards the generators stand where they stood, as if only pass 1 had been."""
-        state = RandomState.of(self.devices)
-        try:
-            yield
-        finally:
-            state.restore()
-
-    def clear(self) -> None:
-        """Lets go of the rollouts."""
-        self.micro_batches.clear()

@@ -130,7 +130,7 @@ class LookaheadMixin:
             rule = dataclasses.replace(self._rule, alpha=self._rule.alpha * self._gate.alpha_factor)
             every = self.args.lookahead_diagnostics_steps
             diagnose = every > 0 and self._gate.active_steps % every == 0
-            with self._private_metrics() as slow_metrics, window.preserved_randomness():
+            with self._private_metrics() as slow_metrics:
                 report = lookahead_step(engine, lambda: self._replay(engine, model, window), rule, diagnose)
             self._backward_passes += report.passes
             metrics = self._judge(report, slow_metrics, len(window.micro_batches))
