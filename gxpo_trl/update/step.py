@@ -151,22 +151,22 @@ def lookahead_step(
 def _probe_and_reposition(
     engine: TorchEngine, one_pass: Callable[[], None], rule: LookaheadRule, origin: Origin, truth: Truth | None
 ) -> LookaheadReport:
-    norms, clips, theta_1 = [], [], None
+    norms, clip_0, theta_1 = [], 1.0, None
     for probe in range(rule.probes):
         if probe > 0:
             engine.clear_gradients()
             one_pass()
         norm, clip = engine.clip_gradients()
         norms.append(norm)
-        clips.append(clip)
+        clip_0 = clip if probe == 0 else clip_0
         if not math.isfinite(norm):
             return _fall_back(engine, one_pass, origin, norms)
         engine.step()
         if rule.uses_updates and probe == 0:
             theta_1 = [rule.storage.keep(shard) for shard in engine.parameters()]
 
-    first_norm = _update_norm(engine, origin, theta_1) if rule.uses_updates else norms[0] * clips[0]
-    totals, errors = _reposition_shards(engine, origin, theta_1, clips[0], first_norm, rule, truth)
+    first_norm = _update_norm(engine, origin, theta_1) if rule.uses_updates else norms[0] * clip_0
+    totals, errors = _reposition_shards(engine, origin, theta_1, clip_0, first_norm, rule, truth)
     del theta_1
     engine.publish()
     if origin.optimizer is not None:
@@ -203,10 +203,12 @@ def _fall_back(
 def _update_norm(engine: TorchEngine, origin: Origin, theta_1: list[torch.Tensor]) -> float:
     """‖d0‖ over the model."""
     squares = torch.zeros(1, device=engine.device)
-    for theta_0, after, (learning_rate, decay) in zip(origin.theta_0, theta_1, engine.step_settings(), strict=True):
-        for before_slice, after_slice in _aligned_slices(theta_0, after):
-            direction = optimizer_direction(before_slice.float(), after_slice.float(), learning_rate, decay)
-            squares += direction.square().sum().to(squares)
+    shards = zip(engine.parameters(), origin.theta_0, theta_1, engine.step_settings(), strict=True)
+    for theta, theta_0, after, settings in shards:
+        for pair in _aligned_slices(theta_0, after):
+            # Copies in host memory are read through the device's stream, which has written them.
+            before_slice, after_slice = (t.to(theta.device, torch.float32, non_blocking=True) for t in pair)
+            squares += optimizer_direction(before_slice, after_slice, *settings).square().sum().to(squares)
     return engine.gather_over_shards(squares).sum().sqrt().item()
 
 
