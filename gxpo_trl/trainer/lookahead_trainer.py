@@ -14,11 +14,18 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..rollout.window import RolloutWindow
-from ..update.engines import TorchEngine, check_decoupled_decay, check_engine, make_engine
+from ..update.engines import (
+    Engine,
+    check_decoupled_decay,
+    check_engine,
+    keeps_fp32_parameters,
+    make_engine,
+    reduce_in_fp32,
+)
 from ..update.step import LookaheadReport, lookahead_step
 from .advice import Advisor
 from .lookahead_config import LookaheadArguments, LookaheadConfig
@@ -50,6 +57,11 @@ class LookaheadMixin:
     _freezes_old_logps = True  # whether the old log-probabilities are to be kept from pass 1 where TRL keeps none
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
+        if not isinstance(self, (GRPOTrainer, RLOOTrainer)):
+            raise ValueError(
+                f"{type(self).__name__} is no GRPOTrainer or RLOOTrainer of TRL, and lookahead updates know no other "
+                "training step. Asynchronous GRPO has no window of rollouts to replay: use GRPOTrainer with vLLM."
+            )
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name}")
@@ -63,12 +75,14 @@ class LookaheadMixin:
         self._uses_lookahead = args.update_rule != "grpo"
         self._rule = args.lookahead_rule()
         if self._uses_lookahead:
-            check_engine(self.accelerator)
+            check_engine(self.accelerator, self.model)
+            reduce_in_fp32(self.accelerator)
             self._check_parameter_precision()
             if self._rule.uses_updates and self.optimizer is not None:
                 check_decoupled_decay(self.optimizer)
         self._gate = args.gate()
         self._advisor = Advisor(args)
+        self._engine: Engine | None = None  # chosen at the first active step, when the model is wrapped
         self._window: RolloutWindow | None = None  # of the step under way, while pass 1 is being recorded
         self._moved_at_window_start: dict[str, Any] = {}
         self._backward_passes = 0
@@ -87,9 +101,10 @@ class LookaheadMixin:
 
     def training_step(self, model, inputs, num_items_in_batch):
         if self.lookahead_active and self._window is None:
-            self._open_window()
+            self._open_window(model)
         try:
-            output = super().training_step(model, inputs, num_items_in_batch)
+            with contextlib.nullcontext() if self._window is None else self._engine.without_step():
+                output = super().training_step(model, inputs, num_items_in_batch)
             self._update_time += time.perf_counter() - self._update_started
             if self.accelerator.sync_gradients:
                 self._finish_update(model)
@@ -110,7 +125,10 @@ class LookaheadMixin:
             self._window.keep_logps(outputs[0])
         return outputs
 
-    def _open_window(self) -> None:
+    def _open_window(self, model) -> None:
+        engine = self._engine
+        if engine is None or engine.model is not model or engine.optimizer is not self.optimizer:
+            self._engine = make_engine(self.accelerator, model, self.optimizer, self.args.max_grad_norm)
         self._window = RolloutWindow(
             devices={parameter.device for parameter in self.model.parameters()},
             freeze_old_logps=self._freezes_old_logps and self.args.ratio_anchor == "rollout",
@@ -126,28 +144,28 @@ class LookaheadMixin:
             self._gate.rest()
             metrics = {"active": 0.0}
         else:
-            engine = make_engine(self.accelerator, model, self.optimizer, self.args.max_grad_norm)
             rule = dataclasses.replace(self._rule, alpha=self._rule.alpha * self._gate.alpha_factor)
             every = self.args.lookahead_diagnostics_steps
             diagnose = every > 0 and self._gate.active_steps % every == 0
             with self._private_metrics() as slow_metrics:
-                report = lookahead_step(engine, lambda: self._replay(engine, model, window), rule, diagnose)
+                report = lookahead_step(self._engine, lambda: self._replay(model, window), rule, diagnose)
+            self._engine.finish()
             self._backward_passes += report.passes
             metrics = self._judge(report, slow_metrics, len(window.micro_batches))
         self._update_time += time.perf_counter() - started
         self._log_update(metrics)
 
-    def _replay(self, engine: TorchEngine, model, window: RolloutWindow) -> None:
+    def _replay(self, model, window: RolloutWindow) -> None:
         """One pass over the window at the present parameters, as TRL's own `training_step` would make it."""
         self._metrics["train"].clear()
         self._set_moved_state(self._moved_at_window_start)
         for inputs, is_last in window.replay():
-            with engine.micro_batch(is_last):
+            with self._engine.micro_batch(is_last):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, inputs)
                 if not self.loss_is_scaled_for_ga:
                     loss = loss / self.current_gradient_accumulation_steps
-                engine.backward(loss)
+                self._engine.backward(loss)
 
     @contextlib.contextmanager
     def _private_metrics(self) -> Iterator[dict[str, list[float]]]:
@@ -230,6 +248,8 @@ class LookaheadMixin:
         )
 
     def _check_parameter_precision(self) -> None:
+        if keeps_fp32_parameters(self.accelerator, self.model):
+            return
         low = {p.dtype for p in self.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
         if low and not self.args.allow_low_precision_parameters:
             raise ValueError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .engines import TorchEngine
+from .engines import Engine
 from .extrapolation import Extrapolation, retention_and_scale
 from .snapshot import Origin, Storage
 
@@ -33,11 +33,11 @@ class Truth:
     noise: dict[str, float]
 
 
-def measure_truth(engine: TorchEngine, replay: Callable[[], None], rule: Extrapolation) -> Truth | None:
+def measure_truth(engine: Engine, replay: Callable[[], None], rule: Extrapolation) -> Truth | None:
     """Computes g0 a second time and takes K real optimizer steps, then restores everything.
 
     Args:
-        engine (`TorchEngine`): Holds θ0 and g0, as pass 1 left it, before and after.
+        engine (`Engine`): Holds θ0 and g0, as pass 1 left it, before and after.
         replay (`Callable[[], None]`): Runs one pass over the window at the present parameters.
         rule (`Extrapolation`): K, and the bounds of the retention ratio.
 
@@ -46,26 +46,34 @@ def measure_truth(engine: TorchEngine, replay: Callable[[], None], rule: Extrapo
     """
     start = Origin.of(engine, Storage(), keeps_grad=True, rollback=True)
     try:
-        engine.clear_gradients()
-        replay()
-        noise = _noise(engine, start, rule)
-        engine.set_gradients([None if g is None else g.clone() for g in start.grad_0])
-        for step in range(rule.lookahead_steps):
-            if step > 0:
-                engine.clear_gradients()
-                replay()
-            norm, _ = engine.clip_gradients()
-            if not math.isfinite(norm):
-                return None
-            engine.step()
-        displacements = [p - theta_0 for p, theta_0 in zip(engine.parameters(), start.theta_0, strict=True)]
-        return Truth(displacements, noise)
-    finally:
-        start.return_to(engine)
+        truth = _repeat_and_step(engine, replay, rule, start)
+    except BaseException:
+        start.return_to(engine, alone=True)
+        raise
+    start.return_to(engine)
+    return truth
 
 
-def _noise(engine: TorchEngine, start: Origin, rule: Extrapolation) -> dict[str, float]:
-    totals = torch.zeros(6, device=engine.device)
+def _repeat_and_step(engine: Engine, replay: Callable[[], None], rule: Extrapolation, start: Origin) -> Truth | None:
+    engine.clear_gradients()
+    replay()
+    noise = _noise(engine, start, rule)
+    engine.set_gradients([None if g is None else g.clone() for g in start.grad_0])
+    for step in range(rule.lookahead_steps):
+        if step > 0:
+            engine.publish()
+            engine.clear_gradients()
+            replay()
+        norm, _ = engine.clip_gradients()
+        if not math.isfinite(norm):
+            return None
+        engine.step()
+    displacements = [p - theta_0 for p, theta_0 in zip(engine.parameters(), start.theta_0, strict=True)]
+    return Truth(displacements, noise)
+
+
+def _noise(engine: Engine, start: Origin, rule: Extrapolation) -> dict[str, float]:
+    totals = torch.zeros(6, dtype=engine.totals_dtype, device=engine.device)
     threshold = rule.threshold(engine.gradient_norm() / math.sqrt(engine.coordinates()))
     for again, grad_0 in zip(engine.gradients(), start.grad_0, strict=True):
         if again is None or grad_0 is None:

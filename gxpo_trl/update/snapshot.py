@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .engines import OptimizerSnapshot, TorchEngine
+from .engines import Engine, OptimizerSnapshot
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Origin:
     optimizer: OptimizerSnapshot | None
 
     @classmethod
-    def of(cls, engine: TorchEngine, storage: Storage, keeps_grad: bool, rollback: bool) -> "Origin":
+    def of(cls, engine: Engine, storage: Storage, keeps_grad: bool, rollback: bool) -> "Origin":
         grad_0 = None
         if keeps_grad:
             grad_0 = [None if g is None else storage.keep(g, storage.grad_dtype) for g in engine.gradients()]
@@ -53,12 +53,16 @@ class Origin:
             optimizer=engine.snapshot_optimizer() if rollback else None,
         )
 
-    def return_to(self, engine: TorchEngine) -> None:
-        """Restores θ0, the optimizer's state if it was kept, and g0 if it was kept, else leaves no gradient."""
+    def return_to(self, engine: Engine, alone: bool = False) -> None:
+        """Restores θ0, the optimizer's state if it was kept, and g0 if it was kept, else leaves no gradient.
+
+        `alone` says that the other ranks may be anywhere, so that nothing may wait for them.
+        """
         shards = engine.parameters()
         for shard, theta_0 in zip(shards, self.theta_0, strict=True):
             shard.copy_(theta_0)
-        engine.publish()
+        if engine.publishes_alone or not alone:
+            engine.publish()
         if self.optimizer is not None:
             engine.restore_optimizer(self.optimizer)
         engine.clear_gradients()

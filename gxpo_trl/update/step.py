@@ -7,6 +7,7 @@ that of updates), and, under `rollback`, the optimizer's state.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,14 +15,14 @@ from dataclasses import dataclass, field
 import torch
 
 from .diagnostics import Truth, candidate_totals, lookahead_errors, measure_truth
-from .engines import TorchEngine
+from .engines import Engine
 from .extrapolation import Extrapolation, optimizer_direction, reposition, retention_and_scale
 from .snapshot import Origin, Storage
 
 
 TOTALS = (
+    "slow_squared",
     "dot_0_slow",
-    "coordinates",
     "active",
     "lost",
     "lost_squared",
@@ -31,6 +32,9 @@ TOTALS = (
     "scale_max",
 )
 """What an active step adds up over slices, shards and ranks; `scale_max`, the last, is a maximum. `lost` is r - 1."""
+
+SLOW_TOTALS = TOTALS[:2]
+"""Those of the pass at θ̃."""
 
 SLICE_SIZE = 2**20  # coordinates that are extrapolated at a time, so that temporaries stay small beside the model
 
@@ -82,7 +86,8 @@ class LookaheadReport:
             probe there is no pass at θ1.
         cos_0_slow (`float`): Cosine of g0 and g_slow; g0 is not kept where the ratio is that of updates.
         retention_mean, retention_std (`float`): Of the clamped retention ratio over active coordinates.
-        scale_mean, scale_max (`float`): Of the scale over all coordinates.
+        scale_mean (`float`): Of the scale over all coordinates.
+        scale_max (`float`): Of the scale over active coordinates.
         inactive_fraction (`float`): Fraction of coordinates below the activity threshold.
         displacement_ratio (`float`): ‖θK - θ0‖ over what the probes moved.
         effective_multiplier (`float`): ‖θ̃ - θ0‖ over what the probes moved, which is α times the above.
@@ -113,7 +118,7 @@ class LookaheadReport:
 
 @torch.no_grad()
 def lookahead_step(
-    engine: TorchEngine, replay: Callable[[], None], rule: LookaheadRule, diagnose: bool = False
+    engine: Engine, replay: Callable[[], None], rule: LookaheadRule, diagnose: bool = False
 ) -> LookaheadReport:
     """Takes one active step up to, and without, its slow correction.
 
@@ -123,7 +128,7 @@ def lookahead_step(
     finite.
 
     Args:
-        engine (`TorchEngine`): Where parameters, gradients and optimizer state are.
+        engine (`Engine`): Where parameters, gradients and optimizer state are.
         replay (`Callable[[], None]`): Runs one pass over the window at the present parameters, and leaves its
             gradient in the engine.
         rule (`LookaheadRule`): The update rule.
@@ -144,16 +149,17 @@ def lookahead_step(
             truth = measure_truth(engine, one_pass, rule.extrapolation or Extrapolation(rule.probes))
         return _probe_and_reposition(engine, one_pass, rule, origin, truth)
     except BaseException:  # an interrupted notebook cell, memory run out: what is saved next are committed weights
-        origin.return_to(engine)
+        origin.return_to(engine, alone=True)
         raise
 
 
 def _probe_and_reposition(
-    engine: TorchEngine, one_pass: Callable[[], None], rule: LookaheadRule, origin: Origin, truth: Truth | None
+    engine: Engine, one_pass: Callable[[], None], rule: LookaheadRule, origin: Origin, truth: Truth | None
 ) -> LookaheadReport:
     norms, clip_0, theta_1 = [], 1.0, None
     for probe in range(rule.probes):
         if probe > 0:
+            engine.publish()
             engine.clear_gradients()
             one_pass()
         norm, clip = engine.clip_gradients()
@@ -165,7 +171,7 @@ def _probe_and_reposition(
         if rule.uses_updates and probe == 0:
             theta_1 = [rule.storage.keep(shard) for shard in engine.parameters()]
 
-    first_norm = _update_norm(engine, origin, theta_1) if rule.uses_updates else norms[0] * clip_0
+    first_norm = _update_norm(engine, origin, theta_1, rule) if rule.uses_updates else norms[0] * clip_0
     totals, errors = _reposition_shards(engine, origin, theta_1, clip_0, first_norm, rule, truth)
     del theta_1
     engine.publish()
@@ -174,22 +180,20 @@ def _probe_and_reposition(
     engine.clear_gradients()
     one_pass()
 
-    norms.append(engine.gradient_norm())
-    totals[TOTALS.index("dot_0_slow")] = _dot(engine, origin.grad_0)
+    totals[: len(SLOW_TOTALS)] = _slow_totals(engine, origin.grad_0)
     gathered = engine.gather_over_shards(torch.cat([errors, totals]))
     combined = _combine(gathered).tolist()
     summed = dict(zip(TOTALS, combined[len(errors) :], strict=True))
+    norms.append(math.sqrt(summed["slow_squared"]))
     if not (math.isfinite(summed["lookahead_squared"]) and math.isfinite(norms[-1])):
         return _fall_back(engine, one_pass, origin, norms)
-    report = _report(norms, summed, rule)
+    report = _report(norms, summed, engine.coordinates(), rule)
     if truth is not None:
         report.diagnostics = lookahead_errors(combined[: len(errors)], rule.alpha) | truth.noise
     return report
 
 
-def _fall_back(
-    engine: TorchEngine, one_pass: Callable[[], None], origin: Origin, norms: list[float]
-) -> LookaheadReport:
+def _fall_back(engine: Engine, one_pass: Callable[[], None], origin: Origin, norms: list[float]) -> LookaheadReport:
     origin.return_to(engine)
     passes = len(norms)
     if not math.isfinite(norms[0]):
@@ -200,9 +204,11 @@ def _fall_back(
     return LookaheadReport(passes=passes, fell_back=True)
 
 
-def _update_norm(engine: TorchEngine, origin: Origin, theta_1: list[torch.Tensor]) -> float:
-    """‖d0‖ over the model."""
-    squares = torch.zeros(1, device=engine.device)
+def _update_norm(engine: Engine, origin: Origin, theta_1: list[torch.Tensor], rule: LookaheadRule) -> float:
+    """‖d0‖ over the model, where the activity threshold depends on it."""
+    if rule.extrapolation.active_threshold_relative == 0:
+        return 0.0
+    squares = torch.zeros(1, dtype=engine.totals_dtype, device=engine.device)
     shards = zip(engine.parameters(), origin.theta_0, theta_1, engine.step_settings(), strict=True)
     for theta, theta_0, after, settings in shards:
         for pair in _aligned_slices(theta_0, after):
@@ -213,7 +219,7 @@ def _update_norm(engine: TorchEngine, origin: Origin, theta_1: list[torch.Tensor
 
 
 def _reposition_shards(
-    engine: TorchEngine,
+    engine: Engine,
     origin: Origin,
     theta_1: list[torch.Tensor] | None,
     clip_0: float,
@@ -227,7 +233,9 @@ def _reposition_shards(
         The `TOTALS` of the local shards, shape (n,), and those of the comparison with real steps, shape (13,), or (0,)
         without `truth`.
     """
-    totals, errors = [], [torch.zeros(0 if truth is None else 13, device=engine.device)]
+    in_totals = {"device": engine.device, "dtype": engine.totals_dtype}
+    totals = [torch.zeros(len(TOTALS), **in_totals).index_fill_(0, torch.tensor(-1, device=engine.device), -math.inf)]
+    errors = [torch.zeros(0 if truth is None else 13, **in_totals)]
     rms = first_norm / math.sqrt(engine.coordinates())
     shards = engine.parameters()
     second = theta_1 or engine.gradients()
@@ -244,11 +252,11 @@ def _reposition_shards(
                 theta_slice, *others, clip_0, rms, settings, rule
             )
             theta_slice.copy_(reposition(start, displacement, scale, rule.alpha))
-            totals.append(_totals(displacement, retention, scale, active).to(engine.device, torch.float32))
+            totals.append(_totals(displacement, retention, scale, active).to(**in_totals))
             if truth is not None:
                 linear = rule.lookahead_steps / rule.probes
                 compared = candidate_totals(displacement, scale, real_slice, rule.alpha, linear)
-                errors.append(compared.to(engine.device, torch.float32))
+                errors.append(compared.to(**in_totals))
     return _combine(torch.stack(totals)), torch.stack(errors).sum(0)
 
 
@@ -285,26 +293,28 @@ def _totals(
     displacement: torch.Tensor, retention: torch.Tensor, scale: torch.Tensor, active: torch.Tensor
 ) -> torch.Tensor:
     """The `TOTALS` of one slice, shape (n,)."""
-    lost = retention - 1.0  # 0 where not active; centred, because most ratios are close to 1
+    lost = (retention - 1.0) * active  # centred, because most ratios are close to 1
     return torch.stack(
         [
-            scale.new_zeros(()),
-            scale.new_full((), scale.numel()),
+            *scale.new_zeros(len(SLOW_TOTALS)),
             active.sum(),
             lost.sum(),
             lost.square().sum(),
             scale.sum(),
             displacement.square().sum(),
             (scale * displacement).square().sum(),
-            scale.max(),
+            torch.where(active.bool(), scale, -math.inf).max(),
         ]
     )
 
 
 def _aligned_slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views of equally shaped tensors, cut at the same rows into at most about `SLICE_SIZE` elements each."""
+    """Views of equally shaped tensors, cut at the same rows into at most about `SLICE_SIZE` elements each.
+
+    None of an empty tensor: a rank may hold nothing of a small parameter.
+    """
     if tensors[0].numel() <= SLICE_SIZE or tensors[0].dim() == 0:
-        return iter([tensors])
+        return iter([tensors] if tensors[0].numel() else [])
     rows = max(1, SLICE_SIZE * tensors[0].shape[0] // tensors[0].numel())
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
@@ -314,18 +324,22 @@ def _combine(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows[:, :-1].sum(0), rows[:, -1:].amax(0)])
 
 
-def _dot(engine: TorchEngine, grad_0: list[torch.Tensor | None] | None) -> torch.Tensor:
-    total = torch.zeros((), device=engine.device)
-    for grad, first in zip(engine.gradients(), grad_0 or [], strict=False):
-        if grad is None or first is None:
+def _slow_totals(engine: Engine, grad_0: list[torch.Tensor | None] | None) -> torch.Tensor:
+    """The `SLOW_TOTALS` of the local shards: ‖g_slow‖² and, where g0 is kept, g0 · g_slow."""
+    squared = torch.zeros((), dtype=engine.totals_dtype, device=engine.device)
+    dot = squared.clone()
+    for grad, first in zip(engine.gradients(), grad_0 or itertools.repeat(None), strict=False):
+        if grad is None or not grad.numel():
             continue
-        for grad_slice, first_slice in _aligned_slices(grad, first):
-            first_slice = first_slice.to(grad.device, torch.float32, non_blocking=True)
-            total += torch.sum(grad_slice.float() * first_slice).to(total)
-    return total
+        squared += torch.linalg.vector_norm(grad).to(squared).square()
+        if first is not None:
+            for grad_slice, first_slice in _aligned_slices(grad, first):
+                first_slice = first_slice.to(grad.device, grad.dtype, non_blocking=True)
+                dot += torch.sum(grad_slice * first_slice).to(dot)
+    return torch.stack([squared, dot])
 
 
-def _report(norms: list[float], totals: dict[str, float], rule: LookaheadRule) -> LookaheadReport:
+def _report(norms: list[float], totals: dict[str, float], coordinates: int, rule: LookaheadRule) -> LookaheadReport:
     displacement_ratio = _ratio(math.sqrt(totals["lookahead_squared"]), math.sqrt(totals["probes_squared"]))
     report = LookaheadReport(
         passes=len(norms),
@@ -336,12 +350,12 @@ def _report(norms: list[float], totals: dict[str, float], rule: LookaheadRule) -
         displacement_ratio=displacement_ratio,
         effective_multiplier=None if displacement_ratio is None else rule.alpha * displacement_ratio,
     )
-    active, coordinates = totals["active"], totals["coordinates"]
+    active = totals["active"]
     if rule.extrapolation is not None:
         report.scale_mean = totals["scale"] / coordinates
-        report.scale_max = totals["scale_max"]
         report.inactive_fraction = 1.0 - active / coordinates
         if active:
+            report.scale_max = totals["scale_max"]
             lost_mean = totals["lost"] / active
             report.retention_mean = 1.0 + lost_mean
             report.retention_std = math.sqrt(max(totals["lost_squared"] / active - lost_mean**2, 0.0))
