@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer, RLOOTrainer
 
 from gxpo_trl import GXPOConfig, GXPOTrainer
@@ -103,6 +103,15 @@ def double_model() -> AutoModelForCausalLM:
     return tiny_model(dtype=torch.float64)
 
 
+def odd_model() -> LlamaForCausalLM:
+    """Parameters that no two ranks can share evenly, with biases, so that there are two param groups."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 66, "intermediate_size": 131, "num_hidden_layers": 2, "num_attention_heads": 3}
+    tokens = len(AutoTokenizer.from_pretrained(TINY_MODEL_PATH))
+    config = LlamaConfig(vocab_size=tokens, num_key_value_heads=1, mlp_bias=True, initializer_range=0.1, **sizes)
+    return LlamaForCausalLM(config)
+
+
 def tiny_model(**overrides) -> AutoModelForCausalLM:
     return AutoModelForCausalLM.from_pretrained(TINY_MODEL_PATH, **overrides)
 
@@ -172,6 +181,14 @@ def parameters(trainer) -> dict[str, torch.Tensor]:
 def logged(trainer, name: str) -> list[float]:
     """One metric over the steps of a run."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def our_metrics(log: list[dict]) -> list[dict]:
+    """What the update logged, without times."""
+    return [
+        {name: value for name, value in entry.items() if name.startswith("lookahead/") and "time" not in name}
+        for entry in log
+    ]
 
 
 def assert_equal_parameters(left, right) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from helpers import ON_CPU, make_trainer, tiny_model
+from torch.distributed.tensor import Shard, distribute_tensor
 from trl import GRPOConfig
 
 from gxpo_trl import GXPOConfig, GXPORLOOConfig, GXPOTrainer, LookaheadConfig, SFPOConfig
 from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
 from gxpo_trl.trainer.lookahead_config import LookaheadArguments
+from gxpo_trl.trainer.lookahead_trainer import LookaheadMixin
 from gxpo_trl.update.engines import check_engine
 
 
@@ -162,26 +165,93 @@ def test_parameters_stored_in_low_precision_are_taken_when_the_user_insists(tmp_
     assert trainer.state.log_history[0]["lookahead/active"] == 1.0
 
 
-@pytest.mark.parametrize(
-    "engine", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA]
-)
+def refuse(match: str, model: torch.nn.Module | None = None, **accelerator) -> None:
+    """Asserts that an accelerator like this one is refused with such a sentence."""
+    plain = {"distributed_type": DistributedType.NO, "scaler": None, "mixed_precision": "no"}
+    accelerator = SimpleNamespace(**{**plain, "parallelism_config": None, "is_fsdp2": False, **accelerator})
+    with pytest.raises(ValueError, match=match):
+        check_engine(accelerator, model or torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("engine", [DistributedType.MEGATRON_LM, DistributedType.XLA])
 def test_an_engine_of_other_storage_is_refused_with_what_to_use(engine):
-    accelerator = SimpleNamespace(distributed_type=engine, scaler=None, parallelism_config=None)
-    with pytest.raises(ValueError, match=f"{engine.value}.*DDP"):
-        check_engine(accelerator)
+    refuse(f"{engine.value}.*DDP, FSDP2 or DeepSpeed.*update_rule: grpo", distributed_type=engine)
 
 
-def test_a_loss_scaler_is_refused():
-    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, scaler=object(), parallelism_config=None)
-    with pytest.raises(ValueError, match="fp16"):
-        check_engine(accelerator)
+def test_fsdp1_is_refused():
+    refuse("fsdp_version: 2.*update_rule: grpo", distributed_type=DistributedType.FSDP)
 
 
-def test_tensor_parallelism_is_refused():
-    parallelism = SimpleNamespace(tp_enabled=True)
-    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, scaler=None, parallelism_config=parallelism)
-    with pytest.raises(ValueError, match="tp_size"):
-        check_engine(accelerator)
+@pytest.mark.parametrize("accelerator", [{"scaler": object()}, {"mixed_precision": "fp16"}])
+def test_fp16_is_refused(accelerator):
+    refuse("fp16.*bf16: true", **accelerator)
+
+
+@pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
+def test_parallelism_within_a_sequence_or_a_matrix_is_refused(size):
+    parallelism = SimpleNamespace(**{"tp_size": 1, "cp_size": 1, "sp_size": 1, size: 2})
+    refuse(f"{size}.*update_rule: grpo", parallelism_config=parallelism)
+
+
+def test_a_model_that_was_sharded_while_loading_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    model = torch.nn.Linear(2, 2)
+    model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+    try:
+        refuse("tp_plan", model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("zero_optimization.stage", 0),
+        ("zero_optimization.stage", None),
+        ("fp16.enabled", True),
+        ("bf16.bf16_master_weights_and_grads", True),
+        ("zero_optimization.offload_optimizer.device", "nvme"),
+        ("zero_optimization.offload_optimizer.ratio", 0.5),
+        ("zero_optimization.offload_param.device", "nvme"),
+        ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
+        ("zero_optimization.mics_shard_size", 2),
+        ("zero_optimization.zero_hpz_partition_size", 2),
+        ("zero_optimization.zero_quantized_gradients", True),
+        ("tensor_parallel.autotp_size", 2),
+        ("managed_gradient_accumulation", False),
+        ("optimizer.type", "OneBitAdam"),
+    ],
+)
+def test_deepspeed_settings_that_move_parameters_elsewhere_are_refused_by_name(path, value):
+    shown = re.escape(f"`{path}: {0 if value is None else value}`")
+    refuse(f"{shown}.*update_rule: grpo", **deepspeed({path: value}))
+
+
+def deepspeed(settings: dict) -> dict:
+    config = {"zero_optimization": {"stage": 2}}
+    for path, value in settings.items():
+        node, *keys = config, *path.split(".")
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = value
+    plugin = SimpleNamespace(deepspeed_config=config)
+    return {"distributed_type": DistributedType.DEEPSPEED, "state": SimpleNamespace(deepspeed_plugin=plugin)}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_plain_zero_is_taken(stage):
+    settings = {"zero_optimization.stage": stage, "zero_optimization.offload_optimizer.device": "cpu"}
+    accelerator = {"scaler": None, "mixed_precision": "bf16", "parallelism_config": None, **deepspeed(settings)}
+    check_engine(SimpleNamespace(**accelerator), torch.nn.Linear(1, 1))
+
+
+def test_asynchronous_grpo_is_refused(tmp_path):
+    class AsynchronousTrainer(LookaheadMixin):
+        """As `class X(LookaheadMixin, AsyncGRPOTrainer)` would be."""
+
+    with pytest.raises(ValueError, match="Asynchronous GRPO.*use GRPOTrainer"):
+        AsynchronousTrainer(tiny_model(), arithmetic_reward)
 
 
 def test_a_trainer_without_args_makes_its_own(tmp_path, monkeypatch):

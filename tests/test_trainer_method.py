@@ -145,7 +145,7 @@ def test_passes_draw_the_same_dropout_masks(tmp_path, dropout):
         )
     norms = [logged(trainer, f"lookahead/grad_norm_{name}") for name in ("0", "1", "slow")]
     assert min(norms[0]) > 0
-    assert norms[0] == norms[1] == norms[2]
+    assert norms[0] == norms[1] == pytest.approx(norms[2], rel=1e-6)  # the last is added up in float64
     assert logged(trainer, "lookahead/retention_std") == [0.0, 0.0]
     assert logged(trainer, "lookahead/retention_mean") == [1.0, 1.0]
 

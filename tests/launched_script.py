@@ -1,0 +1,51 @@
+"""The training command, for `accelerate launch` on a machine without an accelerator; says which engine it ran on."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401  offline, as the tests are
+import cpu_engines
+
+
+if "LOCAL_RANK" in os.environ:
+    cpu_engines.install()
+
+import torch  # noqa: E402
+
+from gxpo_trl.scripts import train  # noqa: E402
+from gxpo_trl.update.engines import FSDP2Engine, TorchEngine  # noqa: E402
+
+
+def accumulates_in(engine) -> torch.dtype:
+    """The precision in which gradients are accumulated and reduced."""
+    if isinstance(engine, FSDP2Engine):
+        return engine.accelerator.state.fsdp_plugin.mixed_precision_policy.reduce_dtype
+    if isinstance(engine, TorchEngine):
+        return engine.parameters()[0].dtype
+    return engine.model.get_data_types()[1]
+
+
+def main() -> None:
+    report, *arguments = sys.argv[1:]
+    recipe = train.parse_recipe(arguments)
+    trainer = train.build_trainer(recipe)
+    train.train(trainer, recipe)
+    engine = trainer._engine
+    result = {
+        "engine": type(engine).__name__,
+        "processes": trainer.accelerator.num_processes,
+        "bf16": trainer.args.bf16,
+        "parameters": str(engine.parameters()[0].dtype),
+        "accumulates": str(accumulates_in(engine)),
+        "clips_at": engine.max_grad_norm,
+        "passes": trainer._backward_passes,
+        "norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
+    }
+    if trainer.accelerator.is_main_process:
+        Path(report).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

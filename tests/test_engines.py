@@ -1,0 +1,302 @@
+"""Two real processes on every engine compute what one process does.
+
+All jobs run in one launch of `engine_worker.py`, and are judged by the files it leaves.
+"""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_engines import ENGINES, IN_BF16, OTHERS
+from helpers import assert_close_parameters, make_trainer, odd_model, our_metrics, parameters, tiny_model
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from gxpo_trl import GXPOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer
+
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+TYPES = {  # ours, what it is wrapped in, and DeepSpeed's optimizer
+    "ddp": ("TorchEngine", "DistributedDataParallel", "NoneType"),
+    "fsdp2": ("FSDP2Engine", "FSDPLlamaForCausalLM", "NoneType"),
+    "zero1": ("Zero12Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
+    "zero2": ("Zero12Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
+    "zero2-offload": ("Zero12Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
+    "zero3": ("Zero3Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"),
+    "zero3-persistent": ("Zero3Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"),
+    "zero3-offload": ("Zero3Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"),
+    "ddp-bf16": ("TorchEngine", "DistributedDataParallel", "NoneType"),
+    "fsdp2-bf16": ("FSDP2Engine", "FSDPLlamaForCausalLM", "NoneType"),
+    "zero1-bf16": ("BF16OptimizerEngine", "DeepSpeedEngine", "BF16_Optimizer"),
+    "zero2-bf16": ("Zero12Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
+    "zero2-offload-bf16": ("Zero12Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
+    "zero3-bf16": ("Zero3Engine", "DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"),
+}
+
+# Both kinds of clipping bind. A large eps keeps AdamW well-conditioned where gradients are nearly 0, so that the order
+# of a sum does not decide. Weight decay makes two param groups.
+SETTINGS = {
+    "learning_rate": 3e-4,
+    "max_grad_norm": 0.5,
+    "adam_epsilon": 1e-3,
+    "epsilon": 0.05,
+    "weight_decay": 0.1,
+    "max_steps": 3,
+    "gate_signal": "never",
+}
+
+
+def method(trainer: str, optimizer_state: str, lora: bool, accumulation: int, **settings) -> dict:
+    settings |= {"probe_optimizer_state": optimizer_state, "gradient_accumulation_steps": accumulation}
+    return {"trainer": trainer, "lora": lora, "settings": SETTINGS | settings}
+
+
+RISING = {"gate_signal": "grad_norm", "gate_warmup_steps": 2, "max_steps": 5}
+
+METHODS = {  # every pair of choices occurs
+    "gxpo-carry-full": method("gxpo", "carry", False, 1),
+    "gxpo-rollback-lora": method("gxpo", "rollback", True, 2, gradient_checkpointing=True, beta=0.1),
+    "gxpo-rollback-full": method("gxpo", "rollback", False, 2),
+    "sfpo-carry-lora": method("sfpo", "carry", True, 2, lookahead_steps=2),
+    "sfpo-carry-lora-1": method("sfpo", "carry", True, 1, lookahead_steps=2),
+    "sfpo-rollback-full": method("sfpo", "rollback", False, 1, lookahead_steps=3, gradient_checkpointing=True),
+    "update-retention": method("gxpo", "carry", True, 1, retention="update", active_threshold_relative=0.01),
+    "diagnostics": method("gxpo", "carry", False, 2, lookahead_diagnostics_steps=1, active_threshold_relative=0.01),
+}
+
+
+# In bf16 a probe has to be large enough to be seen: a warm model, and no ratio clipping that rounding could decide.
+SMOOTH = SETTINGS | {"epsilon": 0.2, "weight_decay": 0.0, "learning_rate": 1e-4}
+BF16_METHODS = {  # and how well the displacement is to be aligned with that of fp32
+    "bf16-gxpo": ({"model": "tiny", "trainer": "gxpo", "lora": False, "settings": SMOOTH}, 0.94),
+    "bf16-sfpo": ({"model": "tiny", "trainer": "sfpo", "lora": False, "settings": SMOOTH}, 0.97),
+    "bf16-gxpo-lora": ({"model": "tiny", "trainer": "gxpo", "lora": True, "settings": SMOOTH}, 0.94),
+}
+FALL_BACKS = [f"poisoned in pass {number}" for number in (1, 2, 3)]
+
+# What the other engines of the same storage, and those in bf16, need not repeat is marked slow.
+THOROUGH = ("ddp", "fsdp2", "zero2", "zero3", "zero1-bf16")
+IN_SHORT = ("gxpo-rollback-lora", "diagnostics", "poisoned in pass 2", "communication", "resume-full", "bf16-gxpo")
+
+
+def jobs_of(engine: str) -> dict[str, dict]:
+    if engine in OTHERS:
+        return {"bf16-gxpo": BF16_METHODS["bf16-gxpo"][0]}
+    jobs = {name: {"trainer": name, "settings": SETTINGS} for name in FALL_BACKS}
+    jobs["communication"] = {"kind": "communication", **method("gxpo", "carry", False, 2, max_steps=1)}
+    jobs["resume-full"] = {"kind": "resume", **method("gxpo", "carry", False, 2)}
+    jobs["resume-lora"] = {"kind": "resume", **method("gxpo", "rollback", True, 1)}
+    if engine in IN_BF16:
+        return jobs | {name: job for name, (job, _) in BF16_METHODS.items()}
+    jobs["plain"] = method("gxpo", "carry", False, 2, update_rule="grpo")
+    jobs["trl"] = {"trainer": "trl", "settings": {k: v for k, v in SETTINGS.items() if k != "gate_signal"}}
+    jobs["gate"] = {"trainer": "rising gate", "settings": SETTINGS | RISING}
+    return jobs | METHODS
+
+
+def is_slow(engine: str, name: str) -> bool:
+    return engine not in (*THOROUGH, *OTHERS) and name not in IN_SHORT
+
+
+def on(engines, *names: str):
+    """Parametrizes a test over engines and jobs."""
+    return pytest.mark.parametrize(
+        "engine, name",
+        [
+            pytest.param(engine, name, marks=[pytest.mark.slow] if is_slow(engine, name) else [])
+            for engine in engines
+            for name in names
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, request) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    with_slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
+    jobs = [
+        {"engine": engine, "name": f"{engine}/{name}", **job}
+        for engine in ENGINES | IN_BF16 | OTHERS
+        for name, job in jobs_of(engine).items()
+        if with_slow or not is_slow(engine, name)
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(WORKER)]
+    with open(folder / "log.txt", "w") as log:
+        subprocess.run(
+            [sys.executable, "-m", *command, str(folder / "jobs.json")], timeout=900, stdout=log, stderr=log
+        )
+    return folder
+
+
+@pytest.fixture
+def ranks(launched):
+    """What the ranks of a job have left."""
+
+    def of(name: str) -> list[dict]:
+        files = [launched / name / f"rank{rank}.pt" for rank in range(2)]
+        if not all(file.is_file() for file in files):
+            pytest.fail(f"{name} left no result:\n{(launched / 'log.txt').read_text()[-3000:]}")
+        results = [torch.load(file) for file in files]
+        assert not any("error" in result for result in results), results[0].get("error") or results[1].get("error")
+        return results
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The same global batches in one process; each run once."""
+    trainers = {"gxpo": (GXPOTrainer, GXPOConfig), "sfpo": (SFPOTrainer, SFPOConfig)}
+    runs = {}
+
+    def of(name: str, job: dict) -> dict:
+        if name not in runs:
+            lora = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False) if job["lora"] else None
+            torch.manual_seed(0)
+            settings = {"per_device_train_batch_size": 16, **job["settings"]}
+            trainer = make_trainer(
+                tmp_path_factory.mktemp("single"),
+                *trainers[job["trainer"]],
+                model=tiny_model() if job.get("model") == "tiny" else odd_model(),
+                peft_config=lora,
+                **settings,
+            )
+            start = parameters(trainer)
+            trainer.train()
+            runs[name] = {"start": start, "parameters": parameters(trainer), "log": trainer.state.log_history}
+        return runs[name]
+
+    return of
+
+
+def assert_ranks_agree(ranks: list[dict]) -> None:
+    first, second = ranks
+    assert all(torch.equal(first["parameters"][n], p) for n, p in second["parameters"].items())
+    assert first["gate"] == second["gate"]
+    assert first["passes"] == second["passes"]
+    assert our_metrics(first["log"]) == our_metrics(second["log"])
+
+
+def without_trl(log: list[dict]) -> list[dict]:
+    """Without the metrics of TRL, which are means over ranks of means over their tokens."""
+    theirs = ("clip_ratio_slow", "kl_slow")
+    return [{k: v for k, v in entry.items() if not k.endswith(theirs)} for entry in our_metrics(log)]
+
+
+@on(ENGINES | IN_BF16, "poisoned in pass 2")
+def test_the_engine_is_the_one_asked_for(ranks, engine, name):
+    for rank in ranks(f"{engine}/{name}"):
+        assert (rank["engine"], rank["wrapped"], rank["optimizer"]) == TYPES[engine]
+        assert rank["master_dtype"] == torch.float32
+
+
+@on(IN_BF16 | OTHERS, "bf16-gxpo")
+def test_gradients_accumulated_in_bf16_are_warned_of_once(ranks, engine, name):
+    first, second = ranks(f"{engine}/{name}")
+    about = [message for message in first["warnings"] if "grad_accum_dtype" in message]
+    assert len(about) == (engine in OTHERS)
+    assert not any("grad_accum_dtype" in message for message in second["warnings"])
+
+
+@on(ENGINES, *METHODS)
+def test_two_processes_equal_one(ranks, single, float64, engine, name):
+    two, one = ranks(f"{engine}/{name}"), single(name, METHODS[name])
+    assert_ranks_agree(two)
+    assert_close_parameters(two[0]["parameters"], one["parameters"], atol=1e-6)
+    for ours, theirs in zip(without_trl(two[0]["log"]), without_trl(one["log"]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@on(ENGINES, "plain")
+def test_the_plain_rule_is_trl_on_that_engine(ranks, engine, name):
+    ours, trl = ranks(f"{engine}/{name}")[0]["parameters"], ranks(f"{engine}/trl")[0]["parameters"]
+    assert all(torch.equal(ours[name], p) for name, p in trl.items())
+
+
+@on(ENGINES, "gate")
+def test_the_gate_trips_on_all_ranks_at_once(ranks, engine, name):
+    results = ranks(f"{engine}/{name}")
+    assert_ranks_agree(results)
+    assert results[0]["gate"]["resting"] == "for good"
+    assert results[0]["passes"] == 3 * 3 + 2
+
+
+@on(ENGINES | IN_BF16, *FALL_BACKS)
+def test_all_ranks_fall_back_when_one_sees_a_gradient_that_is_not_finite(ranks, engine, name):
+    """In pass 1 there is nothing to fall back on, and nothing moves; else the second step is the plain one."""
+    results = ranks(f"{engine}/{name}")
+    assert_ranks_agree(results)
+    assert results[0]["passes"] == 3 + int(name[-1]) + 3
+    assert results[0]["log"][1]["lookahead/fallbacks"] == 1
+    assert all(p.isfinite().all() for p in results[0]["parameters"].values())
+    assert (results[0]["moved"][0] > 0) == (name[-1] != "1")
+
+
+@on(ENGINES | IN_BF16, "communication")
+def test_an_active_update_communicates_three_times_what_a_plain_one_does_and_a_few_numbers(ranks, engine, name):
+    counted = ranks(f"{engine}/{name}")[0]
+    plain, active = Counter(map(tuple, counted["plain"])), Counter(map(tuple, counted["active"]))
+    assert 0 < plain.total() and active.total() <= 3 * plain.total() + 1
+    for (name, numbers), times in (active - Counter({call: 3 * n for call, n in plain.items()})).items():
+        # One gathers the totals; where DeepSpeed reduces the norm by itself, the two probes gather theirs instead.
+        assert name == "c10d::_allgather_base_" and numbers <= 40 and times <= 2
+
+
+@on(ENGINES | IN_BF16, "communication")
+def test_the_copies_of_an_active_step_are_sharded_as_the_parameters_are(ranks, engine, name):
+    """θ0 and g0 take 8 bytes a coordinate, on every rank under DDP, together under the others; none for padding."""
+    counted = ranks(f"{engine}/{name}")
+    copies = [rank["bytes"] for rank in counted]
+    whole = 8 * counted[0]["trainable"]
+    if engine.startswith("ddp"):
+        assert copies == [whole, whole]
+    else:
+        assert sum(copies) == whole
+        assert max(copies) < 0.52 * whole
+
+
+@on(ENGINES | IN_BF16, "resume-full", "resume-lora")
+def test_a_resumed_run_equals_the_uninterrupted_one(ranks, engine, name):
+    for rank in ranks(f"{engine}/{name}"):
+        whole, resumed = rank["uninterrupted"], rank["resumed"]
+        assert all(torch.equal(resumed["parameters"][name], p) for name, p in whole["parameters"].items())
+        assert resumed["passes"] == whole["passes"] == 4 * 3
+        assert resumed["gate"] == whole["gate"]
+
+
+@on(ENGINES | IN_BF16, "resume-full")
+def test_a_saved_model_loads_with_transformers(launched, ranks, engine, name):
+    trained = ranks(f"{engine}/{name}")[0]["uninterrupted"]["parameters"]
+    saved = dict(AutoModelForCausalLM.from_pretrained(launched / engine / name / "final").named_parameters())
+    precision = torch.bfloat16 if "zero" in engine and engine in IN_BF16 else torch.float32
+    assert all(torch.equal(saved[name].to(precision), p.to(precision)) for name, p in trained.items())
+
+
+@on(ENGINES | IN_BF16, "resume-lora")
+def test_a_saved_adapter_loads_with_peft(launched, ranks, engine, name):
+    trained = ranks(f"{engine}/{name}")[0]["uninterrupted"]["parameters"]
+    adapter = PeftModel.from_pretrained(odd_model(), launched / engine / name / "final")
+    saved = dict(adapter.named_parameters())
+    precision = torch.bfloat16 if "zero" in engine and engine in IN_BF16 else torch.float32
+    assert all(torch.equal(saved[name].to(precision), p.to(precision)) for name, p in trained.items())
+
+
+@on(IN_BF16, *BF16_METHODS)
+def test_in_bf16_a_run_goes_where_one_in_fp32_does_within_bounds(ranks, single, float64, engine, name):
+    """Displacements are compared: DeepSpeed starts from the model rounded to bf16."""
+    job, alignment = BF16_METHODS[name]
+    results, one = ranks(f"{engine}/{name}"), single(name, job)
+    assert_ranks_agree(results)
+    names = list(one["parameters"])
+    start, fp32, bf16 = (
+        torch.cat([p[n].flatten() for n in names]) for p in (one["start"], one["parameters"], results[0]["parameters"])
+    )
+    in_fp32 = fp32 - start
+    in_bf16 = bf16 - (start.bfloat16().float() if engine.startswith("zero") else start)
+    assert torch.cosine_similarity(in_bf16, in_fp32, 0) > alignment
+    assert 0.75 < in_bf16.norm() / in_fp32.norm() < 1.25

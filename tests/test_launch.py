@@ -1,0 +1,106 @@
+"""The engine recipes, as they are, under `accelerate launch`: the training command on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+SCRIPT = "tests/launched_script.py"
+SHORT = {"max_steps": 2, "eval_strategy": "no", "eval_on_start": False, "bf16": True}
+ON_TWO = {"use_cpu": False, "ddp_backend": "gloo"}
+ENGINES = {
+    "ddp": "TorchEngine",
+    "fsdp2": "FSDP2Engine",
+    "zero1": "BF16OptimizerEngine",
+    "zero2": "Zero12Engine",
+    "zero3": "Zero3Engine",
+}
+
+
+def command_line(report: Path, folder: Path, **settings) -> list[str]:
+    settings = {"config": "recipes/tiny/gxpo.yaml", "output_dir": folder, **SHORT, **settings}
+    return [SCRIPT, str(report), *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
+
+
+def run(command: list[str], **environment) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=300, capture_output=True, text=True)
+
+
+def read(report: Path, process: subprocess.CompletedProcess) -> dict:
+    assert report.is_file(), process.stdout[-1000:] + process.stderr[-3000:]
+    return json.loads(report.read_text())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_recipe_gives_the_engine_it_is_named_after(tmp_path, engine):
+    """bf16, fp32 parameters and fp32 accumulation, and the recipe's clipping."""
+    report = tmp_path / "report.json"
+    options = ["--config_file", f"recipes/accelerate/{engine}.yaml", "--num_processes", "2"]
+    process = run([*LAUNCH, *options, *command_line(report, tmp_path, **ON_TWO)])
+    result = read(report, process)
+    assert (result["engine"], result["processes"], result["bf16"]) == (ENGINES[engine], 2, True)
+    assert (result["parameters"], result["accumulates"], result["clips_at"]) == ("torch.float32", "torch.float32", 1.0)
+    assert result["passes"] == 6 and all(norm > 0 for norm in result["norms"])
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_the_recipe_of_one_gpu_is_one_process(tmp_path):
+    report = tmp_path / "report.json"
+    options = ["--config_file", "recipes/accelerate/single.yaml"]
+    process = run([*LAUNCH, *options, *command_line(report, tmp_path, use_cpu=True)])
+    result = read(report, process)
+    assert (result["engine"], result["processes"], result["bf16"]) == ("TorchEngine", 1, True)
+
+
+def test_deepspeed_runs_on_one_process(tmp_path):
+    """As people do who offload the optimizer of a single GPU."""
+    report = tmp_path / "report.json"
+    options = ["--config_file", "recipes/accelerate/zero2.yaml", "--num_processes", "1"]
+    process = run([*LAUNCH, *options, *command_line(report, tmp_path, **ON_TWO)])
+    result = read(report, process)
+    assert (result["engine"], result["processes"], result["passes"]) == ("Zero12Engine", 1, 6)
+
+
+def put_in_path(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+def test_the_slurm_script_launches_one_part_on_each_node(tmp_path):
+    """Two nodes of one process each, played by this machine: Slurm's commands are stand-ins, accelerate is not."""
+    commands, report = tmp_path / "bin", tmp_path / "report.json"
+    commands.mkdir()
+    put_in_path(commands, "scontrol", "#!/bin/bash\nprintf '127.0.0.1\\nelsewhere\\n'\n")
+    put_in_path(commands, "srun", '#!/bin/bash\nshift\nSLURM_NODEID=0 "$@" & SLURM_NODEID=1 "$@"\nwait\n')
+    real = f"{sys.executable} -m accelerate.commands.launch"
+    script = f'line=" ${{*:2}}"\nexec {real} ${{line/-m gxpo_trl.scripts.train/{SCRIPT} {report}}}\n'
+    put_in_path(commands, "accelerate", f"#!/bin/bash\n{script}")
+    slurm = {"SLURM_JOB_NODELIST": "two", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "4711"}
+    arguments = [word for k, v in (SHORT | ON_TWO).items() for word in (f"--{k}", str(v))]
+    process = run(
+        [
+            "bash",
+            "recipes/slurm/train.slurm",
+            "recipes/tiny/gxpo.yaml",
+            "ddp",
+            *arguments,
+            "--output_dir",
+            str(tmp_path),
+        ],
+        PATH=f"{commands}:{os.environ['PATH']}",
+        **slurm,
+    )
+    result = read(report, process)
+    assert (result["engine"], result["processes"], result["passes"]) == ("TorchEngine", 2, 6)
+
+
+def test_the_slurm_script_says_how_it_is_used():
+    process = run(["bash", "recipes/slurm/train.slurm"])
+    assert process.returncode != 0 and "usage: sbatch" in process.stderr
