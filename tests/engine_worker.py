@@ -27,6 +27,7 @@ from helpers import (  # noqa: E402
     RisingGateTrainer,
     compute_in_float64,
     double_model,
+    half_without_spread,
     make_trainer,
     odd_model,
     tiny_model,
@@ -156,6 +157,7 @@ def build(job: dict, folder: Path, **overrides):
         model=MODELS[job.get("model", "odd")](),
         peft_config=lora,
         callbacks=[watching],
+        reward=half_without_spread if job.get("prunes") else None,
         **{**settings, "ddp_timeout": 120, **job["settings"], **overrides},
     )
     watching.trainer.watching = watching

@@ -133,6 +133,12 @@ def text_reward(completions, **kwargs) -> list[float]:
     return [random.Random(completion[0]["content"]).random() for completion in completions]
 
 
+def half_without_spread(prompts, completions, **kwargs) -> list[float]:
+    """The same, but for about half of the prompts, whose completions all get one reward."""
+    worthless = [random.Random(prompt[-1]["content"]).random() < 0.5 for prompt in prompts]
+    return [1.0 if w else reward for w, reward in zip(worthless, text_reward(completions), strict=True)]
+
+
 def make_trainer(
     output_dir: Path,
     trainer_class=GXPOTrainer,

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_engines import ENGINES, IN_BF16, OTHERS
-from helpers import assert_close_parameters, make_trainer, odd_model, our_metrics, parameters, tiny_model
+from helpers import (
+    assert_close_parameters,
+    half_without_spread,
+    make_trainer,
+    odd_model,
+    our_metrics,
+    parameters,
+    tiny_model,
+)
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -65,6 +73,8 @@ METHODS = {  # every pair of choices occurs
     "sfpo-carry-lora-1": method("sfpo", "carry", True, 1, lookahead_steps=2),
     "sfpo-rollback-full": method("sfpo", "rollback", False, 1, lookahead_steps=3, gradient_checkpointing=True),
     "update-retention": method("gxpo", "carry", True, 1, retention="update", active_threshold_relative=0.01),
+    "pruned": {"prunes": True, **method("gxpo", "carry", False, 2)},
+    "packed": {"prunes": True, **method("sfpo", "carry", True, 2, max_tokens_per_micro_batch=500, loss_type="dapo")},
     "diagnostics": method("gxpo", "carry", False, 2, lookahead_diagnostics_steps=1, active_threshold_relative=0.01),
 }
 
@@ -80,7 +90,7 @@ FALL_BACKS = [f"poisoned in pass {number}" for number in (1, 2, 3)]
 
 # What the other engines of the same storage, and those in bf16, need not repeat is marked slow.
 THOROUGH = ("ddp", "fsdp2", "zero2", "zero3", "zero1-bf16")
-IN_SHORT = ("gxpo-rollback-lora", "diagnostics", "poisoned in pass 2", "communication", "resume-full", "bf16-gxpo")
+IN_SHORT = ("gxpo-rollback-lora", "pruned", "poisoned in pass 2", "communication", "resume-full", "bf16-gxpo")
 
 
 def jobs_of(engine: str) -> dict[str, dict]:
@@ -164,6 +174,7 @@ def single(tmp_path_factory):
                 *trainers[job["trainer"]],
                 model=tiny_model() if job.get("model") == "tiny" else odd_model(),
                 peft_config=lora,
+                reward=half_without_spread if job.get("prunes") else None,
                 **settings,
             )
             start = parameters(trainer)
@@ -183,8 +194,8 @@ def assert_ranks_agree(ranks: list[dict]) -> None:
 
 
 def without_trl(log: list[dict]) -> list[dict]:
-    """Without the metrics of TRL, which are means over ranks of means over their tokens."""
-    theirs = ("clip_ratio_slow", "kl_slow")
+    """Without the metrics of TRL, some of which are means over ranks, and what is padded on each rank by itself."""
+    theirs = ("clip_ratio_slow", "kl_slow", "token_fraction")
     return [{k: v for k, v in entry.items() if not k.endswith(theirs)} for entry in our_metrics(log)]
 
 

@@ -36,6 +36,7 @@ def test_a_run_equals_the_reference(tmp_path, float64, accumulation):
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=16 // accumulation,
         beta=0.0,
+        compact_batches=False,
         **SAMPLED,
         **METHOD,
     )
@@ -47,7 +48,7 @@ def test_a_run_equals_the_reference(tmp_path, float64, accumulation):
 
 def test_its_plain_rule_is_trl_bit_for_bit(tmp_path):
     settings = {"learning_rate": 1e-3, **SAMPLED}
-    plain = train(tmp_path, GXPORLOOTrainer, GXPORLOOConfig, update_rule="grpo", **settings)
+    plain = train(tmp_path, GXPORLOOTrainer, GXPORLOOConfig, update_rule="grpo", compact_batches=False, **settings)
     assert_equal_parameters(plain, train(tmp_path, RLOOTrainer, RLOOConfig, **settings))
 
 
@@ -55,7 +56,13 @@ def test_its_plain_rule_is_trl_bit_for_bit(tmp_path):
 def test_an_inert_lookahead_is_trl_to_rounding(tmp_path, num_iterations):
     settings = {"learning_rate": 1e-3, "max_steps": 4, "num_iterations": num_iterations, **SAMPLED}
     inert = train(
-        tmp_path, GXPORLOOTrainer, GXPORLOOConfig, reposition_alpha=0.0, probe_optimizer_state="rollback", **settings
+        tmp_path,
+        GXPORLOOTrainer,
+        GXPORLOOConfig,
+        reposition_alpha=0.0,
+        probe_optimizer_state="rollback",
+        compact_batches=False,
+        **settings,
     )
     trl = train(tmp_path, RLOOTrainer, RLOOConfig, **settings)
     assert_close_parameters(parameters(inert), parameters(trl), atol=1e-6)

@@ -43,7 +43,8 @@ def train_trl(tmp_path, **settings):
 )
 def test_the_plain_rule_is_trl_bit_for_bit(tmp_path, trainer_class, config_class):
     settings = {"max_steps": 4, "model": None, **SAMPLED}
-    plain = train(tmp_path / "ours", trainer_class, config_class, update_rule="grpo", **settings)
+    stock = {"compact_batches": False}
+    plain = train(tmp_path / "ours", trainer_class, config_class, update_rule="grpo", **stock, **settings)
     trl = train_trl(tmp_path, **settings)
     assert_equal_parameters(plain, trl)
     assert trl_log(plain) == trl_log(trl)
@@ -53,7 +54,7 @@ def test_the_plain_rule_is_trl_bit_for_bit(tmp_path, trainer_class, config_class
 def test_after_shut_off_a_run_is_trl_bit_for_bit(tmp_path):
     """The gate trips in step 3; from the checkpoint of step 4, TRL's own trainer goes on the same way."""
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 4, **SAMPLED}
-    ours = train(tmp_path, RisingGateTrainer, gate_warmup_steps=2, **settings)
+    ours = train(tmp_path, RisingGateTrainer, gate_warmup_steps=2, compact_batches=False, **settings)
     assert ours._shutoff_step == 3
     trl = train(tmp_path, GRPOTrainer, GRPOConfig, resume_from_checkpoint=str(tmp_path / "checkpoint-4"), **settings)
     assert_equal_parameters(ours, trl)
@@ -87,7 +88,7 @@ def test_after_shut_off_a_run_is_trl_bit_for_bit(tmp_path):
 def test_an_inert_lookahead_is_trl_to_rounding(tmp_path, settings):
     """Whatever TRL is configured to do: its parameters, and its metrics, which stay those of pass 1."""
     settings = {"max_steps": 4, **SAMPLED, **settings}
-    inert = train(tmp_path / "ours", **INERT, **settings)
+    inert = train(tmp_path / "ours", compact_batches=False, **INERT, **settings)
     trl = train_trl(tmp_path, **settings)
     assert_close_parameters(parameters(inert), parameters(trl), atol=1e-6)
     for ours, theirs in zip(trl_log(inert), trl_log(trl), strict=True):
@@ -101,7 +102,7 @@ def test_an_inert_lookahead_is_trl_with_lora_and_dropout(tmp_path):
     def lora():
         return LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear")
 
-    inert = train(tmp_path / "ours", peft_config=lora(), **INERT, **settings)
+    inert = train(tmp_path / "ours", peft_config=lora(), compact_batches=False, **INERT, **settings)
     trl = train_trl(tmp_path, peft_config=lora(), **settings)
     assert_close_parameters(parameters(inert), parameters(trl), atol=1e-6)
 

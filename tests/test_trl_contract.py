@@ -13,6 +13,8 @@ from helpers import logged, make_trainer
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from gxpo_trl.rollout.compaction import KNOWN
+
 
 def trl_trainer(tmp_path, trainer_class=GRPOTrainer, **settings):
     return make_trainer(tmp_path, trainer_class, GRPOConfig, **settings)
@@ -31,6 +33,27 @@ def test_the_overridden_methods_keep_their_signatures():
     assert parameter_names(Trainer._save_optimizer_and_scheduler) == ["self", "output_dir"]
     assert parameter_names(GRPOTrainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]
     assert parameter_names(GRPOTrainer.__init__)[:4] == ["self", "model", "reward_funcs", "args"]
+
+
+def test_rollouts_wait_in_a_buffer_of_micro_batches_with_entries_that_compaction_knows(tmp_path):
+    """An entry that is not known turns compaction off without a word."""
+    trainer = trl_trainer(tmp_path, max_steps=1, beta=0.01, num_iterations=2, steps_per_generation=4)
+    trainer.train()
+    assert len(trainer._buffered_inputs) == 4
+    assert set(trainer._buffered_inputs[0]) <= KNOWN
+    normalizers = {id(batch["num_items_in_batch"]) for batch in trainer._buffered_inputs}
+    assert len(normalizers) == 1
+    assert trainer._prepare_inputs(None) is trainer._buffered_inputs[trainer._step % 4]
+
+
+@pytest.mark.parametrize("trainer_class, config_class", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_what_the_loss_depends_on_is_said_by_these_attributes(tmp_path, trainer_class, config_class):
+    trainer = make_trainer(tmp_path, trainer_class, config_class, scripted=False)
+    assert not trainer.aux_loss_enabled
+    assert parameter_names(trainer_class._compute_loss) == ["self", "model", "inputs"]
+    if trainer_class is GRPOTrainer:
+        assert (trainer.loss_type, trainer.beta, trainer.importance_sampling_level) == ("grpo", 0.0, "token")
+        assert (trainer._entropy_bonus_enabled, trainer.top_entropy_quantile) == (False, 1.0)
 
 
 class SpyingMixin:

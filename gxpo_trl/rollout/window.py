@@ -60,6 +60,7 @@ class RolloutWindow:
     devices: set[torch.device]
     freeze_old_logps: bool
     micro_batches: list[MicroBatch] = field(default_factory=list)
+    packed: list[dict[str, Any]] | None = None  # what replays compute on, where that is not what pass 1 did
 
     def open_micro_batch(self, inputs: dict[str, Any]) -> None:
         """Takes in one micro-batch; call just before its forward pass in pass 1."""
@@ -69,14 +70,30 @@ class RolloutWindow:
         """Keeps the log-probabilities (B, T) that pass 1 computed for the micro-batch taken in last."""
         self.micro_batches[-1].per_token_logps = per_token_logps.detach()
 
+    def rollouts(self) -> list[dict[str, Any]]:
+        """The micro-batches as replays are to see them."""
+        return [self._frozen(micro_batch) for micro_batch in self.micro_batches]
+
     def replay(self) -> Iterator[tuple[dict[str, Any], bool]]:
         """One pass: yields `(inputs, is_last)`, with the generators set as they were for that micro-batch.
 
-        A pass therefore leaves the generators where pass 1 did, and later rollouts are those of a run without replays.
+        A pass leaves the generators where pass 1 did, so that later rollouts are those of a run without replays.
         """
+        if self.packed is not None:
+            yield from self._replay_packed()
+            return
         for i, micro_batch in enumerate(self.micro_batches):
-            inputs = micro_batch.inputs
-            if self.freeze_old_logps and inputs.get("old_per_token_logps") is None:
-                inputs = {**inputs, "old_per_token_logps": micro_batch.per_token_logps}
+            inputs = self._frozen(micro_batch)
             micro_batch.random_state.restore()
             yield inputs, i == len(self.micro_batches) - 1
+
+    def _replay_packed(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        after_pass_1 = RandomState.of(self.devices)
+        for i, inputs in enumerate(self.packed):
+            yield inputs, i == len(self.packed) - 1
+        after_pass_1.restore()
+
+    def _frozen(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        if self.freeze_old_logps and micro_batch.inputs.get("old_per_token_logps") is None:
+            return {**micro_batch.inputs, "old_per_token_logps": micro_batch.per_token_logps}
+        return micro_batch.inputs

@@ -91,6 +91,15 @@ class LookaheadArguments:
         lookahead_diagnostics_steps (`int`, *optional*, defaults to `0`):
             Compares every so many active steps with K real optimizer steps and measures the noise of the gradient, at
             the cost of K further passes each time; 0 for never.
+        compact_batches (`bool`, *optional*, defaults to `True`):
+            Whether the rows of an optimizer step are sorted by completion length and their micro-batches trimmed,
+            where that leaves the gradient what it is. Turn it off to have `update_rule: grpo` equal TRL bit for bit.
+        prune_zero_advantage (`bool`, *optional*, defaults to `True`):
+            Whether the passes after the first leave out completions whose advantage is 0, where the loss sees a
+            completion through its advantage alone (no KL, no entropy bonus, no dropout). Needs `compact_batches`.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            Pack micro-batches by tokens, padding included, instead of by rows. The first pass keeps its number of
+            micro-batches, and exceeds this where it has to; later passes take as few as hold. Needs `compact_batches`.
         allow_low_precision_parameters (`bool`, *optional*, defaults to `False`):
             Whether to accept trainable parameters stored in bf16 or fp16, where small steps, and with them the
             retention ratio, vanish in rounding.
@@ -247,6 +256,29 @@ class LookaheadArguments:
             "gradient, at the cost of K further passes each time; 0 for never."
         },
     )
+    compact_batches: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the rows of an optimizer step are sorted by completion length and their micro-batches "
+            "trimmed, where that leaves the gradient what it is. Turn it off to have 'grpo' equal TRL bit for bit."
+        },
+    )
+    prune_zero_advantage: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the passes after the first leave out completions whose advantage is 0, where the loss "
+            "sees a completion through its advantage alone (no KL, no entropy bonus, no dropout). Needs "
+            "`compact_batches`."
+        },
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pack micro-batches by tokens, padding included, instead of by rows. The first pass keeps its "
+            "number of micro-batches, and exceeds this where it has to; later passes take as few as hold. Needs "
+            "`compact_batches`."
+        },
+    )
     allow_low_precision_parameters: bool = field(
         default=False,
         metadata={
@@ -273,6 +305,13 @@ class LookaheadArguments:
         for name in ("gate_patience", "gate_cooldown_steps"):
             self._check_at_least(name, 1)
         self._check_at_least("gate_window", 2)
+        if self.max_tokens_per_micro_batch is not None:
+            self._check_at_least("max_tokens_per_micro_batch", 1)
+            if not self.compact_batches:
+                raise ValueError(
+                    "`max_tokens_per_micro_batch` packs rows anew, and `compact_batches: false` forbids that. Set "
+                    "`compact_batches: true`, or leave the bound out."
+                )
         if self.max_active_steps is not None:
             self._check_at_least("max_active_steps", 1)
         if not self.gate_threshold > 0:

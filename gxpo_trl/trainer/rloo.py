@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from trl import RLOOConfig, RLOOTrainer
 
+from ..rollout.compaction import Compaction
 from .gxpo import GXPOTrainer
 from .lookahead_config import LookaheadArguments
 from .lookahead_trainer import LookaheadMixin
@@ -37,6 +38,13 @@ class GXPORLOOTrainer(LookaheadMixin, RLOOTrainer):
 
     _config_class = GXPORLOOConfig
     _freezes_old_logps = False
+    _token_means = ("entropy",)
+    _ratio_per_token = False
     _tag_names = ["trl", "rloo", "gxpo"]
     _name = "RLOO with GXPO"
     _paper = GXPOTrainer._paper
+
+    def _loss_allows(self) -> Compaction | None:
+        if type(self)._compute_loss is not RLOOTrainer._compute_loss or self.aux_loss_enabled:
+            return None
+        return Compaction(prunes=True)  # the KL term is part of the reward

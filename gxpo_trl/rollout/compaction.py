@@ -1,0 +1,254 @@
+"""The same gradient from fewer tokens: rows sorted by length, trimmed, and left out where they contribute nothing.
+
+TRL pads every completion of a generation batch to the longest one and shuffles, so that nearly every micro-batch is as
+wide as the longest completion of all. Nothing is computed twice or approximated here: rows change places among the
+micro-batches of one optimizer step, columns that every row of a micro-batch has masked are dropped, and in the passes
+after the first a row whose advantage is 0 is left out where the loss sees that row through its advantage alone.
+
+A micro-batch is TRL's: a dict of tensors whose first dimension are the rows. What comes out are such dicts, with one
+more entry, `LOSS_WEIGHT`, where a loss that averages over the rows of its micro-batch has to be corrected for how many
+there are.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+Batch = dict[str, Any]
+
+LOSS_WEIGHT = "loss_weight"
+PROMPT_COLUMNS = ("prompt_ids", "prompt_mask")  # (B, P), padded on the left
+COMPLETION_COLUMNS = (  # (B, T), padded on the right
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+    "advantages",
+)
+ROWS = ("advantages", "old_logps", "importance_sampling_ratio")  # (B,) or (B, 1)
+CONSTANTS = ("num_items_in_batch", LOSS_WEIGHT)
+KNOWN = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *ROWS, *CONSTANTS}
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What may be done to the micro-batches of one optimizer step without changing its gradient.
+
+    Attributes:
+        regroup (`bool`): Rows may change micro-batches: the loss is a sum over rows, or a mean over equally many.
+        averages_rows (`bool`): The loss of a micro-batch is a mean over its rows, not a sum with a normalizer of its
+            own.
+        trims_prompts (`bool`): Leading columns may be dropped: the model's positions are relative.
+        prunes (`bool`): Rows with advantage 0 contribute nothing to the gradient.
+        max_tokens (`int`, *optional*): Micro-batches hold at most so many tokens, padding included, instead of
+            equally many rows.
+    """
+
+    regroup: bool = True
+    averages_rows: bool = True
+    trims_prompts: bool = False
+    prunes: bool = False
+    max_tokens: int | None = None
+
+
+Widest = Callable[[torch.Tensor], torch.Tensor]
+"""The elementwise maximum of a tensor over all ranks. Ranks have to agree on the rows of each micro-batch."""
+
+
+def compact(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.Tensor.clone) -> list[Batch]:
+    """The micro-batches of one optimizer step with their rows sorted by completion length, longest first, and trimmed.
+
+    Args:
+        micro_batches (`list[Batch]`): Of one optimizer step, with equally many rows each.
+        how (`Compaction`): What may be done.
+        widest (`Widest`): Asked once, with `max_tokens`.
+
+    Returns:
+        `list[Batch]`: As many micro-batches with the same rows. Unchanged where a batch holds something that is not
+        known here, such as images.
+    """
+    if not _are_known(micro_batches):
+        return micro_batches
+    if not how.regroup:
+        return [take(batch, torch.arange(count_rows(batch)), how) for batch in micro_batches]
+    rows = merge(micro_batches)
+    order = completion_lengths(rows).argsort(descending=True, stable=True)
+    if how.max_tokens is None:
+        sizes = [count_rows(rows) // len(micro_batches)] * len(micro_batches)
+    else:
+        widths = widest(_widths(rows)[order]).tolist()
+        sizes = pack_into(widths, how.max_tokens, len(micro_batches))
+    return _split(rows, order, sizes, count_rows(rows) / len(micro_batches), how)
+
+
+def prune(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.Tensor.clone) -> list[Batch]:
+    """The rows that have an advantage, in as few micro-batches as hold them.
+
+    Args:
+        micro_batches (`list[Batch]`): Of one optimizer step, as `compact` left them.
+        how (`Compaction`): What may be done.
+        widest (`Widest`): Asked once, and once more with `max_tokens`.
+
+    Returns:
+        `list[Batch]`: Equally many micro-batches, with equally many rows each, on every rank; a rank with fewer rows
+        that count fills up with rows that don't. Empty if no rank has a row that counts, and unchanged where nothing
+        can be left out.
+    """
+    if not how.regroup or not (how.prunes or how.max_tokens) or not _are_known(micro_batches):
+        return micro_batches
+    rows = merge(micro_batches)
+    everything = count_rows(rows)
+    lengths = completion_lengths(rows)
+    counts = _has_advantage(rows) if how.prunes else torch.ones_like(lengths, dtype=torch.bool)
+    kept = int(widest(counts.sum().view(1)).item())
+    if kept == 0:
+        return []
+    if kept == everything and how.max_tokens is None:
+        return micro_batches
+    cheapest_first = torch.where(counts, -1, lengths).argsort(stable=True)[:kept]  # those that count, then short ones
+    order = cheapest_first[lengths[cheapest_first].argsort(descending=True, stable=True)]
+    row_limit = math.ceil(everything / len(micro_batches))
+    if how.max_tokens is None:
+        sizes = [min(row_limit, kept - start) for start in range(0, kept, row_limit)]
+    else:
+        sizes = pack(widest(_widths(rows)[order]).tolist(), how.max_tokens)
+    return _split(rows, order, sizes, everything / len(micro_batches), how)
+
+
+def pack(widths: list[int], max_tokens: int) -> list[int]:
+    """How many rows go into each micro-batch, in order, so that rows × the widest of them stays within `max_tokens`.
+
+    A row that is wider by itself gets a micro-batch of its own. `widths` never increases: the widest is the first.
+    """
+    sizes, widest = [], 0
+    for width in widths:
+        if sizes and (sizes[-1] + 1) * widest <= max_tokens:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            widest = width
+    return sizes
+
+
+def pack_into(widths: list[int], max_tokens: int, count: int) -> list[int]:
+    """As `pack`, into exactly `count` micro-batches, with the least bound from `max_tokens` on that allows it."""
+    low, high = max_tokens, max(max_tokens, len(widths) * widths[0])
+    while low < high:
+        middle = (low + high) // 2
+        if len(pack(widths, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    sizes = pack(widths, low)
+    while len(sizes) < count:  # the pass has a fixed number of micro-batches; none may be empty
+        largest = sizes.index(max(sizes))
+        sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
+    return sizes
+
+
+def count_rows(batch: Batch) -> int:
+    return batch["completion_ids"].size(0)
+
+
+def completion_lengths(batch: Batch) -> torch.Tensor:
+    """The column after the last one that is not masked, of each row, (B,)."""
+    mask = batch["completion_mask"]
+    columns = torch.arange(1, mask.size(1) + 1, device=mask.device)
+    return (mask.bool() * columns).amax(1)
+
+
+def scored_tokens(batch: Batch) -> torch.Tensor:
+    """How many tokens the loss sees, a scalar."""
+    mask = batch["completion_mask"]
+    return (mask if batch.get("tool_mask") is None else mask * batch["tool_mask"]).sum()
+
+
+def count_tokens(batch: Batch) -> int:
+    """What a micro-batch costs: rows × columns, padding included."""
+    return batch["prompt_ids"].numel() + batch["completion_ids"].numel()
+
+
+def merge(batches: list[Batch]) -> Batch:
+    """One batch of all rows, padded to the widest prompt and completion."""
+    prompt = max(batch["prompt_ids"].size(1) for batch in batches)
+    completion = max(batch["completion_ids"].size(1) for batch in batches)
+    per_token = {key for batch in batches for key, value in _tensors(batch) if _is_per_token(key, value)}
+
+    def pad(key: str, value: torch.Tensor) -> torch.Tensor:
+        if key in PROMPT_COLUMNS:
+            return torch.nn.functional.pad(value, (prompt - value.size(1), 0))
+        return torch.nn.functional.pad(value, (0, completion - value.size(1))) if key in per_token else value
+
+    padded = [{key: pad(key, value) for key, value in _tensors(batch)} for batch in batches]
+    merged = {key: torch.cat([batch[key] for batch in padded]) for key in padded[0]}
+    return merged | {key: value for key, value in batches[0].items() if key == "num_items_in_batch"}
+
+
+def take(batch: Batch, rows: torch.Tensor, how: Compaction) -> Batch:
+    """Some rows of a batch, without the columns that all of them have masked; one column is kept in any case."""
+    taken = {key: value[rows.to(value.device)] for key, value in _tensors(batch)}
+    end = max(1, int(completion_lengths(taken).max()))
+    start = 0
+    if how.trims_prompts:
+        start = min(int(taken["prompt_mask"].argmax(1).min()), taken["prompt_mask"].size(1) - 1)
+    for key, value in taken.items():
+        if key in PROMPT_COLUMNS:
+            taken[key] = value[:, start:].contiguous()
+        elif _is_per_token(key, value):
+            taken[key] = value[:, :end].contiguous()
+    return taken | {key: value for key, value in batch.items() if key in CONSTANTS}
+
+
+def _split(rows: Batch, order: torch.Tensor, sizes: list[int], nominal_rows: float, how: Compaction) -> list[Batch]:
+    batches = [take(rows, part, how) for part in order.split(sizes)]
+    for batch, size in zip(batches, sizes, strict=True):
+        if how.averages_rows and size != nominal_rows:
+            batch[LOSS_WEIGHT] = size / nominal_rows
+    return batches
+
+
+def _widths(rows: Batch) -> torch.Tensor:
+    return rows["prompt_ids"].size(1) + completion_lengths(rows)
+
+
+def _has_advantage(rows: Batch) -> torch.Tensor:
+    return rows["advantages"].reshape(count_rows(rows), -1).ne(0).any(1)
+
+
+def _are_known(batches: list[Batch]) -> bool:
+    """Whether every entry is known here, and the normalizer is that of one generation batch."""
+    keys = {key for batch in batches for key, value in batch.items() if value is not None}
+    normalizers = {id(batch.get("num_items_in_batch")) for batch in batches}
+    return keys <= KNOWN and len(normalizers) == 1
+
+
+def _tensors(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((key, value) for key, value in batch.items() if value is not None and key not in CONSTANTS)
+
+
+def _is_per_token(key: str, value: torch.Tensor) -> bool:
+    """Whether the columns are those of the completion, rather than one for the whole row."""
+    return key in COMPLETION_COLUMNS and value.dim() == 2 and value.size(1) > 1
+
+
+def draws_at_random(model: torch.nn.Module) -> bool:
+    """Whether a forward pass in training draws random numbers, which depend on what else is in the micro-batch."""
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+        return True
+    config = model.config.get_text_config().to_dict()
+    names = [name for name in config if "dropout" in name or name.endswith(("pdrop", "jitter_noise"))]
+    return any(isinstance(config[name], float) and config[name] > 0 for name in names)
+
+
+def has_relative_positions(model: torch.nn.Module) -> bool:
+    """Whether a sequence may start at any position: rotary embeddings whose frequencies don't depend on the length."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    return bool(kinds) and all(kind.get("rope_type") in ("default", "linear", "llama3", "yarn") for kind in kinds)

@@ -1,0 +1,379 @@
+"""Compaction leaves the gradient what it is, and computes on fewer tokens."""
+
+import threading
+
+import pytest
+import torch
+from helpers import (
+    TINY_BATCH,
+    assert_close_parameters,
+    compute_in_float64,
+    double_model,
+    logged,
+    make_trainer,
+    parameters,
+    text_reward,
+    tiny_model,
+    train,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from gxpo_trl import GXPOConfig, GXPORLOOConfig, GXPORLOOTrainer, GXPOTrainer, SFPOConfig, SFPOTrainer
+from gxpo_trl.rollout.compaction import (
+    LOSS_WEIGHT,
+    Compaction,
+    compact,
+    count_rows,
+    count_tokens,
+    draws_at_random,
+    has_relative_positions,
+    pack,
+    pack_into,
+    prune,
+    scored_tokens,
+)
+
+
+VOCABULARY, PROMPT, COMPLETION = 30, 5, 9
+
+
+def half_without_spread(completions, **kwargs) -> list[float]:
+    """The same, but every other group gets one reward."""
+    group = TINY_BATCH["num_generations"]
+    return [1.0 if i // group % 2 else reward for i, reward in enumerate(text_reward(completions))]
+
+
+def no_spread(completions, **kwargs) -> list[float]:
+    return [1.0] * len(completions)
+
+
+# ---- The gradient, for any rollouts
+
+
+def make_window(rows: int, lengths, prompts, advantages, seed: int = 0, tools: bool = False) -> list[dict]:
+    """The micro-batches of one optimizer step as TRL makes them, all padded to one width."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(lengths)
+    batch = {
+        "prompt_ids": torch.randint(3, VOCABULARY, (count, PROMPT), generator=generator),
+        "prompt_mask": (torch.arange(PROMPT) >= PROMPT - torch.tensor(prompts)[:, None]).long(),
+        "completion_ids": torch.randint(3, VOCABULARY, (count, COMPLETION), generator=generator),
+        "completion_mask": (torch.arange(COMPLETION) < torch.tensor(lengths)[:, None]).long(),
+        "advantages": torch.tensor(advantages),
+    }
+    noise = torch.randn(count, COMPLETION, generator=generator, dtype=torch.float64)
+    batch["old_per_token_logps"] = noise * 0.3 - 3.4
+    if tools:
+        batch["tool_mask"] = torch.randint(0, 2, (count, COMPLETION), generator=generator)
+    normalizer = batch["completion_mask"].sum()
+    parts = [{k: v[i : i + rows] for k, v in batch.items()} for i in range(0, count, rows)]
+    return [part | {"num_items_in_batch": normalizer} for part in parts]
+
+
+EXAMPLE = {"rows": 3, "lengths": [9, 1, 4, 0, 7, 2], "prompts": [5, 2, 3, 1, 4, 4]}
+EXAMPLE["advantages"] = [0.0, 1.0, -1.5, 0.3, 0.0, 1.0]
+
+
+@st.composite
+def windows(draw, micro_batches: int | None = None, rows: int | None = None) -> list[dict]:
+    """Any lengths, truncated (fully masked) rows among them; half of the rows without advantage."""
+    micro_batches, rows = micro_batches or draw(st.integers(1, 4)), rows or draw(st.integers(1, 3))
+
+    def each(values):
+        return draw(st.lists(values, min_size=micro_batches * rows, max_size=micro_batches * rows))
+
+    lengths, prompts = each(st.integers(0, COMPLETION)), each(st.integers(1, PROMPT))
+    advantages = each(st.sampled_from([0.0, 0.0, 0.0, 1.0, -1.5, 0.3]))
+    return make_window(rows, lengths, prompts, advantages, draw(st.integers(0, 2**32)), draw(st.booleans()))
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """A float64 trainer whose loss can be asked for the gradient of any window."""
+    with pytest.MonkeyPatch.context() as patch:
+        compute_in_float64(patch.setattr)
+        yield make_trainer(tmp_path_factory.mktemp("trainer"), model=double_model(), compact_batches=False)
+
+
+def gradient(trainer, micro_batches: list[dict], nominal: int) -> torch.Tensor:
+    """Of one optimizer step, `nominal` micro-batches long."""
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = nominal
+    trainer.model.train()
+    trainer.model.zero_grad()
+    for batch in micro_batches:
+        trainer.compute_loss(trainer.model, batch).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None] or [torch.zeros(1)])
+
+
+LOSSES = ("grpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
+SLOW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+@SLOW
+@given(window=windows(), max_tokens=st.sampled_from([None, 15, 40, 1000]))
+def test_the_gradient_stays_what_it_is(trainer, loss_type, level, window, max_tokens):
+    trainer.loss_type, trainer.importance_sampling_level = loss_type, level
+    how = Compaction(averages_rows=loss_type not in ("cispo", "dapo", "vespo"), prunes=True, max_tokens=max_tokens)
+    expected = gradient(trainer, window, len(window))
+    compacted = compact(window, how)
+    assert len(compacted) == len(window)
+    torch.testing.assert_close(gradient(trainer, compacted, len(window)), expected, rtol=1e-9, atol=1e-12)
+    if pruned := prune(compacted, how):
+        torch.testing.assert_close(gradient(trainer, pruned, len(window)), expected, rtol=1e-9, atol=1e-12)
+    else:
+        assert not expected.any()
+    if max_tokens is None:
+        assert sum(map(count_tokens, pruned)) <= sum(map(count_tokens, compacted)) <= sum(map(count_tokens, window))
+
+
+@SLOW
+@given(window=windows())
+def test_prompts_are_trimmed_where_positions_are_relative(trainer, window):
+    """Rotary angles are computed in fp32, and shift with the prompt."""
+    trainer.loss_type, trainer.importance_sampling_level = "grpo", "token"
+    trimmed = compact(window, Compaction(trims_prompts=True))
+    assert all(batch["prompt_mask"][:, 0].any() for batch in trimmed)
+    expected = gradient(trainer, window, len(window))
+    torch.testing.assert_close(gradient(trainer, trimmed, len(window)), expected, rtol=1e-5, atol=1e-6)
+
+
+@SLOW
+@given(window=windows())
+def test_a_loss_that_depends_on_the_micro_batch_is_trimmed_alone(trainer, window):
+    trainer.loss_type, trainer.importance_sampling_level = "bnpo", "token"
+    trimmed = compact(window, Compaction(regroup=False, prunes=True))
+    assert [count_rows(batch) for batch in trimmed] == [count_rows(batch) for batch in window]
+    expected = gradient(trainer, window, len(window))
+    torch.testing.assert_close(gradient(trainer, trimmed, len(window)), expected, rtol=1e-9, atol=1e-12)
+    assert prune(trimmed, Compaction(regroup=False, prunes=True)) is trimmed
+
+
+@SLOW
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    data=st.data(),
+    max_tokens=st.sampled_from([None, 20, 60]),
+)
+def test_ranks_agree_on_the_rows_of_every_micro_batch(trainer, shape, data, max_tokens):
+    trainer.loss_type, trainer.importance_sampling_level = "grpo", "token"
+    ranks = [data.draw(windows(*shape)) for _ in range(2)]
+    how = Compaction(prunes=True, max_tokens=max_tokens)
+    compacted = on_two_ranks(ranks, lambda window, widest: compact(window, how, widest))
+    pruned = on_two_ranks(compacted, lambda window, widest: prune(window, how, widest))
+    for first, second in (compacted, pruned):
+        assert [count_rows(batch) for batch in first] == [count_rows(batch) for batch in second]
+    for window, kept in zip(ranks, pruned, strict=True):
+        expected = gradient(trainer, window, len(window))
+        result = gradient(trainer, kept, len(window)) if kept else torch.zeros_like(expected)
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
+
+
+def on_two_ranks(windows: list, function) -> list:
+    """Runs a function as two ranks do, each waiting for the other's numbers."""
+    barrier, shown, results = threading.Barrier(2, timeout=10), [None, None], [None, None]
+
+    def run(rank: int) -> None:
+        def widest(values):
+            shown[rank] = values
+            barrier.wait()
+            result = torch.maximum(*shown)
+            barrier.wait()
+            return result
+
+        results[rank] = function(windows[rank], widest)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+# ---- Packing
+
+
+def test_rows_are_packed_by_tokens_the_longest_by_themselves():
+    assert pack([100, 40, 30, 30, 10, 10, 10], max_tokens=90) == [1, 2, 3, 1]
+    assert pack([7], max_tokens=1) == [1]
+
+
+def test_a_pass_with_a_fixed_number_of_micro_batches_exceeds_the_bound_as_little_as_it_can():
+    assert pack_into([100, 40, 30, 30, 10, 10, 10], max_tokens=90, count=3) == [1, 3, 3]
+    assert pack_into([10, 10, 10, 10], max_tokens=1000, count=4) == [1, 1, 1, 1]
+    assert pack_into([10, 10, 10, 10, 10], max_tokens=1000, count=2) == [3, 2]
+
+
+def test_weights_follow_the_number_of_rows():
+    window = make_window(**EXAMPLE)
+    packed = compact(window, Compaction(max_tokens=20))
+    for batch in packed:
+        assert batch.get(LOSS_WEIGHT, 1.0) == pytest.approx(count_rows(batch) / 3)
+
+
+@pytest.mark.parametrize("key", ["pixel_values", "an unknown entry"])
+def test_what_is_not_known_is_left_as_it_is(key):
+    window = [batch | {key: torch.ones(3)} for batch in make_window(**EXAMPLE)]
+    assert compact(window, Compaction()) is window
+    assert prune(window, Compaction(prunes=True)) is window
+
+
+def test_generation_batches_with_normalizers_of_their_own_are_not_mixed():
+    window = make_window(**EXAMPLE)
+    window[1]["num_items_in_batch"] = window[1]["num_items_in_batch"].clone()
+    assert prune(window, Compaction(prunes=True)) is window
+
+
+def test_positions_and_dropout_are_read_off_the_model():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
+    assert has_relative_positions(tiny_model()) and not has_relative_positions(gpt2)
+    assert draws_at_random(gpt2) and not draws_at_random(tiny_model())
+    assert draws_at_random(tiny_model(attention_dropout=0.1))
+
+
+# ---- Whole runs
+
+SAMPLED = {"learning_rate": 1e-3, "epsilon": 0.2, "max_steps": 4, "adam_epsilon": 1e-3}
+OFF = {"compact_batches": False}
+
+
+@pytest.mark.parametrize(
+    "trainer_class, config_class, options",
+    [
+        *((GXPOTrainer, GXPOConfig, {"loss_type": loss_type}) for loss_type in (*LOSSES, "bnpo")),
+        (GXPOTrainer, GXPOConfig, {"retention": "update", "active_threshold_relative": 0.01}),
+        (GXPOTrainer, GXPOConfig, {"steps_per_generation": 4}),
+        (GXPOTrainer, GXPOConfig, {"steps_per_generation": 1, "loss_type": "dapo"}),
+        (GXPOTrainer, GXPOConfig, {"gradient_accumulation_steps": 3, "steps_per_generation": 2}),
+        (GXPOTrainer, GXPOConfig, {"num_iterations": 2}),
+        (GXPOTrainer, GXPOConfig, {"beta": 0.05}),
+        (GXPOTrainer, GXPOConfig, {"entropy_coef": 0.01}),
+        (GXPOTrainer, GXPOConfig, {"top_entropy_quantile": 0.5}),
+        (GXPOTrainer, GXPOConfig, {"mask_truncated_completions": True}),
+        (GXPOTrainer, GXPOConfig, {"max_tokens_per_micro_batch": 200}),
+        (GXPOTrainer, GXPOConfig, {"ratio_anchor": "current"}),
+        (SFPOTrainer, SFPOConfig, {}),
+        (GXPOTrainer, GXPOConfig, {"update_rule": "grpo", "max_tokens_per_micro_batch": 200}),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value.__name__,
+)
+def test_a_run_ends_where_it_does_without_compaction(tmp_path, float64, trainer_class, config_class, options):
+    classes, options = (trainer_class, config_class), {**SAMPLED, **options}
+    budget = options.pop("max_tokens_per_micro_batch", None)
+
+    def run(**more):
+        return train(tmp_path, *classes, model=double_model(), reward=half_without_spread, **options, **more)
+
+    stock, compacted = run(**OFF, max_tokens_per_micro_batch=None), run(max_tokens_per_micro_batch=budget)
+    assert_close_parameters(parameters(compacted), parameters(stock), atol=1e-6)
+    assert logged(compacted, "lookahead/backward_passes") == logged(stock, "lookahead/backward_passes")
+    assert max(logged(compacted, "lookahead/token_fraction")) <= 1.0
+    assert logged(compacted, "reward") == logged(stock, "reward")
+    assert logged(compacted, "loss") == pytest.approx(logged(stock, "loss"), abs=1e-4)
+
+
+def test_rloo_ends_where_it_does_without_compaction(tmp_path, float64):
+    options = {**SAMPLED, "scripted": False, "reward": half_without_spread, "max_completion_length": 12}
+
+    def run(**more):
+        return train(tmp_path, GXPORLOOTrainer, GXPORLOOConfig, model=double_model(), **options, **more)
+
+    stock, compacted = run(**OFF), run()
+    assert_close_parameters(parameters(compacted), parameters(stock), atol=1e-6)
+    assert logged(compacted, "lookahead/replay_token_fraction")[0] < logged(compacted, "lookahead/token_fraction")[0]
+
+
+@pytest.mark.parametrize("trainer_class, config_class", [(GXPOTrainer, GXPOConfig), (GXPORLOOTrainer, GXPORLOOConfig)])
+def test_the_plain_rule_with_compaction_is_trl_to_rounding(tmp_path, trainer_class, config_class):
+    base = (GRPOTrainer, GRPOConfig) if trainer_class is GXPOTrainer else (RLOOTrainer, RLOOConfig)
+    options = {**SAMPLED, "scripted": False, "reward": text_reward, "max_completion_length": 12}
+    ours = train(tmp_path, trainer_class, config_class, update_rule="grpo", **options)
+    assert_close_parameters(parameters(ours), parameters(train(tmp_path, *base, **options)), atol=1e-6)
+
+
+def test_token_means_are_those_of_the_whole_step(tmp_path, float64):
+    """Sorted micro-batches hold different numbers of tokens: TRL's mean over one large micro-batch is the measure."""
+    options = {**SAMPLED, "learning_rate": 1e-3, "epsilon": 0.01, "max_steps": 2, "num_iterations": 2}
+    large = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    one = train(tmp_path, update_rule="grpo", **OFF, model=double_model(), **options, **large)
+    ours = train(tmp_path, update_rule="grpo", model=double_model(), **options)
+    for name in ("entropy", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+        assert logged(ours, name) == pytest.approx(logged(one, name), rel=1e-5)
+    assert logged(ours, "clip_ratio/region_mean")[1] > 0.1
+
+
+def test_what_the_last_pass_measures_counts_all_rows(tmp_path, float64):
+    options = {**SAMPLED, "max_steps": 2, "epsilon": 0.01, "reward": half_without_spread}
+    stock = train(tmp_path, model=double_model(), **OFF, **options, gradient_accumulation_steps=1)
+    ours = train(tmp_path, model=double_model(), **options, gradient_accumulation_steps=1)
+    assert logged(ours, "lookahead/replay_token_fraction")[0] < 0.7
+    slow = logged(ours, "lookahead/clip_ratio_slow")
+    assert slow == pytest.approx(logged(stock, "lookahead/clip_ratio_slow"), rel=1e-5)
+    assert min(slow) > 0.05
+
+
+def test_replays_leave_out_completions_without_advantage(tmp_path):
+    trainer = train(tmp_path, reward=half_without_spread, **SAMPLED)
+    for first, replay in zip(
+        logged(trainer, "lookahead/token_fraction"), logged(trainer, "lookahead/replay_token_fraction"), strict=True
+    ):
+        assert 0.3 < replay < 0.7 < first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0.05},
+        {"entropy_coef": 0.01},
+        {"top_entropy_quantile": 0.5},
+        {"loss_type": "bnpo"},
+        {"prune_zero_advantage": False},
+        {"peft_config": LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear")},
+    ],
+    ids=str,
+)
+def test_nothing_is_pruned_where_the_loss_sees_more_than_the_advantage(tmp_path, options):
+    trainer = train(tmp_path, reward=half_without_spread, **{**SAMPLED, "max_steps": 2, **options})
+    assert logged(trainer, "lookahead/replay_token_fraction") == logged(trainer, "lookahead/token_fraction")
+
+
+@pytest.mark.parametrize("trainer_class, config_class", [(GXPOTrainer, GXPOConfig), (SFPOTrainer, SFPOConfig)])
+def test_a_step_without_any_advantage_is_the_plain_one(tmp_path, trainer_class, config_class):
+    trainer = train(tmp_path, trainer_class, config_class, reward=no_spread, **SAMPLED)
+    assert logged(trainer, "lookahead/active") == [0.0] * 4
+    assert logged(trainer, "lookahead/backward_passes") == [1, 2, 3, 4]
+    assert trainer.lookahead_active  # the gate has seen nothing
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    options = {**SAMPLED, "reward": half_without_spread, "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path, **options)
+    resumed = train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **options)
+    assert all(torch.equal(p, parameters(resumed)[name]) for name, p in parameters(whole).items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens_per_micro_batch": 100, "compact_batches": False},
+        {"max_tokens_per_micro_batch": 0},
+        {"max_tokens_per_micro_batch": 100, "loss_type": "bnpo"},
+        {"max_tokens_per_micro_batch": 100, "gradient_accumulation_steps": 3, "steps_per_generation": 2},
+    ],
+    ids=str,
+)
+def test_a_token_budget_that_cannot_be_kept_is_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="max_tokens_per_micro_batch"):
+        make_trainer(tmp_path, **options)
+
+
+def test_scored_tokens_are_those_of_the_loss():
+    assert [scored_tokens(batch).item() for batch in make_window(**EXAMPLE)] == [14, 9]
+    with_tools = make_window(**EXAMPLE, tools=True)[0]
+    assert scored_tokens(with_tools) == (with_tools["completion_mask"] * with_tools["tool_mask"]).sum() < 14
