@@ -1,6 +1,6 @@
 """What an update costs beside that of TRL's own `GRPOTrainer`: every rule, with and without compaction.
 
-    python benchmarks/update_cost.py            # about 15 minutes on two cores
+    python benchmarks/update_cost.py            # about 10 minutes on two cores
     python benchmarks/update_cost.py --quick    # the log-normal profile alone, with fewer blocks
 
 One run. Two trainers take turns, TRL's and ours, over blocks of rollouts with the same lengths; within a block ours

@@ -1,5 +1,6 @@
 """Compaction leaves the gradient what it is, and computes on fewer tokens."""
 
+import itertools
 import threading
 
 import pytest
@@ -32,7 +33,7 @@ from gxpo_trl.rollout.compaction import (
     draws_at_random,
     has_relative_positions,
     pack,
-    pack_into,
+    partition,
     prune,
     scored_tokens,
 )
@@ -204,10 +205,40 @@ def test_rows_are_packed_by_tokens_the_longest_by_themselves():
     assert pack([7], max_tokens=1) == [1]
 
 
-def test_a_pass_with_a_fixed_number_of_micro_batches_exceeds_the_bound_as_little_as_it_can():
-    assert pack_into([100, 40, 30, 30, 10, 10, 10], max_tokens=90, count=3) == [1, 3, 3]
-    assert pack_into([10, 10, 10, 10], max_tokens=1000, count=4) == [1, 1, 1, 1]
-    assert pack_into([10, 10, 10, 10, 10], max_tokens=1000, count=2) == [3, 2]
+def test_a_partition_computes_the_fewest_tokens():
+    assert partition([100, 40, 30, 30, 10, 10, 10], count=3, max_tokens=120) == [1, 3, 3]
+    assert partition([10, 10, 10, 10], count=4, max_tokens=1000) == [1, 1, 1, 1]
+    assert partition([50, 50, 5, 5, 5, 5, 5, 5], count=2, max_tokens=100) == [2, 6]
+
+
+def test_a_bound_that_so_few_micro_batches_cannot_keep_is_exceeded_as_little_as_possible():
+    assert sorted(partition([10, 10, 10, 10, 10], count=2, max_tokens=1)) == [2, 3]
+
+
+def test_many_rows_are_partitioned_within_the_bound_without_a_search(monkeypatch):
+    monkeypatch.setattr("gxpo_trl.rollout.compaction.MOST_ROWS", 4)
+    assert partition([100, 40, 30, 30, 10, 10, 10], count=5, max_tokens=120) == [1, 2, 1, 2, 1]
+
+
+@SLOW
+@given(
+    widths=st.lists(st.integers(1, 60), min_size=1, max_size=8).map(lambda widths: sorted(widths, reverse=True)),
+    count=st.integers(1, 8),
+    max_tokens=st.integers(1, 300),
+)
+def test_no_other_partition_computes_fewer(widths, count, max_tokens):
+    count = min(count, len(widths))
+
+    def tokens(sizes):
+        starts = itertools.accumulate([0, *sizes[:-1]])
+        return [size * widths[start] for size, start in zip(sizes, starts, strict=True)]
+
+    cuts = itertools.combinations(range(1, len(widths)), count - 1)
+    others = [[b - a for a, b in itertools.pairwise((0, *cut, len(widths)))] for cut in cuts]
+    bound = max(max_tokens, widths[0], min(max(tokens(sizes)) for sizes in others))
+    ours = partition(widths, count, max_tokens)
+    assert max(tokens(ours)) <= bound
+    assert sum(tokens(ours)) == min(sum(tokens(sizes)) for sizes in others if max(tokens(sizes)) <= bound)
 
 
 def test_weights_follow_the_number_of_rows():
@@ -373,7 +404,28 @@ def test_a_token_budget_that_cannot_be_kept_is_refused(tmp_path, options):
         make_trainer(tmp_path, **options)
 
 
+class OtherLossTrainer(GXPOTrainer):
+    """As a trainer of TRL's that is GRPO with a loss of its own."""
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs)
+
+
+def test_a_loss_that_is_not_trls_is_left_alone(tmp_path):
+    trainer = train(tmp_path, OtherLossTrainer, max_steps=1)
+    assert trainer._compaction is None
+    assert logged(trainer, "lookahead/token_fraction") == []
+    with pytest.raises(ValueError, match="max_tokens_per_micro_batch.*loss of TRL's"):
+        make_trainer(tmp_path, OtherLossTrainer, max_tokens_per_micro_batch=100)
+
+
 def test_scored_tokens_are_those_of_the_loss():
     assert [scored_tokens(batch).item() for batch in make_window(**EXAMPLE)] == [14, 9]
     with_tools = make_window(**EXAMPLE, tools=True)[0]
     assert scored_tokens(with_tools) == (with_tools["completion_mask"] * with_tools["tool_mask"]).sum() < 14
+
+
+def test_attention_that_is_cut_at_absolute_positions_is_not_relative():
+    model = tiny_model()
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert not has_relative_positions(model)

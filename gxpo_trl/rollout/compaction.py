@@ -34,6 +34,7 @@ COMPLETION_COLUMNS = (  # (B, T), padded on the right
 )
 ROWS = ("advantages", "old_logps", "importance_sampling_ratio")  # (B,) or (B, 1)
 CONSTANTS = ("num_items_in_batch", LOSS_WEIGHT)
+MOST_ROWS = 512  # for which the best partition is looked for: the search takes rows² × micro-batches steps
 KNOWN = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *ROWS, *CONSTANTS}
 
 
@@ -47,8 +48,8 @@ class Compaction:
             own.
         trims_prompts (`bool`): Leading columns may be dropped: the model's positions are relative.
         prunes (`bool`): Rows with advantage 0 contribute nothing to the gradient.
-        max_tokens (`int`, *optional*): Micro-batches hold at most so many tokens, padding included, instead of
-            equally many rows.
+        max_tokens (`int`, *optional*): Micro-batches hold at most so many tokens, padding included; unset for as many
+            as TRL's hold.
     """
 
     regroup: bool = True
@@ -68,10 +69,11 @@ def compact(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.
     Args:
         micro_batches (`list[Batch]`): Of one optimizer step, with equally many rows each.
         how (`Compaction`): What may be done.
-        widest (`Widest`): Asked once, with `max_tokens`.
+        widest (`Widest`): Asked once.
 
     Returns:
-        `list[Batch]`: As many micro-batches with the same rows. Unchanged where a batch holds something that is not
+        `list[Batch]`: As many micro-batches with the same rows, cut where the fewest tokens are computed; none has
+        more of them than TRL's. Unchanged where a batch holds something that is not
         known here, such as images.
     """
     if not _are_known(micro_batches):
@@ -80,12 +82,10 @@ def compact(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.
         return [take(batch, torch.arange(count_rows(batch)), how) for batch in micro_batches]
     rows = merge(micro_batches)
     order = completion_lengths(rows).argsort(descending=True, stable=True)
-    if how.max_tokens is None:
-        sizes = [count_rows(rows) // len(micro_batches)] * len(micro_batches)
-    else:
-        widths = widest(_widths(rows)[order]).tolist()
-        sizes = pack_into(widths, how.max_tokens, len(micro_batches))
-    return _split(rows, order, sizes, count_rows(rows) / len(micro_batches), how)
+    widths = widest(_widths(rows)[order]).tolist()
+    nominal_rows = count_rows(rows) // len(micro_batches)
+    sizes = partition(widths, len(micro_batches), how.max_tokens or nominal_rows * widths[0])
+    return _split(rows, order, sizes, nominal_rows, how)
 
 
 def prune(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.Tensor.clone) -> list[Batch]:
@@ -94,7 +94,7 @@ def prune(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.Te
     Args:
         micro_batches (`list[Batch]`): Of one optimizer step, as `compact` left them.
         how (`Compaction`): What may be done.
-        widest (`Widest`): Asked once, and once more with `max_tokens`.
+        widest (`Widest`): Asked once, and once more if anything is left out or packed.
 
     Returns:
         `list[Batch]`: Equally many micro-batches, with equally many rows each, on every rank; a rank with fewer rows
@@ -114,19 +114,40 @@ def prune(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.Te
         return micro_batches
     cheapest_first = torch.where(counts, -1, lengths).argsort(stable=True)[:kept]  # those that count, then short ones
     order = cheapest_first[lengths[cheapest_first].argsort(descending=True, stable=True)]
-    row_limit = math.ceil(everything / len(micro_batches))
-    if how.max_tokens is None:
-        sizes = [min(row_limit, kept - start) for start in range(0, kept, row_limit)]
-    else:
-        sizes = pack(widest(_widths(rows)[order]).tolist(), how.max_tokens)
-    return _split(rows, order, sizes, everything / len(micro_batches), how)
+    widths = widest(_widths(rows)[order]).tolist()
+    nominal_rows = everything // len(micro_batches)
+    max_tokens = how.max_tokens or nominal_rows * widths[0]
+    count = len(pack(widths, max_tokens)) if how.max_tokens else math.ceil(kept / nominal_rows)
+    return _split(rows, order, partition(widths, count, max_tokens), nominal_rows, how)
+
+
+def partition(widths: list[int], count: int, max_tokens: int) -> list[int]:
+    """How many rows go into each of `count` micro-batches, in order, so that the fewest tokens are computed.
+
+    A micro-batch costs its rows × the widest of them, which is its first: `widths` never increases. Each keeps within
+    `max_tokens`, or the least bound above it that `count` micro-batches can keep.
+    """
+    rows = len(widths)
+    bound = _least_bound(widths, count, max_tokens)
+    if rows > MOST_ROWS:
+        return _split_to(count, pack(widths, bound))
+    ends, starts = torch.arange(rows + 1), torch.arange(rows)[:, None]
+    sizes = ends - starts  # of a micro-batch from row j on to row i
+    cost = (sizes * torch.tensor(widths)[:, None]).to(torch.float64)
+    cost[(sizes < 1) | ((cost > bound) & (sizes > 1))] = math.inf
+    best, choices = cost[0], []  # of one micro-batch up to row i
+    for _ in range(count - 1):
+        best, choice = (best[:-1, None] + cost).min(0)
+        choices.append(choice)
+    edges = [rows]
+    for choice in reversed(choices):
+        edges.append(int(choice[edges[-1]]))
+    edges = [0, *reversed(edges)]
+    return [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def pack(widths: list[int], max_tokens: int) -> list[int]:
-    """How many rows go into each micro-batch, in order, so that rows × the widest of them stays within `max_tokens`.
-
-    A row that is wider by itself gets a micro-batch of its own. `widths` never increases: the widest is the first.
-    """
+    """As few micro-batches as keep `max_tokens`; a row that is wider by itself gets one of its own."""
     sizes, widest = [], 0
     for width in widths:
         if sizes and (sizes[-1] + 1) * widest <= max_tokens:
@@ -137,8 +158,16 @@ def pack(widths: list[int], max_tokens: int) -> list[int]:
     return sizes
 
 
-def pack_into(widths: list[int], max_tokens: int, count: int) -> list[int]:
-    """As `pack`, into exactly `count` micro-batches, with the least bound from `max_tokens` on that allows it."""
+def _split_to(count: int, sizes: list[int]) -> list[int]:
+    """Halves the micro-batch of most rows until there are `count`."""
+    while len(sizes) < count:
+        largest = sizes.index(max(sizes))
+        sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
+    return sizes
+
+
+def _least_bound(widths: list[int], count: int, max_tokens: int) -> int:
+    """The least bound, from `max_tokens` on, that `count` micro-batches can keep."""
     low, high = max_tokens, max(max_tokens, len(widths) * widths[0])
     while low < high:
         middle = (low + high) // 2
@@ -146,11 +175,7 @@ def pack_into(widths: list[int], max_tokens: int, count: int) -> list[int]:
             high = middle
         else:
             low = middle + 1
-    sizes = pack(widths, low)
-    while len(sizes) < count:  # the pass has a fixed number of micro-batches; none may be empty
-        largest = sizes.index(max(sizes))
-        sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
-    return sizes
+    return low
 
 
 def count_rows(batch: Batch) -> int:
@@ -206,7 +231,7 @@ def take(batch: Batch, rows: torch.Tensor, how: Compaction) -> Batch:
     return taken | {key: value for key, value in batch.items() if key in CONSTANTS}
 
 
-def _split(rows: Batch, order: torch.Tensor, sizes: list[int], nominal_rows: float, how: Compaction) -> list[Batch]:
+def _split(rows: Batch, order: torch.Tensor, sizes: list[int], nominal_rows: int, how: Compaction) -> list[Batch]:
     batches = [take(rows, part, how) for part in order.split(sizes)]
     for batch, size in zip(batches, sizes, strict=True):
         if how.averages_rows and size != nominal_rows:
@@ -248,7 +273,12 @@ def draws_at_random(model: torch.nn.Module) -> bool:
 
 
 def has_relative_positions(model: torch.nn.Module) -> bool:
-    """Whether a sequence may start at any position: rotary embeddings whose frequencies don't depend on the length."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    """Whether a sequence may start at any position: attention that is not cut at absolute ones, and rotary embeddings
+    whose frequencies don't depend on the length."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if layers or getattr(config, "attention_chunk_size", None):
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
     return bool(kinds) and all(kind.get("rope_type") in ("default", "linear", "llama3", "yarn") for kind in kinds)

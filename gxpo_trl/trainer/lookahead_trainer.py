@@ -17,18 +17,7 @@ from accelerate.logging import get_logger
 from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..rollout.compaction import (
-    LOSS_WEIGHT,
-    Batch,
-    Compaction,
-    compact,
-    count_rows,
-    count_tokens,
-    draws_at_random,
-    has_relative_positions,
-    prune,
-    scored_tokens,
-)
+from ..rollout.compaction import LOSS_WEIGHT, Compaction
 from ..rollout.window import RolloutWindow
 from ..update.engines import (
     Engine,
@@ -40,6 +29,7 @@ from ..update.engines import (
 )
 from ..update.step import LookaheadReport, lookahead_step
 from .advice import Advisor
+from .compacting import CompactingMixin, Shares
 from .lookahead_config import LookaheadArguments, LookaheadConfig
 
 
@@ -52,11 +42,9 @@ SLOW_METRICS = {
     "kl": "kl_slow",
 }
 """TRL's names of what the last pass measures, and ours."""
-RATIO_MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
-"""TRL's metrics that average over whatever has an importance ratio in a micro-batch."""
 
 
-class LookaheadMixin:
+class LookaheadMixin(CompactingMixin):
     """
     The lookahead policy updates, over a TRL trainer whose loss can be computed again on the rollouts of a step.
 
@@ -68,8 +56,6 @@ class LookaheadMixin:
 
     _config_class: type[LookaheadArguments]
     _moved_by_loss: tuple[str, ...] = ()  # attributes that `compute_loss` moves, and replays must not
-    _token_means: tuple[str, ...] = ("entropy", "kl")  # metrics that average over the tokens of a micro-batch
-    _ratio_per_token = True  # whether each token has an importance ratio, rather than each completion
     _freezes_old_logps = True  # whether the old log-probabilities are to be kept from pass 1 where TRL keeps none
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
@@ -99,10 +85,7 @@ class LookaheadMixin:
         self._gate = args.gate()
         self._advisor = Advisor(args)
         self._engine: Engine | None = None  # chosen at the first active step, when the model is wrapped
-        self._compaction = self._allowed_compaction()
-        self._compacted: list[Batch] | None = None  # TRL's buffer, once its micro-batches are compact
-        self._stock_tokens = 0  # what one micro-batch of that buffer had before
-        self._first_pass: list[tuple[Batch, int]] = []  # the micro-batches of the step under way, with those tokens
+        self._set_up_compaction()
         self._window: RolloutWindow | None = None  # of the step under way, while pass 1 is being recorded
         self._moved_at_window_start: dict[str, Any] = {}
         self._backward_passes = 0
@@ -118,17 +101,6 @@ class LookaheadMixin:
         return self._uses_lookahead and self._gate.active
 
     # ---- One optimizer step
-
-    def _prepare_inputs(self, generation_batch):
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._compaction is None or not self.model.training:
-            return inputs
-        if self._buffered_inputs is not self._compacted:
-            self._stock_tokens = count_tokens(self._buffered_inputs[0])
-            self._compacted = self._buffered_inputs = self._compact_buffer(self._buffered_inputs)
-        inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        self._first_pass.append((inputs, self._stock_tokens))
-        return inputs
 
     def training_step(self, model, inputs, num_items_in_batch):
         if self.lookahead_active and self._window is None:
@@ -206,72 +178,6 @@ class LookaheadMixin:
                     loss = loss / self.current_gradient_accumulation_steps
                 self._engine.backward(loss)
 
-    # ---- Compaction
-
-    def _loss_allows(self) -> Compaction | None:
-        """What may be done to the micro-batches as far as the loss goes; `None` for nothing."""
-        return None
-
-    def _allowed_compaction(self) -> Compaction | None:
-        """What the settings ask for, and loss, model and accumulation allow."""
-        args = self.args
-        allowed = self._loss_allows() if args.compact_batches else None
-        if allowed is None:
-            return None
-        # The rows of one optimizer step stay together: a buffer of rollouts holds whole steps, or is part of one.
-        longer, shorter = sorted((args.steps_per_generation, args.gradient_accumulation_steps), reverse=True)
-        allowed = dataclasses.replace(
-            allowed,
-            regroup=allowed.regroup and longer % shorter == 0,
-            trims_prompts=has_relative_positions(self.model),
-            prunes=allowed.prunes and args.prune_zero_advantage and not draws_at_random(self.model),
-            max_tokens=args.max_tokens_per_micro_batch,
-        )
-        if allowed.max_tokens is not None and not allowed.regroup:
-            raise ValueError(
-                "`max_tokens_per_micro_batch` needs a loss that is additive over completions, and a "
-                "`steps_per_generation` that divides, or is divided by, `gradient_accumulation_steps`. Leave it out, "
-                "or change `loss_type: bnpo`, the entropy bonus or `top_entropy_quantile`."
-            )
-        return allowed
-
-    def _compact_buffer(self, buffer: list[Batch]) -> list[Batch]:
-        size = min(self.args.gradient_accumulation_steps, len(buffer))
-        steps = [buffer[i : i + size] for i in range(0, len(buffer), size)]
-        return [batch for step in steps for batch in compact(step, self._compaction, self._widest)]
-
-    def _pack(self, window: RolloutWindow) -> list[Batch]:
-        """The micro-batches that replays compute on; empty if none of their completions has an advantage."""
-        rollouts = window.rollouts()
-        if self._compaction is None:
-            return rollouts
-        replayed = prune(rollouts, self._compaction, self._widest)
-        if replayed is not rollouts:
-            window.packed = replayed
-        return replayed
-
-    def _widest(self, values: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.gather(values[None]).amax(0)
-
-    def _weighs_tokens(self, metric: str) -> bool:
-        return metric in self._token_means or self._ratio_per_token
-
-    def _weigh_first_pass(self, first: list[tuple[Batch, int]], replayed: list[Batch]) -> "Shares | None":
-        """Makes TRL's token means those of the step: micro-batches of sorted rows hold very different numbers."""
-        if self._compaction is None or not first:
-            return None
-        batches, stock_tokens = zip(*first, strict=True)
-        shares = Shares.of(list(batches), replayed, sum(stock_tokens), self.accelerator)
-        log = self._metrics["train"]
-        for name in (*self._token_means, *RATIO_MEANS):
-            if name in log:
-                weights = shares.first_tokens if self._weighs_tokens(name) else shares.first_rows
-                values = log[name][-len(first) :]
-                log[name][-len(first) :] = [v * w * len(first) for v, w in zip(values, weights, strict=True)]
-        return shares
-
     @contextlib.contextmanager
     def _private_metrics(self) -> Iterator[dict[str, list[float]]]:
         """Around replays: TRL's metrics, and what its loss moves, stay those of pass 1. Yields what a pass wrote."""
@@ -296,7 +202,7 @@ class LookaheadMixin:
         self,
         report: LookaheadReport,
         slow_metrics: dict[str, list[float]],
-        shares: "Shares | None",
+        shares: Shares | None,
         micro_batches: int,
     ) -> dict[str, float]:
         """Shows the gate what the step measured, and names it for the log."""
@@ -415,42 +321,6 @@ class LookaheadMixin:
         names += [name for name in shown if name in self.args.__dataclass_fields__]
         rows = [f"| `{name}` | {getattr(self.args, name)} |" for name in names]
         return "\n".join(["", "", "## Lookahead settings", "", "| setting | value |", "|---|---|", *rows, ""])
-
-
-@dataclasses.dataclass(frozen=True)
-class Shares:
-    """What part of an optimizer step's tokens and rows each micro-batch holds, over all ranks.
-
-    Attributes:
-        first_tokens, first_rows (`list[float]`): Of the micro-batches of pass 1; they add up to 1.
-        replayed_tokens, replayed_rows (`list[float]`): Of those of a replay, as parts of the same totals.
-        token_fractions (`dict[str, float]`): What a pass computes on beside TRL's own layout, padding included.
-    """
-
-    first_tokens: list[float]
-    first_rows: list[float]
-    replayed_tokens: list[float]
-    replayed_rows: list[float]
-    token_fractions: dict[str, float]
-
-    @classmethod
-    def of(cls, first: list[Batch], replayed: list[Batch], stock_tokens: int, accelerator) -> "Shares":
-        scored = [scored_tokens(batch) for batch in (*first, *replayed)]
-        computed = [sum(map(count_tokens, first)), sum(map(count_tokens, replayed)), stock_tokens]
-        counts = torch.stack([*scored, *torch.tensor(computed, device=scored[0].device)]).to(torch.float32)
-        *scored, first_computed, replay_computed, stock = accelerator.reduce(counts).tolist()
-        rows = [count_rows(batch) for batch in (*first, *replayed)]
-        all_tokens, all_rows, n = max(sum(scored[: len(first)]), 1.0), sum(rows[: len(first)]), len(first)
-        fractions = {"token_fraction": first_computed / stock}
-        if replayed:
-            fractions["replay_token_fraction"] = replay_computed / stock
-        return cls(
-            first_tokens=[count / all_tokens for count in scored[:n]],
-            first_rows=[count / all_rows for count in rows[:n]],
-            replayed_tokens=[count / all_tokens for count in scored[n:]],
-            replayed_rows=[count / all_rows for count in rows[n:]],
-            token_fractions=fractions,
-        )
 
 
 class LookaheadTrainer(LookaheadMixin, GRPOTrainer):
