@@ -1,7 +1,7 @@
 """What an update costs beside that of TRL's own `GRPOTrainer`: every rule, with and without compaction.
 
     python benchmarks/update_cost.py            # about 10 minutes on two cores
-    python benchmarks/update_cost.py --quick    # the log-normal profile alone, with fewer blocks
+    python benchmarks/update_cost.py --bars     # what the bars below are about, over more blocks: 3 minutes
 
 One run. Two trainers take turns, TRL's and ours, over blocks of rollouts with the same lengths; within a block ours
 goes through all arms. An update is everything but generation and rewards: batching, all passes, clipping, optimizer
@@ -24,6 +24,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,15 @@ class Arm:
         return self.rule if self.rule == "grpo" else f"{self.rule} K={self.steps}"
 
 
-def arms(profile_name: str) -> list[Arm]:
+BARS = [
+    Arm("grpo", 0, "compact", 0.5),
+    Arm("gxpo", 5, "stock layout", 0.5),
+    Arm("gxpo", 5, "compact, pruned", 0.3),
+    Arm("gxpo", 5, "compact, pruned", 0.5),
+]
+
+
+def all_arms(profile_name: str) -> list[Arm]:
     """Fractions matter to pruning alone, and K to GXPO not at all: what cannot differ is measured once."""
     listed = [Arm("grpo", 0, layout, 0.5) for layout in ("stock layout", "compact")]
     for rule, steps in (("gxpo", 5), ("sfpo", 3)):
@@ -102,7 +111,7 @@ def arms(profile_name: str) -> list[Arm]:
 class Plan:
     """Which profile and block a step belongs to, and whose turn it is."""
 
-    def __init__(self, profiles: list[str], blocks: int):
+    def __init__(self, profiles: list[str], blocks: int, arms: Callable[[str], list[Arm]] = all_arms):
         self.blocks = [(profile, block) for block in range(blocks) for profile in profiles]
         self.steps = [
             (index, arm)
@@ -361,7 +370,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=3, help="blocks of each profile; the first warms up")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--bars", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     if not KEEP_FREED_MEMORY.items() <= os.environ.items():
@@ -369,7 +378,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     output = Path("out/benchmarks/update_cost")
-    plan = Plan(["log-normal"] if options.quick else list(PROFILES), 2 if options.quick else options.blocks)
+    plan = Plan(list(PROFILES), options.blocks)
+    if options.bars:
+        plan = Plan(["log-normal"], 9, lambda profile_name: BARS)
     trl, ours = take_turns(plan, output)
     rows = summarize(plan, trl, ours)
     pruned = Arm("gxpo", 5, "compact, pruned", 0.5)
@@ -383,8 +394,9 @@ def main() -> None:
         for name, _ in plan.blocks
     }
     result = {"trl_seconds": seconds, "peak_bytes": peaks, "rows": rows, **describe_machine(options.threads)}
-    name = "update_cost_quick" if options.quick else "update_cost"
-    draw(rows, RESULTS / f"{name}.png")
+    name = "update_cost_bars" if options.bars else "update_cost"
+    if not options.bars:
+        draw(rows, RESULTS / f"{name}.png")
     print(f"written to {save_result(name, result)}")
 
 
