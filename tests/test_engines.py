@@ -102,7 +102,7 @@ def jobs_of(engine: str) -> dict[str, dict]:
     jobs["resume-lora"] = {"kind": "resume", **method("gxpo", "rollback", True, 1)}
     if engine in IN_BF16:
         return jobs | {name: job for name, (job, _) in BF16_METHODS.items()}
-    jobs["plain"] = method("gxpo", "carry", False, 2, update_rule="grpo")
+    jobs["plain"] = method("gxpo", "carry", False, 2, update_rule="grpo", compact_batches=False)
     jobs["trl"] = {"trainer": "trl", "settings": {k: v for k, v in SETTINGS.items() if k != "gate_signal"}}
     jobs["gate"] = {"trainer": "rising gate", "settings": SETTINGS | RISING}
     return jobs | METHODS
