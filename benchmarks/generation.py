@@ -25,7 +25,7 @@ import torch
 from common import describe_machine, keep_freed_memory, peak_bytes, save_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2Config
 
-from gxpo_trl.rollout.generation import sample_grouped
+from gxpo_trl.rollout.generation import pad_left, sample_grouped
 from gxpo_trl.tasks import TINY_MODEL_PATH, load_arithmetic
 
 
@@ -79,9 +79,7 @@ def make_settings(model: PreTrainedModel, profile: str, new_tokens: int) -> Gene
 
 
 def pad(prompts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
-    width = max(map(len, prompts))
-    rows = [([0] * (width - len(p)) + p, [0] * (width - len(p)) + [1] * len(p)) for p in prompts]
-    ids, mask = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
+    ids, mask = pad_left([torch.tensor(prompt, device=device) for prompt in prompts], pad_token=0)
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -84,6 +84,8 @@ def test_problems_that_are_trained_on_are_reported(tmp_path, capsys):
     [
         ({"eval_benchmarks": ["arithmetics"]}, "arithmetic"),
         ({"eval_steps": None}, "set `eval_steps`"),
+        ({"eval_steps": 0}, "set `eval_steps`"),
+        ({"scripted": True}, "`rollout_func` generates"),
         ({"eval_samples": 0}, "`eval_samples`"),
         ({"eval_prompt": "Solve."}, "problem"),
     ],

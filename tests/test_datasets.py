@@ -134,6 +134,12 @@ def test_a_recipe_may_name_a_problem_set_or_a_file(tmp_path, hub):
     assert resolve_dataset(path, split="mine")["mine"]["solution"][:] == ["1"]
 
 
+@pytest.mark.parametrize("name", ["gxpo_trl/arithmetic", "owner/dataset"])
+def test_a_prompt_that_would_not_be_used_is_an_error(name):
+    with pytest.raises(ValueError, match="would not use `prompt`"):
+        resolve_dataset(name, prompt="Q: {problem}")
+
+
 def test_overlap_is_found_whatever_the_spelling():
     train = Dataset.from_list([{"problem": r"Find $x$ if $\left(x+1\right)^2=4$."}, {"problem": "Other"}])
     evaluation = Dataset.from_list([{"problem": "find x  if (x+1)^2 = 4"}, {"problem": "Find x if (x-1)^2=4"}])

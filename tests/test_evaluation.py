@@ -16,7 +16,9 @@ from gxpo_trl.evaluation.evaluate import evaluate, load_benchmark, verify_again,
 from gxpo_trl.evaluation.sampling import load_model, load_tokenizer, read_sample, transformers_sampler
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.scripts.evaluate import main
-from gxpo_trl.tasks import TINY_MODEL_PATH
+from gxpo_trl.scripts.recipe import parse_keys
+from gxpo_trl.tasks import TINY_MODEL_PATH, load_problems
+from gxpo_trl.tasks.datasets import PROBLEM_SETS, to_prompts
 
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +144,7 @@ def test_several_checkpoints_one_of_them_an_adapter(tmp_path):
     assert without_seconds(samples_file(tmp_path, models[0])) != without_seconds(samples_file(tmp_path, models[1]))
 
 
-def test_a_model_that_grouped_sampling_cannot_serve_is_sampled_by_generate(tmp_path, monkeypatch):
+def test_a_model_that_grouped_sampling_cannot_serve_is_sampled_by_generate(tmp_path, monkeypatch, capsys):
     tokenizer, model = load_tokenizer(str(TINY_MODEL_PATH)), tiny_model().eval()
     calls = []
     generate = type(model).generate
@@ -155,6 +157,17 @@ def test_a_model_that_grouped_sampling_cannot_serve_is_sampled_by_generate(tmp_p
         assert [len(of_prompt) for of_prompt in sampled] == [3, 3]
         assert all(0 < sample.length <= 28 for of_prompt in sampled for sample in of_prompt)
     assert calls == [True, False]
+    assert capsys.readouterr().out.count("`generate`: the setting `no_repeat_ngram_size: 3` is not served.") == 1
+    with pytest.raises(ValueError, match="`token_budget` needs grouped generation"):
+        transformers_sampler(model, tokenizer, settings(tmp_path, token_budget=100))
+
+
+@pytest.mark.parametrize("name", ["gxpo", "sfpo", "next"])
+def test_the_papers_recipes_name_benchmarks_and_ask_for_a_box(name):
+    (recipe,) = parse_keys(["--config", str(ROOT / "recipes" / "eval" / f"{name}.yaml")], (EvaluationArguments,))
+    assert set(recipe.benchmarks) <= PROBLEM_SETS.keys()
+    problems = to_prompts(load_problems("arithmetic", limit=1), recipe.prompt)
+    assert problems[0]["prompt"][0]["content"].endswith("put your final answer within \\boxed{}.")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +222,8 @@ def test_right_answers_are_accepted_and_refused_ones_named(tmp_path, capsys):
         ({"top_p": 0.0}, "`top_p`"),
         ({"backend": "onnx"}, "`backend`"),
         ({"prompt": "Solve this."}, "{problem}"),
-        ({"backend": "vllm"}, "vllm"),
+        ({"backend": "vllm"}, "needs vLLM"),
+        ({"backend": "vllm", "token_budget": 100}, "`token_budget` has no meaning"),
     ],
     ids=str,
 )

@@ -144,9 +144,14 @@ def judge_samples(benchmark: Benchmark, rows: list[dict[str, Any]], completions:
 
 
 def write_samples(path: Path, records: list[Record]) -> None:
-    """One line each. Whole or not at all: the file appears when it is complete."""
+    """One line each."""
+    write_whole(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all: the file appears when it is complete."""
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+    partial.write_text(text)
     os.replace(partial, path)
 
 

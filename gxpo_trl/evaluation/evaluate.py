@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from accelerate import PartialState
 from ..tasks.datasets import load_problems, problem_set, to_prompts
 from ..tasks.names import resolve_model
 from ..tasks.rewards import judge
-from .benchmark import Benchmark, Record, read_samples, run_benchmark, slug, write_samples
+from .benchmark import Benchmark, Record, read_samples, run_benchmark, slug, write_samples, write_whole
 from .results import benchmark_results, results_table
 from .sampling import Sampler, load_model, load_tokenizer, transformers_sampler, vllm_sampler
 from .settings import EvaluationArguments
@@ -37,9 +36,8 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
         ValueError: If models or benchmarks are missing or not what they should be, or the output folder holds an
             evaluation with other settings. Before anything is sampled.
     """
-    PartialState(
-        cpu=not torch.accelerator.is_available()
-    )  # else processes without an accelerator don't know each other
+    # Without an accelerator, accelerate takes each process for the only one unless it is told that the CPU is meant.
+    PartialState(cpu=not torch.accelerator.is_available())
     if not settings.models:
         raise ValueError("There is nothing to evaluate. Set `models`.")
     benchmarks = load_benchmarks(settings)
@@ -64,7 +62,7 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
         del sampler
         gc.collect()
     if PartialState().is_main_process:
-        (Path(settings.output_dir) / "table.md").write_text(results_table(results) + "\n")
+        write_whole(Path(settings.output_dir) / "table.md", results_table(results) + "\n")
     return results
 
 
@@ -139,9 +137,7 @@ def _claim(folder: Path, model: str, settings: EvaluationArguments) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def verify_again(path: Path, ks: Sequence[int]) -> tuple[dict[str, Any], int]:

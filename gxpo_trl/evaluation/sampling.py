@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from ..rollout.generation import sample_grouped, why_not_grouped
+from ..rollout.generation import pad_left, sample_grouped, why_not_grouped
 from .settings import EvaluationArguments
 
 
@@ -64,7 +64,11 @@ def load_model(model: str, settings: EvaluationArguments, device: torch.device) 
 def transformers_sampler(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvaluationArguments
 ) -> Sampler:
-    """Samples with the grouped loop, or where a model can't have it with `generate`."""
+    """Samples with the grouped loop, or where a model can't have it with `generate`, which is said.
+
+    Raises:
+        ValueError: If there is a token budget, which `generate` can't keep.
+    """
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
@@ -73,22 +77,23 @@ def transformers_sampler(
         top_k=settings.top_k,
         pad_token_id=tokenizer.pad_token_id,
     )
-    options = {}
-    if why_not_grouped(model, config) is None:
-        options = {"custom_generate": sample_grouped, "token_budget": settings.token_budget}
+    options = {"custom_generate": sample_grouped, "token_budget": settings.token_budget}
+    if reason := why_not_grouped(model, config):
+        if settings.token_budget is not None:
+            raise ValueError(f"`token_budget` needs grouped generation, which can't be had: {reason}. Leave it out.")
+        PartialState().print(f"Completions are sampled by transformers' `generate`: {reason}.")
+        options = {}
     ends = _end_tokens(model, tokenizer)
 
     def sample(prompts: list[list[int]], n: int, seed: int) -> list[list[Sample]]:
         torch.manual_seed(seed)
         config.num_return_sequences = n
         rows = [torch.tensor(ids, device=model.device) for ids in prompts]
+        input_ids, attention_mask = pad_left(rows, tokenizer.pad_token_id)
         sequences = model.generate(
-            input_ids=pad_sequence(rows, True, tokenizer.pad_token_id, padding_side="left"),
-            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left"),
-            generation_config=config,
-            **options,
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **options
         )
-        completions = sequences[:, max(map(len, rows)) :].tolist()
+        completions = sequences[:, input_ids.size(1) :].tolist()
         samples = [read_sample(ids, tokenizer, ends) for ids in completions]
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 

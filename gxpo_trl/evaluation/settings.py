@@ -97,6 +97,10 @@ class EvaluationArguments:
             raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
         if self.backend not in ("transformers", "vllm"):
             raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {self.backend!r}.")
+        if self.backend == "vllm":
+            for name in ("token_budget", "attn_implementation"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` has no meaning for `backend: vllm`. Leave it out.")
         if self.ks is None:
             self.ks = [2**i for i in range(self.samples.bit_length())]
         for k in self.ks:

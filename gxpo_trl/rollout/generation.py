@@ -14,6 +14,7 @@ its position, and attention sees columns only through the mask and their distanc
 import copy
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +62,13 @@ class GroupedOutput(GenerateDecoderOnlyOutput):
 
     lengths: torch.LongTensor | None = None
     logps: torch.FloatTensor | None = None
+
+
+def pad_left(prompts: Sequence[torch.Tensor], pad_token: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Prompts of any lengths as a batch and its mask, (B, P) each, padded on the left."""
+    ids = pad_sequence(list(prompts), batch_first=True, padding_value=pad_token, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    return ids, mask
 
 
 def why_not_grouped(model: torch.nn.Module, config: GenerationConfig, in_training: bool = False) -> str | None:
@@ -305,8 +313,7 @@ class _Sampler:
         """Fills the cache with each prompt once, repeats it for the rows that complete it, samples their first."""
         prompts, owners = zip(*wave, strict=True)
         lengths = [len(prompt) for prompt in prompts]
-        ids = pad_sequence(prompts, batch_first=True, padding_value=self.pad_token, padding_side="left")
-        mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+        ids, mask = pad_left(prompts, self.pad_token)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
         is_padded = min(lengths) < max(lengths)

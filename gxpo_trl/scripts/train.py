@@ -43,6 +43,9 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
     if not reward_funcs:
         raise ValueError("The recipe names no reward. Set `reward_funcs` or `reward_model_name_or_path`.")
     if dataset_args.datasets:
+        given = [name for name, value in dataclasses.asdict(problem_args).items() if value is not None]
+        if given:
+            raise ValueError(f"`datasets` mixes datasets with prompts of their own. Leave out `{'`, `'.join(given)}`.")
         dataset = get_dataset(dataset_args)
     else:
         dataset = resolve_dataset(

@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .rewards import text_of
+
 
 PERMISSION = "GXPO_ALLOW_CODE_EXECUTION"
 PROCESSES = 16  # beyond those that the user has
@@ -163,6 +165,5 @@ def code_reward(completions: list, tests: list[str], **kwargs: Any) -> list[floa
         ValueError: Unless the environment allows it.
     """
     check_permission()
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    sources = [extract_code(text) for text in texts]
+    sources = [extract_code(text_of(completion)) for completion in completions]
     return [0.0 if code is None else run_tests(code, test) for code, test in zip(sources, tests, strict=True)]

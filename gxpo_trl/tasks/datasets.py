@@ -170,7 +170,7 @@ def problem_set(
         raise ValueError(f"{name} is none of {', '.join(FILE_TYPES)}.")
     if path.is_file():
         return ProblemSet(FILE_TYPES[path.suffix], data_files=name, split="train", **options)
-    if re.fullmatch(r"\.[a-z]+", path.suffix):
+    if path.suffix in (*FILE_TYPES, ".csv", ".tsv", ".txt"):
         raise ValueError(f"There is no file {name}.")
     if name.count("/") == 1:
         return ProblemSet(name, split="train", **options)
@@ -295,12 +295,20 @@ def resolve_dataset(
         config, streaming: As for `load_dataset`.
         split (`str`): What the problems are called.
         prompt, system_prompt, problem_column, answer_column: As for `to_prompts` and `load_problems`.
+
+    Raises:
+        ValueError: If there is a prompt for a dataset that has its own, and what `load_problems` raises.
     """
-    if name == EMBEDDED_DATASET:
-        return load_arithmetic()
     if name in PROBLEM_SETS or Path(name).suffix in FILE_TYPES or problem_column or answer_column:
         problems = load_problems(name, problem_column=problem_column, answer_column=answer_column)
         return DatasetDict({split: to_prompts(problems, prompt, system_prompt)})
+    if prompt or system_prompt:
+        raise ValueError(
+            f"{name} is taken to have prompts of its own, and would not use `prompt` and `system_prompt`. Name its "
+            "`problem_column` and `answer_column`, or leave these out."
+        )
+    if name == EMBEDDED_DATASET:
+        return load_arithmetic()
     return load_dataset(name, name=config, streaming=streaming)
 
 

@@ -37,6 +37,8 @@ class BenchmarkMixin:
 
     def _set_up_benchmarks(self) -> None:
         args = self.args
+        if args.eval_benchmarks and (reason := self._why_no_benchmarks()):
+            raise ValueError(f"`eval_benchmarks` would not be sampled as training is: {reason}. Leave it out.")
         self._rollouts = 0  # completions sampled for training, over all ranks
         self._seconds = 0.0  # of training, benchmarks left out, until the clock was started
         self.clock_started = time.perf_counter()
@@ -48,6 +50,10 @@ class BenchmarkMixin:
             self.add_callback(BenchmarkCallback(self))
         for benchmark in self._benchmarks:
             self._report_overlap(benchmark)
+
+    def _why_no_benchmarks(self) -> str | None:
+        """Why a single turn of n samples is not what this trainer samples; `None` if it is."""
+        return None
 
     def _report_overlap(self, benchmark: Benchmark) -> None:
         found = find_overlap(self.train_dataset, benchmark.problems) if isinstance(self.train_dataset, Dataset) else []

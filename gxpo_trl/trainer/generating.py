@@ -4,12 +4,11 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from ..rollout.generation import sample_grouped, why_not_grouped
+from ..rollout.generation import pad_left, sample_grouped, why_not_grouped
 
 
 class GroupedGenerationMixin:
@@ -59,6 +58,7 @@ class GroupedGenerationMixin:
     def _sample_grouped(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """One completion of each prompt, with the token that ended it."""
         prompts = [torch.tensor(ids, device=self.accelerator.device) for ids in prompt_ids]
+        input_ids, attention_mask = pad_left(prompts, self._tokenizer.pad_token_id)
         config, stopping_criteria = self._grouped_settings
         with (
             profiling_context(self, "transformers.generate"),
@@ -72,8 +72,8 @@ class GroupedGenerationMixin:
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             output = model.generate(
-                input_ids=pad_sequence(prompts, True, self._tokenizer.pad_token_id, padding_side="left"),
-                attention_mask=pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left"),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
                 generation_config=config,
                 stopping_criteria=stopping_criteria,
                 custom_generate=sample_grouped,

@@ -383,7 +383,7 @@ class LookaheadArguments:
         if self.max_active_steps is not None:
             self._check_at_least("max_active_steps", 1)
         self._check_at_least("eval_samples", 1)
-        if self.eval_benchmarks and self.eval_steps is None:
+        if self.eval_benchmarks and not self.eval_steps:
             raise ValueError("`eval_benchmarks` needs to know when: set `eval_steps`.")
         if self.generation_token_budget is not None:
             self._check_at_least("generation_token_budget", 1)

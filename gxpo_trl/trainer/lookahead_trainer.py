@@ -359,6 +359,11 @@ class LookaheadTrainer(LookaheadMixin, GRPOTrainer):
             return "`rollout_func` generates"
         return "tools are called between turns" if self.tools else super()._why_not_sampled_here()
 
+    def _why_no_benchmarks(self) -> str | None:
+        if self.rollout_func is not None:
+            return "`rollout_func` generates"
+        return "tools are called between turns" if self.tools else None
+
     @property
     def _computes_old_logps(self) -> bool:
         # Where a generation batch is not used up by one optimizer step, which leaves it the policy that sampled it.

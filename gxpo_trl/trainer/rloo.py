@@ -45,6 +45,11 @@ class GXPORLOOTrainer(LookaheadMixin, RLOOTrainer):
     _name = "RLOO with GXPO"
     _paper = GXPOTrainer._paper
 
+    def _why_no_benchmarks(self) -> str | None:
+        if self.use_vllm and self.args.eval_samples != self.num_generations_eval:
+            return "with vLLM, TRL's RLOO draws `num_generations_eval` samples, and `eval_samples` is another number"
+        return None
+
     def _loss_allows(self) -> Compaction | None:
         if type(self)._compute_loss is not RLOOTrainer._compute_loss or self.aux_loss_enabled:
             return None
