@@ -1,4 +1,4 @@
-"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo demo`."""
+"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo extrapolate`, `gxpo demo`."""
 
 import argparse
 import importlib
@@ -7,6 +7,7 @@ import importlib
 COMMANDS = {
     "train": "train a model from a recipe",
     "eval": "score models on benchmarks",
+    "extrapolate": "predict where a run is going, and write the model that would be there",
     "demo": "watch a small model learn with GRPO, SFPO and GXPO, and get a picture of it",
 }
 

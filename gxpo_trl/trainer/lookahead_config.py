@@ -121,6 +121,9 @@ class LookaheadArguments:
             Template of the user's message, with `{problem}` in it, for `eval_benchmarks`. Unset for the problem alone.
         eval_system_prompt (`str`, *optional*):
             System message for `eval_benchmarks`. Unset for none.
+        trajectory_steps (`int`, *optional*):
+            Saves the LoRA adapter alone, every so many steps, under `<output_dir>/trajectory/step-000010/`, for `gxpo
+            extrapolate`. Unset for never.
         allow_low_precision_parameters (`bool`, *optional*, defaults to `False`):
             Whether to accept trainable parameters stored in bf16 or fp16, where small steps, and with them the
             retention ratio, vanish in rounding.
@@ -346,6 +349,13 @@ class LookaheadArguments:
         default=None,
         metadata={"help": "System message for `eval_benchmarks`. Unset for none."},
     )
+    trajectory_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Saves the LoRA adapter alone, every so many steps, under `<output_dir>/trajectory/step-000010/`, "
+            "for `gxpo extrapolate`. Unset for never."
+        },
+    )
     allow_low_precision_parameters: bool = field(
         default=False,
         metadata={
@@ -383,6 +393,8 @@ class LookaheadArguments:
         if self.max_active_steps is not None:
             self._check_at_least("max_active_steps", 1)
         self._check_at_least("eval_samples", 1)
+        if self.trajectory_steps is not None:
+            self._check_at_least("trajectory_steps", 1)
         if self.eval_benchmarks and not self.eval_steps:
             raise ValueError("`eval_benchmarks` needs to know when: set `eval_steps`.")
         if self.generation_token_budget is not None:

@@ -33,6 +33,7 @@ from .compacting import CompactingMixin, Shares
 from .evaluating import BenchmarkMixin
 from .generating import GroupedGenerationMixin
 from .lookahead_config import LookaheadArguments, LookaheadConfig
+from .recording import TrajectoryMixin
 
 
 logger = get_logger(__name__)
@@ -46,7 +47,7 @@ SLOW_METRICS = {
 """TRL's names of what the last pass measures, and ours."""
 
 
-class LookaheadMixin(CompactingMixin, BenchmarkMixin, GroupedGenerationMixin):
+class LookaheadMixin(CompactingMixin, BenchmarkMixin, GroupedGenerationMixin, TrajectoryMixin):
     """
     The lookahead policy updates, over a TRL trainer whose loss can be computed again on the rollouts of a step.
 
@@ -90,6 +91,7 @@ class LookaheadMixin(CompactingMixin, BenchmarkMixin, GroupedGenerationMixin):
         self._set_up_compaction()
         self._set_up_generation()
         self._set_up_benchmarks()
+        self._set_up_trajectory()
         self._window: RolloutWindow | None = None  # of the step under way, while pass 1 is being recorded
         self._moved_at_window_start: dict[str, Any] = {}
         self._backward_passes = 0

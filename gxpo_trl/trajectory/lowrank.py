@@ -5,6 +5,7 @@ to j it is [s·B_j, -s·B_i]·[A_j; A_i]. With B = Q_B·R_B and Aᵀ = Q_A·R_A 
 small core R_B·R_Aᵀ, and its singular vectors are Q_B and Q_A times those of the core: O((m + n) r²), to rounding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,23 @@ class Factors:
 
     def minus(self, other: "Factors") -> "Factors":
         """The difference, of rank r + r' at most."""
-        return Factors(torch.cat([self.left, -other.left], dim=-1), torch.cat([self.right, other.right], dim=-2))
+        return concatenate([self, other.times(-1.0)])
+
+    def times(self, factor: float) -> "Factors":
+        return Factors(self.left * factor, self.right)
+
+    def inner(self, other: "Factors") -> torch.Tensor:
+        """The sum of the products of all entries, (...), in float64."""
+        left, right = self.left.double().mT @ other.left.double(), self.right.double() @ other.right.double().mT
+        return (left * right).sum((-2, -1))
+
+    def to(self, device: torch.device | str) -> "Factors":
+        return Factors(self.left.to(device), self.right.to(device))
+
+
+def concatenate(parts: Sequence[Factors]) -> Factors:
+    """The sum of matrices, of the sum of their ranks at most."""
+    return Factors(torch.cat([part.left for part in parts], dim=-1), torch.cat([part.right for part in parts], dim=-2))
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,20 @@ class Triplets:
     u: torch.Tensor
     v: torch.Tensor
     energy: torch.Tensor
+
+    def __getitem__(self, index: slice) -> "Triplets":
+        return Triplets(self.sigma[index], self.u[index], self.v[index], self.energy[index])
+
+    def __len__(self) -> int:
+        return len(self.sigma)
+
+    def as_factors(self) -> Factors:
+        """The sum of σ·u·vᵀ."""
+        return Factors(self.u * self.sigma[..., None, :], self.v.mT)
+
+    def turned(self, signs: torch.Tensor) -> "Triplets":
+        """With u and v multiplied by signs, (..., k)."""
+        return Triplets(self.sigma, self.u * signs[..., None, :], self.v * signs[..., None, :], self.energy)
 
 
 def leading_triplets(matrix: Factors, k: int = 1) -> Triplets:
@@ -76,9 +107,22 @@ def align_signs(triplets: Triplets) -> Triplets:
     Args:
         triplets (`Triplets`): With time as the first dimension, (T, ..., m, k).
     """
-    cosines = (triplets.u[1:] * triplets.u[:-1]).sum(-2) + (triplets.v[1:] * triplets.v[:-1]).sum(
-        -2
-    )  # (T - 1, ..., k)
-    turns = torch.where(cosines < 0, -1.0, 1.0).to(triplets.u.dtype)
-    signs = torch.cat([torch.ones_like(turns[:1]), turns]).cumprod(0)[..., None, :]
-    return Triplets(triplets.sigma, triplets.u * signs, triplets.v * signs, triplets.energy)
+    turns = torch.where(_agreement(triplets[1:], triplets[:-1]) < 0, -1.0, 1.0).to(triplets.u.dtype)
+    signs = torch.cat([torch.ones_like(turns[:1]), turns]).cumprod(0)
+    return triplets.turned(signs)
+
+
+def turn_towards(triplets: Triplets, other: Triplets) -> Triplets:
+    """Turns whole sequences, all (u, v) of a matrix or none, so that they agree with those of another sequence.
+
+    Args:
+        triplets (`Triplets`): With time as the first dimension, (T, ..., m, k).
+        other (`Triplets`): Of as many checkpoints or more; those that come first are compared.
+    """
+    total = _agreement(triplets, other[: len(triplets)]).sum(0, keepdim=True)
+    return triplets.turned(torch.where(total < 0, -1.0, 1.0).to(triplets.u.dtype))
+
+
+def _agreement(first: Triplets, second: Triplets) -> torch.Tensor:
+    """The sum of the cosines of u and of v, (..., k)."""
+    return (first.u * second.u).sum(-2) + (first.v * second.v).sum(-2)

@@ -8,6 +8,7 @@ from .bf16_optimizer import BF16OptimizerEngine
 from .choice import check_decoupled_decay, check_engine, keeps_fp32_parameters, make_engine, reduce_in_fp32
 from .fsdp2 import FSDP2Engine
 from .replicated import TorchEngine
+from .whole import whole_parameters
 from .zero3 import Zero3Engine
 from .zero12 import Zero12Engine
 
@@ -25,4 +26,5 @@ __all__ = [
     "keeps_fp32_parameters",
     "make_engine",
     "reduce_in_fp32",
+    "whole_parameters",
 ]

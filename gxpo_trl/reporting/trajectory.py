@@ -1,0 +1,66 @@
+"""The trajectory of a run as a picture: how much of it one direction holds, and how straight it is."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+COLOR = "#6A4C93"
+SHADES = ("#6A4C93", "#A78BC0", "#D6C8E2", "#F2EDF6")  # from the most crooked to the straightest
+
+
+def draw_trajectory(report: dict[str, Any], path: Path) -> None:
+    """Draws, against the step, the energy ratio, R² of straight lines so far and ahead (figures 2 and 3 of the NExt
+    paper).
+
+    Args:
+        report (`dict`): Of `extrapolation.json`.
+        path (`Path`): Where to.
+    """
+    figure = Figure(figsize=(12.0, 3.9), layout="constrained")
+    energy, so_far, ahead = figure.subplots(1, 3)
+    _draw_band(energy, report["energy_ratio"])
+    energy.set_title("Energy ratio of the first direction, σ₁ / Σσ", fontsize=10)
+    energy.legend(frameon=False, loc="upper right")
+    _draw_band(so_far, report["linearity"]["so_far"])
+    so_far.set_title("R² of a straight line through the deltas so far", fontsize=10)
+    _draw_shares(ahead, report["linearity"]["ahead"], width=0.9 * (report["steps"][1] - report["steps"][0]))
+    ahead.set_title(f"Matrices, by its R² on the next {max(report['checkpoints_ahead'], 2)} checkpoints", fontsize=10)
+    for axes in (energy, so_far, ahead):
+        axes.set_ylim(0, 1)
+        axes.set_xlim(0, report["steps"][-1] + 1)
+        axes.set_xlabel("optimizer step")
+        axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def _draw_band(axes: Axes, values: dict[str, list[float]]) -> None:
+    axes.plot(values["steps"], values["mean"], color=COLOR, linewidth=2, marker="o", markersize=3, label="mean")
+    axes.fill_between(
+        values["steps"],
+        values["low"],
+        values["high"],
+        color=COLOR,
+        alpha=0.2,
+        linewidth=0,
+        label="half of the matrices",
+    )
+
+
+def _draw_shares(axes: Axes, values: dict[str, list], width: float) -> None:
+    if not values["steps"]:
+        axes.text(0.5, 0.5, "too few checkpoints", ha="center", va="center", transform=axes.transAxes)
+        return
+    edges = [f"{edge:g}".replace("-", "−") for edge in values["edges"]]
+    between = [f"{low} to {high}" for low, high in zip(edges, edges[1:], strict=False)]
+    bottom = [0.0] * len(values["steps"])
+    labels = (f"below {edges[0]}", *between, f"above {edges[-1]}")
+    for shares, shade, label in zip(zip(*values["shares"], strict=True), SHADES, labels, strict=True):
+        axes.bar(values["steps"], shares, width, bottom=bottom, color=shade, edgecolor="white", label=label)
+        bottom = [b + share for b, share in zip(bottom, shares, strict=True)]
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4, fontsize=8, handlelength=1.2)

@@ -1,0 +1,82 @@
+"""Predicts where a run is going, and writes the model that would be there.
+
+    gxpo extrapolate out/tiny-grpo --steps-ahead 20 --alpha 0.5,1.0,1.5
+    gxpo extrapolate out/tiny-grpo --method rl-extra --merged true
+    gxpo train --config recipes/tiny/grpo.yaml --resume-adapter out/tiny-grpo/extrapolated/next/alpha-1.5
+
+Any run with LoRA that saved its adapter at even steps will do, whatever trained it: with `trajectory_steps: 10` in a
+recipe, or `save_steps`. For each α there is a folder `extrapolated/<method>/alpha-<α>` in the run's, with an adapter
+of one rank more, and what is known about how far to trust it.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from ..reporting.trajectory import draw_trajectory
+from ..trajectory.checkpoints import FullTrajectory, load_trajectory
+from ..trajectory.extrapolation import extrapolate
+from ..trajectory.predictor import PredictorSettings
+from ..trajectory.settings import ExtrapolationArguments
+from ..trajectory.writing import FIGURE_NAME, write_extrapolation
+from .recipe import parse_keys
+
+
+def run(settings: ExtrapolationArguments) -> list[Path]:
+    """Writes what the settings ask for, and returns where.
+
+    Raises:
+        ValueError: If the trajectory can't be extrapolated, or a result is there already. Before anything is written.
+    """
+    started = time.perf_counter()
+    output = Path(settings.output_dir or Path(settings.run) / "extrapolated" / settings.method)
+    folders = {output / f"alpha-{alpha:g}": alpha for alpha in settings.alphas()}
+    for folder in folders:
+        if folder.exists():
+            raise ValueError(f"{folder} is there already. Choose another `output_dir`, or move it away.")
+    trajectory = load_trajectory(settings.run, settings.last_step, settings.base_model)
+    merged = settings.merged or isinstance(trajectory, FullTrajectory)
+    names = ("hidden_size", "epochs", "learning_rate", "seed", "without_global", "without_local", "device")
+    predictor = PredictorSettings(**{name: getattr(settings, name) for name in names})
+    found = extrapolate(trajectory, settings.method, settings.steps_ahead, predictor)
+    found.report["seconds"]["all"] = time.perf_counter() - started
+    output.mkdir(parents=True, exist_ok=True)
+    draw_trajectory(found.report, output / FIGURE_NAME)
+    for folder, alpha in folders.items():
+        write_extrapolation(trajectory, found, alpha, folder, merged, output / FIGURE_NAME)
+    _tell(found.report)
+    return list(folders)
+
+
+def _tell(report: dict) -> None:
+    held_out = report["held_out"]
+    print(
+        f"{report['matrices']} matrices at {len(report['steps'])} steps, up to {report['steps'][-1]}. "
+        f"From step {held_out['from_step']} to {held_out['to_step']} methods would have missed by (1 is as much as "
+        "no prediction does):"
+    )
+    for name, found in held_out["errors"].items():
+        cosine = "" if found["cosine"] is None else f", cosine {found['cosine']:.3f}"
+        print(f"  {name:13} {found['error']:.3f}{cosine}")
+    if report.get("held_out_was_seen_in_part"):
+        print("The trajectory is short: `next` had seen a part of those steps.")
+    if report["left_alone"]:
+        some = ", ".join(report["left_alone"][:3])
+        print(f"Left as they are, not being low-rank maps: {len(report['left_alone'])} tensors, such as {some}.")
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--run", *arguments]
+    try:
+        (settings,) = parse_keys(arguments, (ExtrapolationArguments,), prog)
+        folders = run(settings)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for folder in folders:
+        print(folder)
+
+
+if __name__ == "__main__":
+    main()

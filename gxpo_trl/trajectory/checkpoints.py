@@ -1,0 +1,407 @@
+"""The trajectory of a run: what its evenly spaced checkpoints say of each weight matrix."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from .lowrank import Factors, concatenate
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAJECTORY_FOLDER = "trajectory"
+STEP_FOLDER = re.compile(r"(?:step|checkpoint)-(\d+)")
+PREFIX = "base_model.model."
+OTHER_VARIANTS = (
+    "target_parameters",
+    "layer_replication",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+)
+"""Settings of PEFT that make an adapter something else than s·B·A of linear layers."""
+PLAIN_STARTS = (True, "gaussian")
+"""Of `init_lora_weights`: B is zero before the first step."""
+STARTS_THAT_MOVE = (False, "orthogonal")
+"""Likewise: B·A is not zero, but the base model is what it was."""
+EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")
+"""In the names of weights of a full model that are tables of tokens or positions, and no maps."""
+
+
+def step_folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def find_steps(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step: those of `run/trajectory` if there is one, else those that Trainer saved.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    for folder in (run / TRAJECTORY_FOLDER, run):
+        found = {}
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if match := STEP_FOLDER.fullmatch(path.name):
+                found[int(match[1])] = path
+        if found:
+            return dict(sorted(found.items()))
+    raise ValueError(
+        f"{run} holds no checkpoints. Train with `trajectory_steps: 10` (adapters alone), or with "
+        "`save_strategy: steps` and `save_steps`."
+    )
+
+
+def check_steps(run: Path, steps: Sequence[int]) -> int:
+    """The spacing of saved steps.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    gaps = {later - earlier for earlier, later in zip(steps, steps[1:], strict=False)}
+    if len(gaps) > 1:
+        spacing = steps[1] - steps[0]
+        last_even = next(a for a, b in zip(steps, steps[1:], strict=False) if b - a != spacing)
+        raise ValueError(
+            f"The checkpoints of {run} are unevenly spaced: {', '.join(map(str, steps))}. Take an even part, such "
+            f"as the steps up to {last_even} with `last_step: {last_even}`, or move the others away."
+        )
+    if not gaps:
+        raise ValueError(f"{run} holds a single checkpoint. A trajectory has several: set `trajectory_steps`.")
+    return gaps.pop()
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Weight matrices at evenly spaced steps, and where the run started from.
+
+    Attributes:
+        run (`Path`): The run's folder.
+        steps (`tuple[int, ...]`): Optimizer steps of the checkpoints, the starting point left out.
+        folders (`tuple[Path, ...]`): Theirs.
+        spacing (`int`): Steps from one to the next.
+        start (`Path`, *optional*): What was saved before the first step.
+    """
+
+    run: Path
+    steps: tuple[int, ...]
+    folders: tuple[Path, ...]
+    spacing: int
+    start: Path | None
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the starting point is one spacing before the first checkpoint, as any other is before the next."""
+        return self.steps[0] == self.spacing
+
+    def difference(self, names: Sequence[str], later: int, earlier: int | None) -> Factors:
+        """W_later - W_earlier of matrices of one shape, in fp32.
+
+        Args:
+            names (`Sequence[str]`): Of modules that have one shape and one rank, N of them.
+            later (`int`): Index of a checkpoint.
+            earlier (`int`, *optional*): Likewise; `None` for the starting point.
+
+        Returns:
+            `Factors`: (N, m, r) and (N, r, n).
+        """
+        raise NotImplementedError
+
+    def combination(self, names: Sequence[str], weights: Sequence[float]) -> Factors:
+        """The sum of w_i·W_i over the checkpoints, exactly, for weights whose sum is 0.
+
+        Args:
+            names (`Sequence[str]`): As for `difference`.
+            weights (`Sequence[float]`): w, one for each checkpoint.
+        """
+        raise NotImplementedError
+
+    def groups(self) -> list[tuple[tuple[int, int], list[str]]]:
+        """The modules that can be computed together: their shape (m, n), and names."""
+        raise NotImplementedError
+
+    @cached_property
+    def left_alone(self) -> list[str]:
+        """Names of trained tensors that are no low-rank maps, and stay as they are in the last checkpoint."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AdapterTrajectory(Trajectory):
+    """Of a LoRA run: ΔW = s·B·A. Nothing larger than B and A is ever made."""
+
+    @cached_property
+    def config(self) -> LoraConfig:
+        return LoraConfig.from_pretrained(str(self.folders[-1]))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(m, r, n) of each adapted module."""
+        found = {}
+        with safe_open(self.folders[-1] / ADAPTER_WEIGHTS, "pt") as tensors:
+            keys = set(tensors.keys())
+            for key in sorted(keys):
+                if key.endswith(".lora_A.weight"):
+                    a, b = (tensors.get_slice(k).get_shape() for k in (key, key.replace("lora_A", "lora_B")))
+                    if len(a) == 2:
+                        found[key.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = (b[0], a[0], a[1])
+        return found
+
+    @cached_property
+    def left_alone(self) -> list[str]:
+        with safe_open(self.folders[-1] / ADAPTER_WEIGHTS, "pt") as tensors:
+            mine = {key for name in self.shapes for key in factor_keys(name)}
+            return sorted(set(tensors.keys()) - mine)
+
+    def groups(self) -> list[tuple[tuple[int, int], list[str]]]:
+        by_shape: dict[tuple[int, int, int], list[str]] = {}
+        for name, shape in self.shapes.items():
+            by_shape.setdefault(shape, []).append(name)
+        return [((m, n), names) for (m, _, n), names in by_shape.items()]
+
+    def scaling(self, name: str) -> float:
+        """s of a module, as PEFT computes it."""
+        config = self.config
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        return alpha / rank**0.5 if config.use_rslora else alpha / rank
+
+    def at(self, names: Sequence[str], index: int | None) -> Factors:
+        """s·B and A of a checkpoint, or of the starting point."""
+        folder = self.start if index is None else self.folders[index]
+        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
+            right, left = (
+                torch.stack([tensors.get_tensor(keys[i]).float() for keys in map(factor_keys, names)]) for i in (0, 1)
+            )
+        scalings = torch.tensor([self.scaling(name) for name in names])
+        return Factors(left * scalings[:, None, None], right)
+
+    def difference(self, names: Sequence[str], later: int, earlier: int | None) -> Factors:
+        if earlier is None and self.start is None:
+            return self.at(names, later)  # B is zero before the first step
+        before = self.at(names, earlier)
+        return self.at(names, later).minus(before) if before.left.any() else self.at(names, later)
+
+    def combination(self, names: Sequence[str], weights: Sequence[float]) -> Factors:
+        return concatenate([self.at(names, i).times(weight) for i, weight in enumerate(weights) if weight])
+
+
+def factor_keys(name: str) -> tuple[str, str]:
+    """The keys of A and B of a module in an adapter's file."""
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class FullTrajectory(Trajectory):
+    """Of full fine-tuning: differences of state dicts, read one tensor at a time and reduced to their leading `rank`
+    singular components by a randomized SVD (Halko et al., 2011)."""
+
+    rank: int = 32
+    power_iterations: int = 4
+
+    @cached_property
+    def _files(self) -> list[dict[str, Path]]:
+        return [weight_files(folder) for folder in (self.start, *self.folders)]
+
+    def get(self, name: str, index: int | None) -> torch.Tensor:
+        """A tensor of a checkpoint, or of the starting point, as it was saved."""
+        path = self._files[0 if index is None else index + 1][name]
+        with safe_open(path, "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found = {}
+        for name, path in self._files[-1].items():
+            with safe_open(path, "pt") as tensors:
+                found[name] = tuple(tensors.get_slice(name).get_shape())
+        return found
+
+    @cached_property
+    def left_alone(self) -> list[str]:
+        maps = {name for _, names in self.groups() for name in names}
+        return sorted(set(self.shapes) - maps)
+
+    def groups(self) -> list[tuple[tuple[int, int], list[str]]]:
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name, shape in self.shapes.items():
+            if len(shape) == 2 and not any(part in name for part in EMBEDDINGS):
+                by_shape.setdefault(shape, []).append(name)
+        return list(by_shape.items())
+
+    def difference(self, names: Sequence[str], later: int, earlier: int | None) -> Factors:
+        reduced = [self._reduce(self.get(name, later).float() - self.get(name, earlier).float()) for name in names]
+        return Factors(torch.stack([f.left for f in reduced]), torch.stack([f.right for f in reduced]))
+
+    def combination(self, names: Sequence[str], weights: Sequence[float]) -> Factors:
+        sums = [
+            sum(self.get(name, i).float() * weight for i, weight in enumerate(weights) if weight) for name in names
+        ]
+        matrices = torch.stack(sums)
+        m, n = matrices.shape[1:]
+        if m < n:
+            return Factors(torch.eye(m).expand(len(names), m, m), matrices)
+        return Factors(matrices, torch.eye(n).expand(len(names), n, n))
+
+    def _reduce(self, matrix: torch.Tensor) -> Factors:
+        rank = min(self.rank, *matrix.shape)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)  # the sketch is part of the definition: the same at every call
+            u, sigma, v = torch.svd_lowrank(matrix, q=rank, niter=self.power_iterations)
+        return Factors(u * sigma, v.mT)
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """In which file of a saved model each tensor is.
+
+    Raises:
+        ValueError: If the folder holds no weights in safetensors.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    whole = folder / "model.safetensors"
+    if not whole.is_file():
+        raise ValueError(f"{folder} holds no weights in safetensors.")
+    with safe_open(whole, "pt") as tensors:
+        return dict.fromkeys(tensors.keys(), whole)
+
+
+def load_trajectory(run: str | Path, last_step: int | None = None, base_model: str | None = None) -> Trajectory:
+    """The trajectory of a run, checked.
+
+    Args:
+        run (`str` or `Path`): Output folder of a run with LoRA or full fine-tuning.
+        last_step (`int`, *optional*): Leaves out what was saved later.
+        base_model (`str`, *optional*): Folder of the weights that full fine-tuning started from.
+
+    Raises:
+        ValueError: If there are too few checkpoints, or unevenly spaced ones, or ones that do not belong together, or
+            numbers that are not finite, or an adapter that is no plain LoRA.
+    """
+    run = Path(run)
+    found = find_steps(run)
+    if last_step is not None:
+        found = {step: path for step, path in found.items() if step <= last_step}
+    start = found.pop(0, None)
+    if not found:
+        raise ValueError(f"{run} holds no checkpoint up to step {last_step}. Raise `last_step`.")
+    steps, folders = tuple(found), tuple(found.values())
+    spacing = check_steps(run, steps)
+    are_adapters = {(folder / ADAPTER_WEIGHTS).is_file() for folder in folders}
+    if are_adapters == {True}:
+        trajectory = AdapterTrajectory(run, steps, folders, spacing, start)
+        _check_config(trajectory)
+        for folder in folders if start is None else (start, *folders):
+            _check_adapter(trajectory, folder)
+        return trajectory
+    if are_adapters == {True, False}:
+        raise ValueError(f"Some checkpoints of {run} are adapters and some are not. Move those of another run away.")
+    if start is None and base_model is None:
+        raise ValueError(
+            f"{run} is a run of full fine-tuning, and what it started from is needed too. Set `base_model`."
+        )
+    trajectory = FullTrajectory(run, steps, folders, spacing, start or Path(base_model))
+    _check_full(trajectory)
+    return trajectory
+
+
+def check_adapter_settings(settings: dict[str, Any], what: str) -> None:
+    """Refuses an adapter that is no plain LoRA: the deltas of its weights would not be s·B·A.
+
+    Args:
+        settings (`dict`): Of PEFT's configuration.
+        what (`str`): How messages call it.
+
+    Raises:
+        ValueError: Names the setting and what to do.
+    """
+    if settings["peft_type"] != "LORA":
+        raise ValueError(f"A low-rank trajectory needs plain LoRA, and {what} is {settings['peft_type']}.")
+    variants = [name for name in settings if name.startswith("use_") and name != "use_rslora"]
+    for name in (*variants, *OTHER_VARIANTS):
+        if settings.get(name):
+            raise ValueError(f"A low-rank trajectory needs plain LoRA, and {what} has `{name}`. Train without it.")
+    if settings["init_lora_weights"] not in PLAIN_STARTS + STARTS_THAT_MOVE:
+        raise ValueError(
+            f"`init_lora_weights: {settings['init_lora_weights']}` of {what} changes the base model's weights, and "
+            "would change them otherwise for an adapter of another rank. Train with the default."
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of a saved adapter."""
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def _check_config(trajectory: AdapterTrajectory) -> None:
+    folder = trajectory.folders[-1]
+    settings = read_config(folder)
+    check_adapter_settings(settings, str(folder))
+    if settings["init_lora_weights"] in STARTS_THAT_MOVE and trajectory.start is None:
+        raise ValueError(
+            f"{folder} started from an adapter that was not zero, and the run did not save it. Train with "
+            "`trajectory_steps`, which does."
+        )
+    if not trajectory.shapes:
+        raise ValueError(f"{folder} adapts no linear layer.")
+
+
+def _check_adapter(trajectory: AdapterTrajectory, folder: Path) -> None:
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    expected = trajectory.shapes
+    names = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key}
+    if names != set(expected):
+        changed = sorted(names ^ set(expected))
+        raise ValueError(
+            f"{folder} adapts other modules than {trajectory.folders[-1]} does, such as {changed[0]}. Move the "
+            "checkpoints of other runs away."
+        )
+    settings, last = read_config(folder), read_config(trajectory.folders[-1])
+    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"):
+        if settings[name] != last[name]:
+            raise ValueError(
+                f"{folder} has `{name}: {settings[name]}`, and {trajectory.folders[-1]} has {last[name]}. Move the "
+                "checkpoints of other runs away."
+            )
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{folder} holds numbers that are not finite, in {key}. Go back to the steps before, with `last_step`."
+            )
+
+
+def _check_full(trajectory: FullTrajectory) -> None:
+    for index, folder in enumerate((trajectory.start, *trajectory.folders)):
+        names = set(trajectory._files[index])
+        if names != set(trajectory.shapes):
+            changed = sorted(names ^ set(trajectory.shapes))
+            raise ValueError(
+                f"{folder} has other tensors than {trajectory.folders[-1]} has, such as {changed[0]}. Move the "
+                "checkpoints of other runs away, or set the right `base_model`."
+            )
+        for name in trajectory.shapes:
+            tensor = trajectory.get(name, index - 1 if index else None)
+            if tuple(tensor.shape) != trajectory.shapes[name]:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)} in {folder} and {trajectory.shapes[name]} at the end. Set the "
+                    "right `base_model`."
+                )
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{folder} holds numbers that are not finite, in {name}. Go back to the steps before, with "
+                    "`last_step`."
+                )

@@ -1,0 +1,91 @@
+"""Where each matrix is, where it came from and where it went: the rank-1 deltas that NExt learns from."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .checkpoints import Trajectory
+from .lowrank import Triplets, align_signs, leading_triplets, turn_towards
+
+
+CHUNK = 2**22
+"""How many numbers of B and A are computed with at a time: 16 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """The leading triplets of N matrices of one shape, over the T checkpoints that have a predecessor.
+
+    Attributes:
+        names (`list[str]`): Of the modules.
+        from_start (`Triplets`): G_i = W_i - W_0, (T, N, ...), with signs that do not jump. NExt's global delta.
+        local (`Triplets`): L_i = W_i - W_{i-1}, (T, N, ...).
+        target (`Triplets`): T_i = W_{i+k} - W_i, (T - k, N, ...).
+    """
+
+    names: list[str]
+    from_start: Triplets
+    local: Triplets
+    target: Triplets
+
+
+def low_rank_deltas(trajectory: Trajectory, k: int, device: str = "cpu") -> list[Deltas]:
+    """The deltas of a trajectory, k checkpoints ahead; one entry for each shape of matrices.
+
+    Args:
+        trajectory (`Trajectory`): See there.
+        k (`int`): How many checkpoints ahead the targets are.
+        device (`str`): Where they are computed; they come back to the CPU.
+
+    Raises:
+        ValueError: If there are too few checkpoints to learn from one transition and hold another out, or nothing has
+            moved.
+    """
+    first = 0 if trajectory.starts_at_zero else 1  # the first checkpoint may have no predecessor at that distance
+    if len(trajectory) < k + 2 + first:
+        raise ValueError(
+            f"{trajectory.run} holds {len(trajectory)} checkpoints, {trajectory.spacing} steps apart, and looking "
+            f"{k * trajectory.spacing} steps ahead takes {k + 2 + first}. Look less far ahead (`steps_ahead`), train "
+            "longer, or save more often (`trajectory_steps`)."
+        )
+    checkpoints = range(first, len(trajectory))
+    deltas = [_deltas_of(trajectory, names, k, checkpoints, device) for _, names in trajectory.groups()]
+    if not any(d.target.sigma.any() for d in deltas):
+        raise ValueError(f"No matrix of {trajectory.run} moves from checkpoint to checkpoint: there is nowhere to go.")
+    return deltas
+
+
+def in_chunks(trajectory: Trajectory, names: list[str]) -> list[slice]:
+    """Cuts modules of one shape into parts whose factors fit in `CHUNK`."""
+    probe = trajectory.difference(names[:1], len(trajectory) - 1, 0)
+    size = max(CHUNK // (probe.left.numel() + probe.right.numel()), 1)
+    return [slice(i, i + size) for i in range(0, len(names), size)]
+
+
+def _deltas_of(trajectory: Trajectory, names: list[str], k: int, checkpoints: range, device: str) -> Deltas:
+    parts = in_chunks(trajectory, names)
+
+    def triplets(pairs: list[tuple[int, int | None]]) -> Triplets:
+        at_each = [
+            _concatenate([leading_triplets(trajectory.difference(names[part], *pair).to(device)) for part in parts])
+            for pair in pairs
+        ]
+        return align_signs(_stack(at_each))
+
+    from_start = triplets([(i, None) for i in checkpoints])
+    local = triplets([(i, i - 1 if i else None) for i in checkpoints])
+    target = triplets([(i + k, i) for i in checkpoints if i + k in checkpoints])
+    return Deltas(names, from_start, turn_towards(local, from_start), turn_towards(target, from_start))
+
+
+def _concatenate(parts: list[Triplets]) -> Triplets:
+    return Triplets(*(torch.cat(column).cpu() for column in _columns(parts)))
+
+
+def _stack(parts: list[Triplets]) -> Triplets:
+    """With a new first dimension."""
+    return Triplets(*(torch.stack(column) for column in _columns(parts)))
+
+
+def _columns(parts: list[Triplets]) -> list[list[torch.Tensor]]:
+    return [[getattr(part, name) for part in parts] for name in ("sigma", "u", "v", "energy")]

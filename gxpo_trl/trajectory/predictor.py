@@ -1,0 +1,197 @@
+"""Learns where low-rank trajectories go: (global, local) -> target, vector by vector (NExt, equations 8 to 11).
+
+All singular vectors of one length share a predictor, and all singular values one. What is learnt from, and what for,
+are the triplets of `Deltas`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .deltas import Deltas
+from .lowrank import Triplets
+
+
+PATIENCE = 50
+"""Epochs without a better held-out loss after which training stops."""
+
+
+@dataclass(frozen=True)
+class PredictorSettings:
+    """
+    The predictor's. The paper gives none of the numbers.
+
+    Attributes:
+        hidden_size (`int`): Of all hidden layers.
+        epochs (`int`): At most, each over all transitions at once.
+        learning_rate (`float`): AdamW's at the start of its cosine schedule.
+        seed (`int`): Of the initial weights.
+        without_global, without_local (`bool`): Zeros in place of that input: the paper's ablations.
+        device (`str`): Where it is trained.
+    """
+
+    hidden_size: int = 128
+    epochs: int = 300
+    learning_rate: float = 1e-3
+    seed: int = 0
+    without_global: bool = False
+    without_local: bool = False
+    device: str = "cpu"
+
+
+class VectorPredictor(nn.Module):
+    """An encoder each for the global and the local vector, a decoder for both (equation 8).
+
+    Args:
+        size (`int`): d, the vectors' length.
+        settings (`PredictorSettings`): See there.
+    """
+
+    def __init__(self, size: int, settings: PredictorSettings):
+        super().__init__()
+        hidden = settings.hidden_size
+        self.encode_global, self.encode_local = (
+            nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU()) for _ in range(2)
+        )
+        self.decode = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.GELU(), nn.Linear(hidden, size))
+        self.weights = (0.0 if settings.without_global else 1.0, 0.0 if settings.without_local else 1.0)
+
+    def forward(self, from_start: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+        """(..., d) and (..., d) to (..., d)."""
+        hidden_global = self.encode_global(from_start * self.weights[0])
+        hidden_local = self.encode_local(local * self.weights[1])
+        return self.decode(torch.cat([hidden_global, hidden_local], dim=-1))
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """What one predictor sees: vectors of one length over time, brought to entries of order one.
+
+    `is_direction`: whether they are singular vectors, of which -s is as good as s.
+    """
+
+    from_start: torch.Tensor  # (T, M, d)
+    local: torch.Tensor  # (T, M, d)
+    target: torch.Tensor  # (T - k, M, d)
+    scale: float
+    is_direction: bool
+
+    def transitions(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Global, local and target of some transitions, scaled, (len(indices) · M, d)."""
+        index = list(indices)
+        return [(x[index] * self.scale).flatten(0, 1) for x in (self.from_start, self.local, self.target)]
+
+
+class TrajectoryPredictor:
+    """Predicts the target triplets of `Deltas`.
+
+    Args:
+        deltas (`list[Deltas]`): Of one trajectory.
+        settings (`PredictorSettings`): See there.
+    """
+
+    def __init__(self, deltas: list[Deltas], settings: PredictorSettings):
+        self.deltas = deltas
+        self.settings = settings
+        self.vectors: dict[str, _Vectors] = {"sigma": _singular_values(deltas)}
+        for size in sorted({side.size(-2) for d in deltas for side in (d.target.u, d.target.v)}):
+            self.vectors[str(size)] = _singular_vectors(deltas, size)
+        self.models: dict[str, VectorPredictor] = {}
+
+    def fit(
+        self, transitions: Sequence[int], held_out: int | None = None, epochs: dict[str, int] | None = None
+    ) -> dict:
+        """Trains anew.
+
+        Args:
+            transitions (`Sequence[int]`): Indices of the targets that are learnt from.
+            held_out (`int`, *optional*): Index of a target that tells when to stop. The weights are those at which it
+                was predicted best.
+            epochs (`dict[str, int]`, *optional*): When to stop, without one.
+
+        Returns:
+            `dict[str, int]`: The epochs after which each predictor was taken, by length of its vectors.
+        """
+        stopped = {}
+        for name, vectors in self.vectors.items():
+            most = self.settings.epochs if epochs is None else epochs[name]
+            self.models[name], stopped[name] = self._fit_one(vectors, transitions, held_out, most)
+        return stopped
+
+    def _fit_one(
+        self, vectors: _Vectors, transitions: Sequence[int], held_out: int | None, most: int
+    ) -> tuple[VectorPredictor, int]:
+        settings = self.settings
+        with torch.random.fork_rng([]):
+            torch.manual_seed(settings.seed)
+            model = VectorPredictor(vectors.target.size(-1), settings).to(settings.device)
+        from_start, local, target = (x.to(settings.device) for x in vectors.transitions(transitions))
+        if vectors.is_direction:  # the other sign of each is as good, and makes the predictor as good as odd
+            from_start, local, target = (torch.cat([x, -x]) for x in (from_start, local, target))
+        test = None if held_out is None else [x.to(settings.device) for x in vectors.transitions([held_out])]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
+        best, best_epoch, best_state = float("inf"), most, None
+        for epoch in range(1, most + 1):
+            loss = nn.functional.l1_loss(model(from_start, local), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if test is None:
+                continue
+            with torch.no_grad():
+                loss = nn.functional.l1_loss(model(*test[:2]), test[2]).item()
+            if loss < best:
+                best, best_epoch = loss, epoch
+                best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            elif epoch - best_epoch >= PATIENCE:
+                break
+        if best_state is not None:
+            model.load_state_dict(best_state)
+        return model, best_epoch
+
+    @torch.no_grad()
+    def predict(self, index: int) -> list[Triplets]:
+        """The target triplets at a checkpoint, one entry for each of `deltas`: σ (N, 1), u (N, m, 1), v (N, n, 1).
+
+        Singular vectors have unit length (equation 11), and singular values are not negative.
+        """
+        found = {name: self._predict_one(name, index) for name in self.vectors}
+        taken = dict.fromkeys(found, 0)
+
+        def take(name: str, count: int) -> torch.Tensor:
+            taken[name] += count
+            return found[name][taken[name] - count : taken[name]]
+
+        triplets = []
+        for d in self.deltas:  # in the order in which the vectors were put together
+            count, (m, n) = len(d.names), (d.target.u.size(-2), d.target.v.size(-2))
+            sigma, u, v = take("sigma", count), take(str(m), count), take(str(n), count)
+            triplets.append(Triplets(sigma, u[..., None], v[..., None], torch.ones(count)))
+        return triplets
+
+    def _predict_one(self, name: str, index: int) -> torch.Tensor:
+        vectors, device = self.vectors[name], self.settings.device
+        inputs = ((x[index] * vectors.scale).to(device) for x in (vectors.from_start, vectors.local))
+        predicted = self.models[name](*inputs).cpu() / vectors.scale
+        return nn.functional.normalize(predicted, dim=-1) if vectors.is_direction else predicted.clamp(min=0.0)
+
+
+def _singular_vectors(deltas: list[Deltas], size: int) -> _Vectors:
+    """All u and v of that length. Scaled by its root: a unit vector's entries are of order one then."""
+
+    def gather(kind: str) -> torch.Tensor:
+        sides = [side for d in deltas for side in (getattr(d, kind).u, getattr(d, kind).v) if side.size(-2) == size]
+        return torch.cat([side[..., 0] for side in sides], dim=1)
+
+    return _Vectors(gather("from_start"), gather("local"), gather("target"), size**0.5, is_direction=True)
+
+
+def _singular_values(deltas: list[Deltas]) -> _Vectors:
+    from_start, local, target = (
+        torch.cat([getattr(d, kind).sigma for d in deltas], dim=1) for kind in ("from_start", "local", "target")
+    )
+    return _Vectors(from_start, local, target, 1 / from_start.mean().item(), is_direction=False)

@@ -1,0 +1,180 @@
+"""Writes an extrapolated model: the last adapter with the predicted directions appended, or whole weights."""
+
+import copy
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
+
+from .checkpoints import ADAPTER_WEIGHTS, PREFIX, AdapterTrajectory, FullTrajectory, Trajectory, factor_keys
+from .deltas import in_chunks
+from .extrapolation import Extrapolation
+from .lowrank import Factors
+
+
+REPORT_NAME = "extrapolation.json"
+FIGURE_NAME = "trajectory.png"
+NOT_OF_A_MODEL = ("trainer_state.json", "lookahead_state.json")
+
+
+def write_extrapolation(
+    trajectory: Trajectory, found: Extrapolation, alpha: float, folder: Path, merged: bool, figure: Path
+) -> None:
+    """A model, its card with the figure, and `extrapolation.json`. The folder appears when it is complete.
+
+    Args:
+        trajectory (`Trajectory`): What was extrapolated.
+        found (`Extrapolation`): Where to.
+        alpha (`float`): By how much the movement is stretched.
+        folder (`Path`): Where to write; must not exist.
+        merged (`bool`): Whether an adapter is merged into its base model.
+        figure (`Path`): Of the report.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if isinstance(trajectory, FullTrajectory):
+        write_weights(trajectory, found, alpha, partial)
+    else:
+        write_adapter(trajectory, found, alpha, partial)
+        if merged:
+            _merge(partial)
+    shutil.copy(figure, partial / FIGURE_NAME)
+    report = {"alpha": alpha, "run": str(trajectory.run.resolve()), **found.report}
+    (partial / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+    _card(trajectory, report, merged).save(partial / "README.md")
+    os.replace(partial, folder)
+
+
+# ---- Adapters
+
+
+def write_adapter(trajectory: AdapterTrajectory, found: Extrapolation, alpha: float, folder: Path) -> None:
+    """The last adapter plus α times what was predicted, of rank r + q where that is of rank q.
+
+    B gets q columns and A q rows, the old ones stay as they are, and so does s: training can go on from it. What else
+    the adapter holds is copied.
+    """
+    tensors = load_file(trajectory.folders[-1] / ADAPTER_WEIGHTS)
+    for i, d in enumerate(found.deltas):
+        for part in in_chunks(trajectory, d.names):
+            movement = found.predict(i, part)
+            for j, name in enumerate(d.names[part]):
+                key_a, key_b = factor_keys(name)
+                a, b = tensors[key_a], tensors[key_b]
+                added = balance(Factors(movement.left[j] * (alpha / trajectory.scaling(name)), movement.right[j]))
+                tensors[key_a] = torch.cat([a, added.right.to(a.dtype)])
+                tensors[key_b] = torch.cat([b, added.left.to(b.dtype)], dim=1)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
+    _adapter_config(trajectory, tensors).save_pretrained(folder)
+    _save_tokenizer(trajectory, folder)
+
+
+def balance(movement: Factors) -> Factors:
+    """The same matrix, each column of `left` (m, q) as long as its row of `right` (q, n): both learn at one pace."""
+    left, right = movement.left.norm(dim=0), movement.right.norm(dim=1)
+    ratio = torch.where(left * right > 0, right / left, 1.0).sqrt()
+    return Factors(movement.left * ratio, movement.right / ratio[:, None])
+
+
+def _adapter_config(trajectory: AdapterTrajectory, tensors: dict[str, torch.Tensor]) -> LoraConfig:
+    """PEFT's configuration for the ranks of these tensors, with an α for each module that gives it the s it had."""
+    ranks, alphas = {}, {}
+    for key, tensor in tensors.items():
+        for kind in (".lora_A.weight", ".lora_embedding_A"):
+            if key.endswith(kind):
+                name = key.removeprefix(PREFIX).removesuffix(kind)
+                ranks[name] = len(tensor)
+                alpha = trajectory.scaling(name) * len(tensor)
+                alphas[name] = round(alpha) if alpha == round(alpha) else alpha
+    config = copy.deepcopy(trajectory.config)
+    config.use_rslora, config.init_lora_weights = False, True
+    config.r = Counter(ranks.values()).most_common(1)[0][0]
+    config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    return config
+
+
+def _save_tokenizer(trajectory: AdapterTrajectory, folder: Path) -> None:
+    """That of the run, else that of the base model."""
+    places = [path for path in (trajectory.folders[-1], trajectory.run) if (path / "tokenizer_config.json").is_file()]
+    source = places[0] if places else trajectory.config.base_model_name_or_path
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def _merge(folder: Path) -> None:
+    """Puts a whole model in the place of an adapter; added in fp32, and saved in the base model's precision."""
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dtype = AutoConfig.from_pretrained(model.peft_config["default"].base_model_name_or_path).dtype
+    model.merge_and_unload().to(dtype or torch.float32).save_pretrained(folder)
+    for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
+        (folder / name).unlink()
+
+
+# ---- Full fine-tuning
+
+
+def write_weights(trajectory: FullTrajectory, found: Extrapolation, alpha: float, folder: Path) -> None:
+    """The last checkpoint's weights plus α times what was predicted, a file of them at a time."""
+    source = trajectory.folders[-1]
+    place = {name: (i, j) for i, d in enumerate(found.deltas) for j, name in enumerate(d.names)}
+    for path in sorted(source.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name in place.keys() & tensors.keys():
+            i, j = place[name]
+            movement = found.predict(i, slice(j, j + 1))
+            moved = tensors[name].float() + alpha * (movement.left[0] @ movement.right[0])
+            tensors[name] = moved.to(tensors[name].dtype)
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model", ".py") and path.name not in NOT_OF_A_MODEL:
+            shutil.copy(path, folder / path.name)
+
+
+# ---- The card
+
+
+def _card(trajectory: Trajectory, report: dict[str, Any], merged: bool) -> ModelCard:
+    is_adapter = isinstance(trajectory, AdapterTrajectory) and not merged
+    base = trajectory.config.base_model_name_or_path if isinstance(trajectory, AdapterTrajectory) else None
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["gxpo_trl", "next", "rlvr", *(["lora"] if is_adapter else [])],
+    )
+    held_out = report["held_out"]
+    rows = [
+        f"| {name} | {found['error']:.3f} | {'' if found['cosine'] is None else format(found['cosine'], '.3f')} |"
+        for name, found in held_out["errors"].items()
+    ]
+    lines = [
+        f"# {trajectory.run.resolve().name}, {report['steps_ahead']} steps ahead",
+        "",
+        f"Not trained but predicted, from {len(report['steps'])} checkpoints of a run with reinforcement learning, up "
+        f"to step {report['steps'][-1]}: W + α·ΔW with α = {report['alpha']:g} and ΔW by the method "
+        f"`{report['method']}` for {report['matrices']} weight matrices. `{REPORT_NAME}` holds all of it.",
+        "",
+        f"How far each method would have been from what happened between steps {held_out['from_step']} and "
+        f"{held_out['to_step']} (1 is as good as no prediction):",
+        "",
+        "| method | error | cosine |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"![Energy ratio and linearity of the trajectory]({FIGURE_NAME})",
+        "",
+        "Method: NExt, [Low-rank Optimization Trajectories Modeling for LLM RLVR Acceleration]"
+        "(https://huggingface.co/papers/2604.11446). AlphaRL: [2510.00553](https://huggingface.co/papers/2510.00553). "
+        "RL-Extra: [2601.04537](https://huggingface.co/papers/2601.04537).",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
