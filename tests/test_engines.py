@@ -101,7 +101,7 @@ def jobs_of(engine: str) -> dict[str, dict]:
     jobs = {name: {"trainer": name, "settings": SETTINGS} for name in FALL_BACKS}
     jobs["communication"] = {"kind": "communication", **method("gxpo", "carry", False, 2, max_steps=1)}
     jobs["resume-full"] = {"kind": "resume", **method("gxpo", "carry", False, 2)}
-    jobs["resume-lora"] = {"kind": "resume", **method("gxpo", "rollback", True, 1)}
+    jobs["resume-lora"] = {"kind": "resume", **method("gxpo", "rollback", True, 1, trajectory_steps=2)}
     if engine in IN_BF16:
         return jobs | {name: job for name, (job, _) in BF16_METHODS.items()}
     jobs["plain"] = method("gxpo", "carry", False, 2, update_rule="grpo", compact_batches=False)
@@ -361,6 +361,15 @@ def test_a_saved_adapter_loads_with_peft(launched, ranks, engine, name):
     saved = dict(adapter.named_parameters())
     precision = torch.bfloat16 if "zero" in engine and engine in IN_BF16 else torch.float32
     assert all(torch.equal(saved[name].to(precision), p.to(precision)) for name, p in trained.items())
+
+
+@on(ENGINES | IN_BF16, "resume-lora")
+def test_a_trajectory_holds_the_adapter_in_the_precision_that_is_stepped(launched, ranks, engine, name):
+    folder = launched / engine / name / "trajectory"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000", "step-000002", "step-000004"]
+    trained = ranks(f"{engine}/{name}")[0]["uninterrupted"]["parameters"]
+    saved = dict(PeftModel.from_pretrained(odd_model(), folder / "step-000004").named_parameters())
+    assert len(trained) == 28 and all(torch.equal(saved[name], p) for name, p in trained.items())
 
 
 @on(IN_BF16, *BF16_METHODS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..rollout.generation import pad_left, sample_grouped, why_not_grouped
@@ -33,11 +33,14 @@ Sampler = Callable[[list[list[int]], int, int], list[list[Sample]]]
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, with what batches of prompts need.
+    """The tokenizer of a checkpoint, with what batches of prompts need; its base model's, of an adapter without one.
 
     Raises:
         ValueError: If it has no chat template.
     """
+    folder = Path(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        model = PeftConfig.from_pretrained(model).base_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

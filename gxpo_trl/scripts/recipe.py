@@ -31,7 +31,45 @@ class ProblemArguments:
     answer_column: str | None = field(default=None, metadata={"help": "Of a dataset that has no name here."})
 
 
-Recipe = tuple[GRPOScriptArguments, LookaheadConfig, ModelConfig, DatasetMixtureConfig, ProblemArguments]
+@dataclass
+class ExtrapolationLoopArguments:
+    r"""
+    NExt in one recipe: train, extrapolate, go on. What an adapter is extrapolated from is `trajectory_steps`' doing.
+
+    Parameters:
+        resume_adapter (`str`, *optional*):
+            A LoRA adapter to start from, such as one of `gxpo extrapolate`. Its own rank and α hold, whatever the
+            recipe says of LoRA.
+        extrapolate_after (`int`, *optional*):
+            Optimizer steps after which the run is extrapolated and goes on from there, up to `max_steps`, which counts
+            the steps that are trained. Unset for a run without.
+        extrapolate_method (`str`, *optional*, defaults to `"next"`):
+            As `method` of `gxpo extrapolate`.
+        extrapolate_steps_ahead (`int`, *optional*):
+            As `steps_ahead` of `gxpo extrapolate`. Unset for five checkpoints.
+        extrapolate_alpha (`float`, *optional*, defaults to `1.0`):
+            As `alpha` of `gxpo extrapolate`.
+    """
+
+    resume_adapter: str | None = field(default=None, metadata={"help": "A LoRA adapter to start from."})
+    extrapolate_after: int | None = field(
+        default=None, metadata={"help": "Steps after which the run is extrapolated and goes on from there."}
+    )
+    extrapolate_method: str = field(default="next", metadata={"help": "As `method` of `gxpo extrapolate`."})
+    extrapolate_steps_ahead: int | None = field(
+        default=None, metadata={"help": "As `steps_ahead` of `gxpo extrapolate`."}
+    )
+    extrapolate_alpha: float = field(default=1.0, metadata={"help": "As `alpha` of `gxpo extrapolate`."})
+
+
+Recipe = tuple[
+    GRPOScriptArguments,
+    LookaheadConfig,
+    ModelConfig,
+    DatasetMixtureConfig,
+    ProblemArguments,
+    ExtrapolationLoopArguments,
+]
 
 CONFIGS = {"gxpo": GXPOConfig, "sfpo": SFPOConfig, "grpo": LookaheadConfig}
 
@@ -51,8 +89,8 @@ def parse_recipe(arguments: list[str], prog: str | None = None) -> Recipe:
 
 
 def _parse_training(arguments: list[str], config_class: type[LookaheadConfig], prog: str | None) -> Recipe:
-    kinds = (GRPOScriptArguments, config_class, ModelConfig, DatasetMixtureConfig, ProblemArguments)
-    return parse_keys(arguments, kinds, prog)
+    others = (ModelConfig, DatasetMixtureConfig, ProblemArguments, ExtrapolationLoopArguments)
+    return parse_keys(arguments, (GRPOScriptArguments, config_class, *others), prog)
 
 
 def parse_keys(arguments: list[str], dataclasses: tuple[type, ...], prog: str | None = None) -> tuple:

@@ -5,25 +5,36 @@
 
 Model, dataset, PEFT and rewards are built from a recipe as TRL's own GRPO script builds them; `gxpo_trl/arithmetic`
 and `gxpo_trl/tiny` name the embedded dataset and model. `--resume_from_checkpoint last` goes on from the newest
-checkpoint in the output folder, and starts from the beginning where there is none.
+checkpoint in the output folder, and starts from the beginning where there is none. `--resume_adapter DIR` starts from
+an adapter. A recipe with `extrapolate_after` (recipes/tiny/next.yaml) trains, extrapolates and goes on.
 """
 
 import dataclasses
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
+from trl.trainer.utils import create_model_from_path
 
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
 from ..trainer.gxpo import GXPOTrainer
 from ..trainer.lookahead_trainer import LookaheadTrainer
 from ..trainer.sfpo import SFPOTrainer
+from ..trajectory.extrapolation import checkpoints_ahead
+from ..trajectory.settings import ExtrapolationArguments
+from .extrapolate import run as extrapolate
 from .recipe import Recipe, parse_recipe
 
 
 TRAINERS = {"gxpo": GXPOTrainer, "sfpo": SFPOTrainer, "grpo": LookaheadTrainer}
+LOOP_FOLDERS = ("before", "extrapolated", "after")
 
 
 def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> LookaheadTrainer:
@@ -32,7 +43,7 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
     Raises:
         ValueError: If the recipe names no dataset, no model or no reward, or one that does not exist.
     """
-    script_args, training_args, model_args, dataset_args, problem_args = recipe
+    script_args, training_args, model_args, dataset_args, problem_args, loop_args = recipe
     if not script_args.dataset_name and not dataset_args.datasets:
         raise ValueError("The recipe names no data. Set `dataset_name` or `datasets`.")
     if not model_args.model_name_or_path:
@@ -66,16 +77,37 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
         **(training_args.model_init_kwargs or {}),
     }
     evaluates = training_args.eval_strategy != "no"
+    model, peft_config = resolve_model(model_args.model_name_or_path), get_peft_config(model_args)
+    quantization_config = get_quantization_config(model_args)
+    if loop_args.resume_adapter:
+        model = load_adapter(model, loop_args.resume_adapter, training_args.model_init_kwargs, quantization_config)
+        training_args.model_init_kwargs = peft_config = quantization_config = None
     return TRAINERS[training_args.update_rule](
-        model=resolve_model(model_args.model_name_or_path),
+        model=model,
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
         callbacks=callbacks,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        quantization_config=quantization_config,
+        peft_config=peft_config,
     )
+
+
+def load_adapter(
+    model: str, adapter: str, model_options: dict[str, Any], quantization_config: BitsAndBytesConfig | None
+) -> PeftModel:
+    """A model with an adapter on it that can be trained further.
+
+    Raises:
+        ValueError: If the folder holds no adapter.
+    """
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"`resume_adapter: {adapter}` holds no adapter_config.json. Name the folder of an adapter.")
+    if quantization_config is not None:
+        model_options = {**model_options, "quantization_config": quantization_config}
+    base = create_model_from_path(model, **model_options)
+    return PeftModel.from_pretrained(base, adapter, is_trainable=True)
 
 
 def train(trainer: LookaheadTrainer, recipe: Recipe) -> None:
@@ -95,13 +127,95 @@ def train(trainer: LookaheadTrainer, recipe: Recipe) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
+# ---- NExt in one recipe
+
+
+def check_loop(recipe: Recipe) -> None:
+    """Refuses a recipe with `extrapolate_after` that could not be carried out, before anything is trained.
+
+    Raises:
+        ValueError: Names the setting and what to do.
+    """
+    args, loop = recipe[1], recipe[-1]
+    after, spacing = loop.extrapolate_after, args.trajectory_steps
+    if spacing is None:
+        raise ValueError("`extrapolate_after` needs a trajectory. Set `trajectory_steps`.")
+    if not 0 < after < args.max_steps:
+        raise ValueError(
+            f"`extrapolate_after` must be between 0 and `max_steps`, since the run goes on after it; got {after} and "
+            f"{args.max_steps}."
+        )
+    if after % spacing:
+        raise ValueError(f"`extrapolate_after` must be a multiple of `trajectory_steps` ({spacing}), got {after}.")
+    ExtrapolationArguments(run=args.output_dir, method=loop.extrapolate_method, alpha=loop.extrapolate_alpha)
+    k = checkpoints_ahead(loop.extrapolate_steps_ahead, spacing)
+    if after // spacing < k + 2:
+        raise ValueError(
+            f"`extrapolate_after: {after}` leaves {after // spacing} checkpoints, and looking {k * spacing} steps "
+            f"ahead takes {k + 2}. Lower `trajectory_steps` or `extrapolate_steps_ahead`, or extrapolate later."
+        )
+    if args.resume_from_checkpoint is None:
+        for name in LOOP_FOLDERS:
+            if (Path(args.output_dir) / name).exists():
+                raise ValueError(
+                    f"{args.output_dir} holds an earlier run. Go on with it (`--resume_from_checkpoint last`), or "
+                    "choose another `output_dir`."
+                )
+
+
+def train_around_extrapolation(arguments: list[str], recipe: Recipe) -> LookaheadTrainer:
+    """Trains for `extrapolate_after` steps, extrapolates, and trains from there for the rest of `max_steps`.
+
+    The second run has an optimizer and a schedule of its own, and the next seed, so that its prompts come in another
+    order. What an interrupted run has finished is not done again.
+
+    Args:
+        arguments (`list[str]`): The command line.
+        recipe (`Recipe`): What it says.
+
+    Returns:
+        `LookaheadTrainer`: Of the second run.
+    """
+    args, loop = recipe[1], recipe[-1]
+    before, between, after = (Path(args.output_dir) / name for name in LOOP_FOLDERS)
+    steps = loop.extrapolate_after
+    if not (before / TRAINER_STATE_NAME).is_file():  # written when all of it is done
+        _train_part(arguments, before, steps)
+    settings = ExtrapolationArguments(
+        run=str(before),
+        method=loop.extrapolate_method,
+        steps_ahead=loop.extrapolate_steps_ahead,
+        alpha=str(loop.extrapolate_alpha),
+        output_dir=str(between),
+        last_step=steps,
+    )
+    adapter = between / f"alpha-{loop.extrapolate_alpha:g}"
+    if PartialState().is_main_process and not adapter.exists():
+        extrapolate(settings)
+    PartialState().wait_for_everyone()
+    rest = ["--resume_adapter", str(adapter), "--seed", str(args.seed + 1)]
+    return _train_part([*arguments, *rest], after, args.max_steps - steps)
+
+
+def _train_part(arguments: list[str], folder: Path, steps: int) -> LookaheadTrainer:
+    part = parse_recipe([*arguments, "--output_dir", str(folder), "--max_steps", str(steps)])
+    trainer = build_trainer(part)
+    train(trainer, part)
+    return trainer
+
+
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments, prog)
-        trainer = build_trainer(recipe)
+        recipe = parse_recipe(arguments, prog)
+        is_loop = recipe[-1].extrapolate_after is not None
+        trainer = check_loop(recipe) if is_loop else build_trainer(recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    train(trainer, recipe)
+    if is_loop:
+        trainer = train_around_extrapolation(arguments, recipe)
+    else:
+        train(trainer, recipe)
     trainer.accelerator.print(f"Done. The model is in {trainer.args.output_dir}.")
     trainer.end()
 

@@ -36,6 +36,21 @@ class Extrapolation:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+def checkpoints_ahead(steps_ahead: int | None, spacing: int) -> int:
+    """k of a number of steps, for checkpoints so many steps apart; five, the paper's, where there is no number.
+
+    Raises:
+        ValueError: If it is no multiple.
+    """
+    k, rest = divmod(5 * spacing if steps_ahead is None else steps_ahead, spacing)
+    if rest or k < 1:
+        raise ValueError(
+            f"`steps_ahead` must be a multiple of {spacing}, the checkpoints' spacing, such as "
+            f"{max(k, 1) * spacing}; got {steps_ahead}."
+        )
+    return k
+
+
 def extrapolate(
     trajectory: Trajectory, method: str, steps_ahead: int | None = None, settings: PredictorSettings | None = None
 ) -> Extrapolation:
@@ -51,13 +66,7 @@ def extrapolate(
         ValueError: If `steps_ahead` is no such multiple, there are too few checkpoints, or nothing has moved.
     """
     settings = settings or PredictorSettings()
-    k, rest = divmod(5 * trajectory.spacing if steps_ahead is None else steps_ahead, trajectory.spacing)
-    if rest or k == 0:
-        below, above = max(k, 1) * trajectory.spacing, (k + 1) * trajectory.spacing
-        raise ValueError(
-            f"`steps_ahead` must be a multiple of {trajectory.spacing}, the checkpoints' spacing, such as {below} or "
-            f"{above}; got {steps_ahead}."
-        )
+    k = checkpoints_ahead(steps_ahead, trajectory.spacing)
     started = time.perf_counter()
     deltas = low_rank_deltas(trajectory, k, settings.device)
     seconds = {"triplets": time.perf_counter() - started}

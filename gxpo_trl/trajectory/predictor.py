@@ -47,10 +47,13 @@ class VectorPredictor(nn.Module):
     Args:
         size (`int`): d, the vectors' length.
         settings (`PredictorSettings`): See there.
+        is_odd (`bool`): Whether to answer -x with the negative of what is answered to x. Singular vectors have no sign
+            of their own.
     """
 
-    def __init__(self, size: int, settings: PredictorSettings):
+    def __init__(self, size: int, settings: PredictorSettings, is_odd: bool):
         super().__init__()
+        self.is_odd = is_odd
         hidden = settings.hidden_size
         self.encode_global, self.encode_local = (
             nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU()) for _ in range(2)
@@ -60,6 +63,11 @@ class VectorPredictor(nn.Module):
 
     def forward(self, from_start: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         """(..., d) and (..., d) to (..., d)."""
+        if self.is_odd:
+            return (self._answer(from_start, local) - self._answer(-from_start, -local)) / 2
+        return self._answer(from_start, local)
+
+    def _answer(self, from_start: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         hidden_global = self.encode_global(from_start * self.weights[0])
         hidden_local = self.encode_local(local * self.weights[1])
         return self.decode(torch.cat([hidden_global, hidden_local], dim=-1))
@@ -67,10 +75,7 @@ class VectorPredictor(nn.Module):
 
 @dataclass(frozen=True)
 class _Vectors:
-    """What one predictor sees: vectors of one length over time, brought to entries of order one.
-
-    `is_direction`: whether they are singular vectors, of which -s is as good as s.
-    """
+    """What one predictor sees: vectors of one length over time, and by what their entries come to order one."""
 
     from_start: torch.Tensor  # (T, M, d)
     local: torch.Tensor  # (T, M, d)
@@ -126,10 +131,8 @@ class TrajectoryPredictor:
         settings = self.settings
         with torch.random.fork_rng([]):
             torch.manual_seed(settings.seed)
-            model = VectorPredictor(vectors.target.size(-1), settings).to(settings.device)
+            model = VectorPredictor(vectors.target.size(-1), settings, vectors.is_direction).to(settings.device)
         from_start, local, target = (x.to(settings.device) for x in vectors.transitions(transitions))
-        if vectors.is_direction:  # the other sign of each is as good, and makes the predictor as good as odd
-            from_start, local, target = (torch.cat([x, -x]) for x in (from_start, local, target))
         test = None if held_out is None else [x.to(settings.device) for x in vectors.transitions([held_out])]
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
