@@ -1,8 +1,9 @@
 """The trajectory of a run: what its evenly spaced checkpoints say of each weight matrix."""
 
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,18 +108,22 @@ class Trajectory:
         """Whether the starting point is one spacing before the first checkpoint, as any other is before the next."""
         return self.steps[0] == self.spacing
 
-    def difference(self, names: Sequence[str], later: int, earlier: int | None) -> Factors:
-        """W_later - W_earlier of matrices of one shape, in fp32.
+    def differences(self, names: Sequence[str], pairs: Sequence[tuple[int, int | None]]) -> Iterator[Factors]:
+        """W_later - W_earlier of matrices of one shape, in fp32, in turn.
 
         Args:
             names (`Sequence[str]`): Of modules that have one shape and one rank, N of them.
-            later (`int`): Index of a checkpoint.
-            earlier (`int`, *optional*): Likewise; `None` for the starting point.
+            pairs (`Sequence[tuple[int, int | None]]`): Indices of checkpoints, the later one first; `None` for the
+                starting point.
 
-        Returns:
+        Yields:
             `Factors`: (N, m, r) and (N, r, n).
         """
         raise NotImplementedError
+
+    def difference(self, names: Sequence[str], later: int, earlier: int | None) -> Factors:
+        """One of the `differences`."""
+        return next(self.differences(names, [(later, earlier)]))
 
     def combination(self, names: Sequence[str], weights: Sequence[float]) -> Factors:
         """The sum of w_i·W_i over the checkpoints, exactly, for weights whose sum is 0.
@@ -189,11 +194,13 @@ class AdapterTrajectory(Trajectory):
         scalings = torch.tensor([self.scaling(name) for name in names])
         return Factors(left * scalings[:, None, None], right)
 
-    def difference(self, names: Sequence[str], later: int, earlier: int | None) -> Factors:
-        if earlier is None and self.start is None:
-            return self.at(names, later)  # B is zero before the first step
-        before = self.at(names, earlier)
-        return self.at(names, later).minus(before) if before.left.any() else self.at(names, later)
+    def differences(self, names: Sequence[str], pairs: Sequence[tuple[int, int | None]]) -> Iterator[Factors]:
+        at = functools.cache(lambda index: self.at(names, index))
+        for later, earlier in pairs:
+            if earlier is None and (self.start is None or not at(None).left.any()):
+                yield at(later)  # B was zero before the first step
+            else:
+                yield at(later).minus(at(earlier))
 
     def combination(self, names: Sequence[str], weights: Sequence[float]) -> Factors:
         return concatenate([self.at(names, i).times(weight) for i, weight in enumerate(weights) if weight])
@@ -242,9 +249,10 @@ class FullTrajectory(Trajectory):
                 by_shape.setdefault(shape, []).append(name)
         return list(by_shape.items())
 
-    def difference(self, names: Sequence[str], later: int, earlier: int | None) -> Factors:
-        reduced = [self._reduce(self.get(name, later).float() - self.get(name, earlier).float()) for name in names]
-        return Factors(torch.stack([f.left for f in reduced]), torch.stack([f.right for f in reduced]))
+    def differences(self, names: Sequence[str], pairs: Sequence[tuple[int, int | None]]) -> Iterator[Factors]:
+        for later, earlier in pairs:
+            found = [self._reduce(self.get(name, later).float() - self.get(name, earlier).float()) for name in names]
+            yield Factors(torch.stack([f.left for f in found]), torch.stack([f.right for f in found]))
 
     def combination(self, names: Sequence[str], weights: Sequence[float]) -> Factors:
         sums = [

@@ -1,5 +1,8 @@
 """Where each matrix is, where it came from and where it went: the rank-1 deltas that NExt learns from."""
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +11,8 @@ from .checkpoints import Trajectory
 from .lowrank import Triplets, align_signs, leading_triplets, turn_towards
 
 
-CHUNK = 2**22
-"""How many numbers of B and A are computed with at a time: 16 MiB in fp32."""
+CHUNK = 2**20
+"""How many numbers of B and A of a difference are computed with at a time, beside those of the checkpoints: 4 MiB."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +66,43 @@ def in_chunks(trajectory: Trajectory, names: list[str]) -> list[slice]:
 
 
 def _deltas_of(trajectory: Trajectory, names: list[str], k: int, checkpoints: range, device: str) -> Deltas:
-    parts = in_chunks(trajectory, names)
+    pairs = [(i, None) for i in checkpoints]
+    pairs += [(i, i - 1 if i else None) for i in checkpoints]
+    pairs += [(i + k, i) for i in checkpoints if i + k in checkpoints]
 
-    def triplets(pairs: list[tuple[int, int | None]]) -> Triplets:
-        at_each = [
-            _concatenate([leading_triplets(trajectory.difference(names[part], *pair).to(device)) for part in parts])
-            for pair in pairs
-        ]
-        return align_signs(_stack(at_each))
+    def triplets_of(part: slice) -> Triplets:
+        return _stack([leading_triplets(f.to(device)) for f in trajectory.differences(names[part], pairs)])
 
-    from_start = triplets([(i, None) for i in checkpoints])
-    local = triplets([(i, i - 1 if i else None) for i in checkpoints])
-    target = triplets([(i + k, i) for i in checkpoints if i + k in checkpoints])
-    return Deltas(names, from_start, turn_towards(local, from_start), turn_towards(target, from_start))
+    with _side_by_side() as pool:
+        found = list(pool.map(triplets_of, in_chunks(trajectory, names)))
+    triplets, count = _concatenate(found), len(checkpoints)
+    from_start = align_signs(triplets[:count])
+    local, target = (
+        turn_towards(align_signs(t), from_start) for t in (triplets[count : 2 * count], triplets[2 * count :])
+    )
+    return Deltas(names, from_start, local, target)
 
 
-def _concatenate(parts: list[Triplets]) -> Triplets:
-    return Triplets(*(torch.cat(column).cpu() for column in _columns(parts)))
+@contextlib.contextmanager
+def _side_by_side() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, each with one of its own: a small matrix is no work for several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _stack(parts: list[Triplets]) -> Triplets:
     """With a new first dimension."""
-    return Triplets(*(torch.stack(column) for column in _columns(parts)))
+    return Triplets(*(torch.stack(column).cpu() for column in _columns(parts)))
+
+
+def _concatenate(parts: list[Triplets]) -> Triplets:
+    """Along the matrices."""
+    return Triplets(*(torch.cat(column, dim=1) for column in _columns(parts)))
 
 
 def _columns(parts: list[Triplets]) -> list[list[torch.Tensor]]:

@@ -2,7 +2,8 @@
 
 An adapter changes a weight by ΔW = s·B·A, with B (m, r) and A (r, n). So do differences of adapters: from checkpoint i
 to j it is [s·B_j, -s·B_i]·[A_j; A_i]. With B = Q_B·R_B and Aᵀ = Q_A·R_A the singular values of B·A are those of the
-small core R_B·R_Aᵀ, and its singular vectors are Q_B and Q_A times those of the core: O((m + n) r²), to rounding.
+small core R_B·R_Aᵀ = W·Σ·Zᵀ, and its singular vectors Q_B·W and Q_A·Z: O((m + n) r²), to rounding. The large Q are
+never made: Q_B·W·Σ is B·R_Aᵀ·Z, and Q_A·Z·Σ is Aᵀ·R_Bᵀ·W.
 """
 
 from collections.abc import Sequence
@@ -50,8 +51,8 @@ class Triplets:
 
     Attributes:
         sigma (`torch.Tensor`): Singular values, largest first, (..., k).
-        u (`torch.Tensor`): Left singular vectors, (..., m, k).
-        v (`torch.Tensor`): Right singular vectors, (..., n, k).
+        u (`torch.Tensor`): Left singular vectors, (..., m, k); zeros for singular values that are 0.
+        v (`torch.Tensor`): Right singular vectors, (..., n, k); likewise.
         energy (`torch.Tensor`): What part of the sum of all singular values the first is, (...); 0 of a zero matrix.
     """
 
@@ -91,12 +92,17 @@ def leading_triplets(matrix: Factors, k: int = 1) -> Triplets:
     most = min(left.size(-2), right.size(-1), left.size(-1))
     if not 1 <= k <= most:
         raise ValueError(f"A matrix of this shape and rank has 1 to {most} singular triplets, not {k}.")
-    basis_u, core_u = torch.linalg.qr(left)
-    basis_v, core_v = torch.linalg.qr(right.mT)
-    u, sigma, vt = torch.linalg.svd(core_u @ core_v.mT, full_matrices=False)
+    core_left, core_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right.mT))
+    w, sigma, zt = torch.linalg.svd(core_left @ core_right.mT, full_matrices=False)
     total = sigma.sum(-1)
     energy = torch.where(total > 0, sigma[..., 0] / total, 0.0)
-    return Triplets(sigma[..., :k], basis_u @ u[..., :k], basis_v @ vt.mT[..., :k], energy)
+    u = left @ (core_right.mT @ zt[..., :k, :].mT)
+    v = right.mT @ (core_left.mT @ w[..., :k])
+    return Triplets(sigma[..., :k], _normalize(u), _normalize(v), energy)
+
+
+def _normalize(columns: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(columns, dim=-2, eps=torch.finfo(columns.dtype).tiny)
 
 
 def align_signs(triplets: Triplets) -> Triplets:

@@ -1,0 +1,104 @@
+"""NExt on the embedded task: does a run that is extrapolated on its way get further in as many steps?
+
+    python benchmarks/next_loop.py                   # 35 runs, two at a time: about twelve minutes
+
+Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method goes on from there, and so does a
+control that only begins anew (α = 0: another optimizer, other prompts). The peer is the same recipe without an
+extrapolation. Printed are held-out pass@1 before, right after, and at the end, and steps per point gained (ICER). Further
+options go to all runs.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+from common import describe_machine, save_result
+
+from gxpo_trl.evaluation.metrics import icer
+from gxpo_trl.reporting.runs import load_run
+
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny" / "next.yaml"
+OUT = Path("out/benchmarks/next_loop")
+ROLLOUTS_PER_STEP = 128
+ARMS = {  # what goes on after the extrapolation
+    "begun anew (α = 0)": ["--extrapolate_alpha", "0"],
+    "NExt, α = 0.5": ["--extrapolate_alpha", "0.5"],
+    "NExt, α = 1": [],
+    "NExt, α = 1.5": ["--extrapolate_alpha", "1.5"],
+    "AlphaRL": ["--extrapolate_method", "alpharl"],
+    "RL-Extra": ["--extrapolate_method", "rl-extra"],
+    "least-squares line": ["--extrapolate_method", "linear"],
+}
+
+
+def train(folder: Path, seed: int, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "gxpo_trl.scripts.train", "--config", str(RECIPE), "--output_dir", str(folder)]
+    command += ["--seed", str(seed), "--disable_tqdm", "true", *arguments]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+
+
+def one_seed(seed: int, overrides: list[str]) -> dict[str, dict[str, float]]:
+    """pass@1 of all arms: at the start, before and right after the extrapolation, at the end."""
+    settings = yaml.safe_load(RECIPE.read_text())
+    after, steps = settings["extrapolate_after"], settings["max_steps"]
+    folder = OUT / f"seed-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    train(folder / "plain", seed, [*_without_loop(), *overrides])
+    plain = {point.step: point.pass_at_1 for point in load_run(folder / "plain", "plain", ROLLOUTS_PER_STEP).points}
+    found = {"GRPO": {"start": plain[0], "before": plain[after], "after": plain[after], "end": plain[steps]}}
+    common = folder / "common"
+    train(common / "before", seed, [*_without_loop(), "--max_steps", str(after), *overrides])
+    for label, arguments in ARMS.items():
+        arm = folder / label.replace(" ", "_")
+        shutil.copytree(common, arm)
+        train(arm, seed, ["--resume_from_checkpoint", "last", *arguments, *overrides])
+        points = load_run(arm / "after", label, ROLLOUTS_PER_STEP).points
+        before = load_run(arm / "before", label, ROLLOUTS_PER_STEP).points
+        found[label] = {
+            "start": before[0].pass_at_1,
+            "before": before[-1].pass_at_1,
+            "after": points[0].pass_at_1,
+            "end": points[-1].pass_at_1,
+        }
+    return found
+
+
+def _without_loop() -> list[str]:
+    """The recipe with its trajectory, and without what follows from it."""
+    return ["--extrapolate_after", "null"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    options, overrides = parser.parse_known_args()
+    with ThreadPoolExecutor(2) as pool:
+        seeds = list(pool.map(lambda seed: one_seed(seed, overrides), range(options.seeds)))
+    steps = yaml.safe_load(RECIPE.read_text())["max_steps"]
+    rows = []
+    print("| after 60 steps | pass@1 before | right after | after 40 more | difference to GRPO | ICER |")
+    print("|---|---|---|---|---|---|")
+    for label in ("GRPO", *ARMS):
+        runs = [seed[label] for seed in seeds]
+        ahead = [run["end"] - seed["GRPO"]["end"] for run, seed in zip(runs, seeds, strict=True)]
+        values = {name: [run[name] for run in runs] for name in ("before", "after", "end")} | {"ahead": ahead}
+        row = {name: [statistics.mean(v), statistics.stdev(v)] for name, v in values.items()}
+        start = statistics.mean(run["start"] for run in runs)
+        row["icer"] = icer(steps, start, row["end"][0])
+        rows.append({"arm": label, "start": start, **row, "runs": runs})
+        cells = [f"{row[name][0]:.3f} ± {row[name][1]:.3f}" for name in ("before", "after", "end")]
+        difference = "" if label == "GRPO" else f"{row['ahead'][0]:+.3f} ± {row['ahead'][1]:.3f}"
+        print(f"| {label} | {' | '.join(cells)} | {difference} | {row['icer']:.2f} |")
+    result = {"seeds": options.seeds, "rows": rows, **describe_machine(threads=1)}
+    print(f"written to {save_result('next_loop', result)}")
+
+
+if __name__ == "__main__":
+    main()
