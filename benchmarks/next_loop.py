@@ -4,8 +4,8 @@
 
 Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method goes on from there, and so does a
 control that only begins anew (α = 0: another optimizer, other prompts). The peer is the same recipe without an
-extrapolation. Printed are held-out pass@1 before, right after, and at the end, and steps per point gained (ICER). Further
-options go to all runs.
+extrapolation. Printed are held-out pass@1 before, right after, and at the end, and steps per point gained (ICER).
+Further options go to all runs.
 """
 
 import argparse

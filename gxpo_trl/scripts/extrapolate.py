@@ -56,8 +56,8 @@ def _tell(report: dict) -> None:
         "no prediction does):"
     )
     for name, found in held_out["errors"].items():
-        cosine = "" if found["cosine"] is None else f", cosine {found['cosine']:.3f}"
-        print(f"  {name:13} {found['error']:.3f}{cosine}")
+        error, cosine = ("" if value is None else f"{value:.3f}" for value in (found["error"], found["cosine"]))
+        print(f"  {name:13} {error}{cosine and f', cosine {cosine}'}")
     if report.get("held_out_was_seen_in_part"):
         print("The trajectory is short: `next` had seen a part of those steps.")
     if report["left_alone"]:

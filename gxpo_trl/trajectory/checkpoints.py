@@ -138,6 +138,10 @@ class Trajectory:
         """The modules that can be computed together: their shape (m, n), and names."""
         raise NotImplementedError
 
+    def size(self, name: str) -> int:
+        """How many numbers the difference of a matrix takes while it is computed."""
+        raise NotImplementedError
+
     @cached_property
     def left_alone(self) -> list[str]:
         """Names of trained tensors that are no low-rank maps, and stay as they are in the last checkpoint."""
@@ -176,6 +180,10 @@ class AdapterTrajectory(Trajectory):
         for name, shape in self.shapes.items():
             by_shape.setdefault(shape, []).append(name)
         return [((m, n), names) for (m, _, n), names in by_shape.items()]
+
+    def size(self, name: str) -> int:
+        m, rank, n = self.shapes[name]
+        return 2 * rank * (m + n)
 
     def scaling(self, name: str) -> float:
         """s of a module, as PEFT computes it."""
@@ -248,6 +256,10 @@ class FullTrajectory(Trajectory):
             if len(shape) == 2 and not any(part in name for part in EMBEDDINGS):
                 by_shape.setdefault(shape, []).append(name)
         return list(by_shape.items())
+
+    def size(self, name: str) -> int:
+        m, n = self.shapes[name]
+        return m * n
 
     def differences(self, names: Sequence[str], pairs: Sequence[tuple[int, int | None]]) -> Iterator[Factors]:
         for later, earlier in pairs:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoints import Trajectory
+from .checkpoints import AdapterTrajectory, Trajectory
 from .lowrank import Triplets, align_signs, leading_triplets, turn_towards
 
 
@@ -59,9 +59,8 @@ def low_rank_deltas(trajectory: Trajectory, k: int, device: str = "cpu") -> list
 
 
 def in_chunks(trajectory: Trajectory, names: list[str]) -> list[slice]:
-    """Cuts modules of one shape into parts whose factors fit in `CHUNK`."""
-    probe = trajectory.difference(names[:1], len(trajectory) - 1, 0)
-    size = max(CHUNK // (probe.left.numel() + probe.right.numel()), 1)
+    """Cuts modules of one shape into parts whose differences fit in `CHUNK`."""
+    size = max(CHUNK // trajectory.size(names[0]), 1)
     return [slice(i, i + size) for i in range(0, len(names), size)]
 
 
@@ -73,8 +72,12 @@ def _deltas_of(trajectory: Trajectory, names: list[str], k: int, checkpoints: ra
     def triplets_of(part: slice) -> Triplets:
         return _stack([leading_triplets(f.to(device)) for f in trajectory.differences(names[part], pairs)])
 
-    with _side_by_side() as pool:
-        found = list(pool.map(triplets_of, in_chunks(trajectory, names)))
+    parts = in_chunks(trajectory, names)
+    if isinstance(trajectory, AdapterTrajectory):
+        with _side_by_side() as pool:
+            found = list(pool.map(triplets_of, parts))
+    else:
+        found = list(map(triplets_of, parts))
     triplets, count = _concatenate(found), len(checkpoints)
     from_start = align_signs(triplets[:count])
     local, target = (

@@ -1,5 +1,6 @@
 """From a trajectory to where it leads: the prediction of each method, and how good it would have been before."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,21 +71,11 @@ def extrapolate(
     started = time.perf_counter()
     deltas = low_rank_deltas(trajectory, k, settings.device)
     seconds = {"triplets": time.perf_counter() - started}
-    report = {
-        "method": method,
-        "steps": list(trajectory.steps),
-        "steps_ahead": k * trajectory.spacing,
-        "checkpoints_ahead": k,
-        "matrices": sum(len(d.names) for d in deltas),
-        "left_alone": trajectory.left_alone,
-        "energy_ratio": _energy(trajectory, deltas),
-        "linearity": _linearity(trajectory, deltas, k),
-    }
+    report = {"method": method, **_describe(trajectory, deltas, k)}
     started = time.perf_counter()
     last = len(deltas[0].local) - 1
     held_out = last - k
     candidates = {
-        "zero": None,
         "repeat_local": _continued(trajectory, deltas, held_out, lambda points: k * secant(points, 1)),
         "linear": _continued(trajectory, deltas, held_out, lambda points: least_squares(points, k)),
         "rl-extra": _continued(trajectory, deltas, held_out, lambda points: secant(points, k)),
@@ -101,7 +92,7 @@ def extrapolate(
     report["held_out"] = {
         "from_step": trajectory.steps[held_out - last - 1],
         "to_step": trajectory.steps[-1],
-        "errors": {name: _compare(trajectory, deltas, held_out, k, found) for name, found in candidates.items()},
+        "errors": {"zero": {"error": 1.0, "cosine": None}} | _compare(trajectory, deltas, held_out, k, candidates),
     }
     if method == "next":
         predictor.fit(range(held_out + 1), epochs=epochs)
@@ -114,6 +105,18 @@ def extrapolate(
     seconds["prediction"] = time.perf_counter() - started
     report["seconds"] = seconds
     return Extrapolation(deltas, predict, report)
+
+
+def _describe(trajectory: Trajectory, deltas: list[Deltas], k: int) -> dict[str, Any]:
+    return {
+        "steps": list(trajectory.steps),
+        "steps_ahead": k * trajectory.spacing,
+        "checkpoints_ahead": k,
+        "matrices": sum(len(d.names) for d in deltas),
+        "left_alone": trajectory.left_alone,
+        "energy_ratio": _energy(trajectory, deltas),
+        "linearity": _linearity(trajectory, deltas, k),
+    }
 
 
 def _of_triplets(triplets: list[Triplets]) -> Prediction:
@@ -134,27 +137,34 @@ def _continued(
 
 
 def _compare(
-    trajectory: Trajectory, deltas: list[Deltas], index: int, k: int, predict: Prediction | None
-) -> dict[str, float | None]:
-    """A prediction beside what happened, all matrices together.
+    trajectory: Trajectory, deltas: list[Deltas], index: int, k: int, predictions: dict[str, Prediction]
+) -> dict[str, dict[str, float | None]]:
+    """Predictions beside what happened, all matrices together.
 
     Returns:
-        `dict`: `error`, the Frobenius norm of what was missed over that of what happened (1 for no prediction);
-            `cosine`, of the angle between the two.
+        `dict`: For each prediction its `error`, the Frobenius norm of what was missed over that of what happened, and
+            the `cosine` of the angle between the two.
     """
-    missed = happened = predicted = product = 0.0
     checkpoint = len(trajectory) - len(deltas[0].local) + index
+    happened, sums = 0.0, {name: [0.0, 0.0] for name in predictions}
     for i, d in enumerate(deltas):
         for part in in_chunks(trajectory, d.names):
             truth = trajectory.difference(d.names[part], checkpoint + k, checkpoint)
             happened += truth.inner(truth).sum().item()
-            if predict is not None:
+            for name, predict in predictions.items():
                 found = predict(i, part)
-                predicted += found.inner(found).sum().item()
-                product += found.inner(truth).sum().item()
+                sums[name][0] += found.inner(found).sum().item()
+                sums[name][1] += found.inner(truth).sum().item()
+    return {name: _error(happened, *found) for name, found in sums.items()}
+
+
+def _error(happened: float, predicted: float, product: float) -> dict[str, float | None]:
+    """From squared norms and the inner product. Where nothing happened there is no error to speak of."""
     missed = max(happened - 2 * product + predicted, 0.0)
-    cosine = product / (happened * predicted) ** 0.5 if happened * predicted > 0 else None
-    return {"error": (missed / happened) ** 0.5 if happened > 0 else None, "cosine": cosine}
+    return {
+        "error": math.sqrt(missed / happened) if happened > 0 else None,
+        "cosine": product / math.sqrt(happened * predicted) if happened * predicted > 0 else None,
+    }
 
 
 def _energy(trajectory: Trajectory, deltas: list[Deltas]) -> dict[str, list[float]]:

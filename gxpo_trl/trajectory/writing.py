@@ -154,7 +154,7 @@ def _card(trajectory: Trajectory, report: dict[str, Any], merged: bool) -> Model
     )
     held_out = report["held_out"]
     rows = [
-        f"| {name} | {found['error']:.3f} | {'' if found['cosine'] is None else format(found['cosine'], '.3f')} |"
+        f"| {name} | {' | '.join('' if value is None else f'{value:.3f}' for value in found.values())} |"
         for name, found in held_out["errors"].items()
     ]
     lines = [
