@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,24 @@ def test_a_recipe_gives_the_engine_it_is_named_after(tmp_path, engine):
     assert (result["parameters"], result["accumulates"], result["clips_at"]) == ("torch.float32", "torch.float32", 1.0)
     assert result["passes"] == 6 and all(norm > 0 for norm in result["norms"])
     assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_a_loop_with_an_extrapolation_goes_on_from_it(tmp_path, engine):
+    """Both runs in the same two processes; only one of these extrapolates."""
+    options = ["--config_file", f"recipes/accelerate/{engine}.yaml", "--num_processes", "2"]
+    settings = {"config": "recipes/tiny/next.yaml", "max_steps": 4, "extrapolate_after": 3, "trajectory_steps": 1}
+    settings |= {"extrapolate_steps_ahead": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 16}
+    process = run([*LAUNCH, *options, *command_line(tmp_path / "unused", tmp_path, **ON_TWO, **settings)])
+    result = tmp_path / "extrapolated" / "alpha-1" / "adapter_model.safetensors"
+    assert result.is_file(), process.stdout[-1000:] + process.stderr[-3000:]
+    predicted, started, ended = (
+        load_file(path)
+        for path in (result, *(tmp_path / f"after/trajectory/step-00000{i}/adapter_model.safetensors" for i in (0, 1)))
+    )
+    assert all(torch.equal(predicted[name], started[name]) for name in predicted)
+    assert any(not torch.equal(started[name], ended[name]) for name in started)
+    assert json.loads((tmp_path / "after" / "trainer_state.json").read_text())["global_step"] == 1
 
 
 def test_the_recipe_of_one_gpu_is_one_process(tmp_path):

@@ -24,7 +24,7 @@ LORA = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def recorded(tmp_path: Path, **settings):
-    return train(tmp_path, peft_config=LORA, **{"trajectory_steps": 1, "max_steps": 2, **settings})
+    return train(tmp_path, **{"peft_config": LORA, "trajectory_steps": 1, "max_steps": 2, **settings})
 
 
 # ---- Recording
@@ -46,6 +46,14 @@ def test_a_recorded_adapter_is_that_of_the_checkpoint(tmp_path):
             **other,
             "target_modules": set(other["target_modules"]),
         }
+
+
+def test_what_is_trained_beside_the_adapter_is_recorded(tmp_path):
+    beside = LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"], bias="lora_only")
+    recorded(tmp_path, peft_config=beside, save_strategy="steps", save_steps=2)
+    saved, other = (load_file(tmp_path / f / ADAPTER_WEIGHTS) for f in ("trajectory/step-000002", "checkpoint-2"))
+    assert saved.keys() == other.keys() and all(torch.equal(saved[name], other[name]) for name in saved)
+    assert any("norm" in name for name in saved)
 
 
 def test_recording_changes_nothing_else(tmp_path):

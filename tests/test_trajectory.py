@@ -263,6 +263,14 @@ def test_a_run_that_stands_still_is_refused(tmp_path):
         extrapolate(still, "linear", 10)
 
 
+def test_a_run_that_comes_to_a_stop_has_no_error_to_speak_of(tmp_path, capsys):
+    def stopping(name, layer, step):
+        drifting(name, layer, min(step, 40))
+
+    write(save_run(tmp_path, stopping), "--method", "linear")
+    assert "  linear        \n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ahead, k", [(None, 5), (10, 1), (40, 4)])
 def test_steps_are_counted_in_checkpoints(ahead, k):
     assert checkpoints_ahead(ahead, 10) == k
