@@ -454,6 +454,46 @@ def test_seeds_and_ablations(tmp_path):
         assert not torch.allclose(plain, predicted(trajectory, dataclasses.replace(QUICK, **change)))
 
 
+def test_predicted_triplets_are_triplets(tmp_path):
+    """Unit vectors, and no singular value below 0, however little was learnt."""
+    deltas = low_rank_deltas(load_trajectory(save_run(tmp_path, drifting)), 2)
+    predictor = TrajectoryPredictor(deltas, QUICK)
+    predictor.fit(range(1), epochs=dict.fromkeys(predictor.vectors, 1))
+    sigmas = []
+    for triplets in predictor.predict(-1):
+        for vectors in (triplets.u, triplets.v):
+            assert torch.allclose(vectors.norm(dim=-2), torch.ones(len(vectors), 1))
+        sigmas.append(triplets.sigma)
+    assert (torch.cat(sigmas) >= 0).all()
+
+
+def test_what_is_held_out_chooses_the_epoch(tmp_path, monkeypatch):
+    """The weights are those of that epoch, and training stops when it has waited long enough for a better one."""
+    deltas = low_rank_deltas(load_trajectory(save_run(tmp_path, drifting)), 2)
+    predictor = TrajectoryPredictor(deltas, QUICK)
+
+    def predictions():
+        return torch.cat([dense(t.as_factors()).flatten() for t in predictor.predict(4)])
+
+    taken = predictor.fit(range(3), held_out=4)
+    chosen = predictions()
+    assert taken == predictor.fit(range(3), epochs=taken) and min(taken.values()) < QUICK.epochs
+    assert torch.equal(chosen, predictions())
+
+    monkeypatch.setattr("gxpo_trl.trajectory.predictor.PATIENCE", 1)
+    impatient = predictor.fit(range(3), held_out=4)
+    assert impatient != taken and all(impatient[name] <= epoch for name, epoch in taken.items())
+
+
+def test_what_is_predicted_from_has_learnt_from_all_transitions(tmp_path, monkeypatch):
+    fits, fit = [], TrajectoryPredictor.fit
+    monkeypatch.setattr(
+        TrajectoryPredictor, "fit", lambda self, *args, **kwargs: fits.append(args) or fit(self, *args, **kwargs)
+    )
+    extrapolate(load_trajectory(save_run(tmp_path, drifting)), "next", 20, QUICK)  # seven checkpoints, k = 2
+    assert fits == [(range(3), 4), (range(5),)]
+
+
 def test_an_ablated_input_is_not_seen(tmp_path):
     """Without local deltas, two trajectories with the same global ones are predicted alike from the same weights."""
     deltas = low_rank_deltas(load_trajectory(save_run(tmp_path, drifting)), 2)
