@@ -486,12 +486,17 @@ def test_what_is_held_out_chooses_the_epoch(tmp_path, monkeypatch):
 
 
 def test_what_is_predicted_from_has_learnt_from_all_transitions(tmp_path, monkeypatch):
-    fits, fit = [], TrajectoryPredictor.fit
-    monkeypatch.setattr(
-        TrajectoryPredictor, "fit", lambda self, *args, **kwargs: fits.append(args) or fit(self, *args, **kwargs)
-    )
+    calls = []
+    for name in ("fit", "predict"):
+        method = getattr(TrajectoryPredictor, name)
+
+        def spy(self, *args, name=name, method=method, **kwargs):
+            calls.append((name, *args))
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(TrajectoryPredictor, name, spy)
     extrapolate(load_trajectory(save_run(tmp_path, drifting)), "next", 20, QUICK)  # seven checkpoints, k = 2
-    assert fits == [(range(3), 4), (range(5),)]
+    assert calls == [("fit", range(3), 4), ("predict", 4), ("fit", range(5)), ("predict", 6)]
 
 
 def test_an_ablated_input_is_not_seen(tmp_path):
