@@ -78,6 +78,7 @@ def _without_loop() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--result", default="next_loop", help="name of the file in benchmarks/results")
     options, overrides = parser.parse_known_args()
     with ThreadPoolExecutor(2) as pool:
         seeds = list(pool.map(lambda seed: one_seed(seed, overrides), range(options.seeds)))
@@ -97,7 +98,7 @@ def main() -> None:
         difference = "" if label == "GRPO" else f"{row['ahead'][0]:+.3f} ± {row['ahead'][1]:.3f}"
         print(f"| {label} | {' | '.join(cells)} | {difference} | {row['icer']:.2f} |")
     result = {"seeds": options.seeds, "rows": rows, **describe_machine(threads=1)}
-    print(f"written to {save_result('next_loop', result)}")
+    print(f"written to {save_result(options.result, result)}")
 
 
 if __name__ == "__main__":
