@@ -17,11 +17,10 @@ from pathlib import Path
 
 from common import describe_machine, save_result
 
-from gxpo_trl.reporting.runs import Run, load_run
+from gxpo_trl.reporting.runs import HELD_OUT, Run, load_run
 
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "tiny"
-ROLLOUTS_PER_STEP = 128
 
 
 def train(method: str, learning_rate: str, seed: int, overrides: list[str]) -> Run:
@@ -32,7 +31,7 @@ def train(method: str, learning_rate: str, seed: int, overrides: list[str]) -> R
     command += ["--eval_steps", "10", *overrides]
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    return load_run(folder, method.upper(), ROLLOUTS_PER_STEP)
+    return load_run(folder, method.upper())
 
 
 def summarise(runs: list[Run]) -> dict:
@@ -42,10 +41,10 @@ def summarise(runs: list[Run]) -> dict:
         return [statistics.mean(values), statistics.stdev(values)]
 
     return {
-        "after_10_batches": mean_and_deviation([run.points[1].pass_at_1 for run in runs]),
-        "mean": mean_and_deviation([statistics.mean(p.pass_at_1 for p in run.points[1:]) for run in runs]),
-        "end": mean_and_deviation([run.points[-1].pass_at_1 for run in runs]),
-        "backward_passes": mean_and_deviation([run.points[-1].backward_passes for run in runs]),
+        "after_10_batches": mean_and_deviation([run.points[HELD_OUT][1].value for run in runs]),
+        "mean": mean_and_deviation([statistics.mean(p.value for p in run.points[HELD_OUT][1:]) for run in runs]),
+        "end": mean_and_deviation([run.points[HELD_OUT][-1].value for run in runs]),
+        "backward_passes": mean_and_deviation([run.points[HELD_OUT][-1].backward_passes for run in runs]),
     }
 
 

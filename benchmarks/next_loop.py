@@ -19,13 +19,12 @@ from pathlib import Path
 import yaml
 from common import describe_machine, save_result
 
-from gxpo_trl.evaluation.metrics import icer
-from gxpo_trl.reporting.runs import load_run
+from gxpo_trl.reporting.runs import HELD_OUT, load_run
+from gxpo_trl.reporting.statistics import icer
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny" / "next.yaml"
 OUT = Path("out/benchmarks/next_loop")
-ROLLOUTS_PER_STEP = 128
 ARMS = {  # what goes on after the extrapolation
     "begun anew (α = 0)": ["--extrapolate_alpha", "0"],
     "NExt, α = 0.5": ["--extrapolate_alpha", "0.5"],
@@ -51,7 +50,7 @@ def one_seed(seed: int, overrides: list[str]) -> dict[str, dict[str, float]]:
     folder = OUT / f"seed-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     train(folder / "plain", seed, [*_without_loop(), *overrides])
-    plain = {point.step: point.pass_at_1 for point in load_run(folder / "plain", "plain", ROLLOUTS_PER_STEP).points}
+    plain = {point.step: point.value for point in load_run(folder / "plain").points[HELD_OUT]}
     found = {"GRPO": {"start": plain[0], "before": plain[after], "after": plain[after], "end": plain[steps]}}
     common = folder / "common"
     train(common / "before", seed, [*_without_loop(), "--max_steps", str(after), *overrides])
@@ -59,13 +58,12 @@ def one_seed(seed: int, overrides: list[str]) -> dict[str, dict[str, float]]:
         arm = folder / label.replace(" ", "_")
         shutil.copytree(common, arm)
         train(arm, seed, ["--resume_from_checkpoint", "last", *arguments, *overrides])
-        points = load_run(arm / "after", label, ROLLOUTS_PER_STEP).points
-        before = load_run(arm / "before", label, ROLLOUTS_PER_STEP).points
+        before, points = (load_run(arm / part).points[HELD_OUT] for part in ("before", "after"))
         found[label] = {
-            "start": before[0].pass_at_1,
-            "before": before[-1].pass_at_1,
-            "after": points[0].pass_at_1,
-            "end": points[-1].pass_at_1,
+            "start": before[0].value,
+            "before": before[-1].value,
+            "after": points[0].value,
+            "end": points[-1].value,
         }
     return found
 

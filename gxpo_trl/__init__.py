@@ -1,12 +1,18 @@
 """Lookahead policy updates for TRL: reinforcement learning with verifiable rewards, further per batch of rollouts."""
 
-from .rollout.generation import sample_grouped
-from .trainer.gxpo import GXPOConfig, GXPOTrainer
-from .trainer.lookahead_config import LookaheadConfig
-from .trainer.lookahead_trainer import LookaheadTrainer
-from .trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer
-from .trainer.sfpo import SFPOConfig, SFPOTrainer
+import importlib
+from typing import TYPE_CHECKING
+
 from .version import __version__
+
+
+if TYPE_CHECKING:
+    from .rollout.generation import sample_grouped
+    from .trainer.gxpo import GXPOConfig, GXPOTrainer
+    from .trainer.lookahead_config import LookaheadConfig
+    from .trainer.lookahead_trainer import LookaheadTrainer
+    from .trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer
+    from .trainer.sfpo import SFPOConfig, SFPOTrainer
 
 
 __all__ = [
@@ -21,3 +27,22 @@ __all__ = [
     "__version__",
     "sample_grouped",
 ]
+
+HOMES = {
+    "GXPOConfig": ".trainer.gxpo",
+    "GXPOTrainer": ".trainer.gxpo",
+    "GXPORLOOConfig": ".trainer.rloo",
+    "GXPORLOOTrainer": ".trainer.rloo",
+    "LookaheadConfig": ".trainer.lookahead_config",
+    "LookaheadTrainer": ".trainer.lookahead_trainer",
+    "SFPOConfig": ".trainer.sfpo",
+    "SFPOTrainer": ".trainer.sfpo",
+    "sample_grouped": ".rollout.generation",
+}
+"""Where the public names live. They are imported when they are asked for: a report needs no TRL."""
+
+
+def __getattr__(name: str):
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(HOMES[name], __name__), name)

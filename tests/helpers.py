@@ -194,9 +194,13 @@ def logged(trainer, name: str) -> list[float]:
 
 
 def our_metrics(log: list[dict]) -> list[dict]:
-    """What the update logged, without times."""
+    """What the update logged, without times and memory."""
     return [
-        {name: value for name, value in entry.items() if name.startswith("lookahead/") and "time" not in name}
+        {
+            name: value
+            for name, value in entry.items()
+            if name.startswith("lookahead/") and "time" not in name and "memory" not in name
+        }
         for entry in log
     ]
 

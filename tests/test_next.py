@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_scripts import recipe
 
 from gxpo_trl import SFPOConfig, SFPOTrainer
-from gxpo_trl.evaluation.metrics import icer
 from gxpo_trl.evaluation.sampling import load_tokenizer
+from gxpo_trl.reporting.statistics import icer
 from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.train import build_trainer, main
 from gxpo_trl.trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer

@@ -1,64 +1,416 @@
-"""Tables and figures from logs written by hand."""
+"""Tables and figures from logs written by hand, with known answers; and pages of real runs."""
 
+import base64
+import itertools
 import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import pytest
-from matplotlib.image import imread
+from helpers import train
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
 
-from gxpo_trl.reporting.comparison import comparison_table, draw_comparison
-from gxpo_trl.reporting.runs import Point, Run, load_run
+from gxpo_trl import SFPOConfig, SFPOTrainer
+from gxpo_trl.reporting.comparison import (
+    budget_table,
+    demo_table,
+    difference_table,
+    draw_demo,
+    find_baseline,
+    matching_table,
+    results_table,
+)
+from gxpo_trl.reporting.figures import COLORS, draw_curves, metric_picture, new_figure
+from gxpo_trl.reporting.runs import HELD_OUT, Point, Run, group_arms, load_run, load_runs
+from gxpo_trl.reporting.sections import cost_section, sweep_section
+from gxpo_trl.reporting.statistics import match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
+from gxpo_trl.reporting.tables import Table, interval, number
+from gxpo_trl.scripts import extrapolate, report
+from gxpo_trl.scripts.watch import make_server
 
 
 LOG = [
     {"step": 0, "eval_reward": 0.2, "eval_runtime": 1.0},
-    {"step": 1, "loss": 0.0, "lookahead/backward_passes": 3.0},
-    {"step": 2, "loss": 0.0, "lookahead/backward_passes": 6.0, "lookahead/shutoff_step": 2},
-    {"step": 3, "loss": 0.0, "lookahead/backward_passes": 7.0, "lookahead/shutoff_step": 2},
-    {"step": 4, "loss": 0.0, "lookahead/backward_passes": 8.0, "lookahead/shutoff_step": 2},
+    {"step": 1, "reward": 0.1, "lookahead/backward_passes": 3.0, "lookahead/elapsed_time": 3.0},
+    {"step": 2, "reward": 0.2, "lookahead/backward_passes": 6.0, "lookahead/elapsed_time": 6.0},
+    {"step": 3, "reward": 0.3, "lookahead/backward_passes": 7.0, "lookahead/elapsed_time": 7.0},
+    {"step": 4, "reward": 0.4, "lookahead/backward_passes": 8.0, "lookahead/elapsed_time": 8.0},
     {"step": 4, "eval_reward": 0.6, "eval_runtime": 2.0},
     {"step": 4, "train_runtime": 13.0},
 ]
+for entry in LOG[2:5]:
+    entry["lookahead/shutoff_step"] = 2
+
+GXPO = {"update_rule": "gxpo", "lookahead_steps": 5, "reposition_alpha": 0.5, "learning_rate": 1e-4, "seed": 0}
+GRPO = {"update_rule": "grpo", "lookahead_steps": 5, "reposition_alpha": 0.5, "learning_rate": 1e-4, "seed": 0}
 
 
-def write_run(folder, log):
-    folder.mkdir(exist_ok=True)
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+def write_run(folder: Path, log=LOG, settings=GXPO, state: str = "trainer_state.json") -> Path:
+    (folder / state).parent.mkdir(parents=True, exist_ok=True)
+    (folder / state).write_text(json.dumps({"log_history": log}))
+    if settings is not None:
+        about = {"settings": settings, "completions_per_step": 16, "changed": {"seed": settings["seed"]}}
+        (folder / "run.json").write_text(json.dumps(about))
     return folder
 
 
+def curve(values, passes: int = 1, seconds: float = 60.0) -> list[dict]:
+    """A log with an evaluation every 10 steps, from the start on."""
+    log = [{"step": 0, "eval_reward": values[0]}]
+    for i, value in enumerate(values[1:], start=1):
+        spent = {"lookahead/backward_passes": 10 * i * passes, "lookahead/elapsed_time": seconds * i}
+        log += [{"step": 10 * i, "reward": 0.5, **spent}, {"step": 10 * i, "eval_reward": value}]
+    return log
+
+
+def arms_of(tmp_path: Path, **curves) -> list:
+    """Arms with runs of seeds 0, 1, …: `grpo=[values of a seed, …]`."""
+    runs = []
+    for method, seeds in curves.items():
+        for seed, values in enumerate(seeds):
+            settings = {"update_rule": method, "seed": seed}
+            passes = 1 if method == "grpo" else 3
+            runs.append(write_run(tmp_path / f"{method}-{seed}", curve(values, passes), settings))
+    return group_arms(load_runs([str(run) for run in runs]))
+
+
+# ---- Reading
+
+
 def test_a_run_is_read_from_its_folder(tmp_path):
-    run = load_run(write_run(tmp_path, LOG), "GXPO", rollouts_per_step=16)
-    assert run.points == (Point(0, 0, 0, 0.2), Point(4, 64, 8, 0.6))
-    assert run.seconds == pytest.approx(10.0)
-    assert run.shutoff == Point(2, 32, 6, pytest.approx(0.4))
+    run = load_run(write_run(tmp_path))
+    assert run.points == {HELD_OUT: (Point(0, 0.2, 0, 0, 0.0), Point(4, 0.6, 64, 8, 8 / 3600))}
+    assert (run.method, run.seed, run.steps, run.shutoff_step, run.seconds) == ("GXPO", 0, 4, 2, 8.0)
+    assert run.series("reward") == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4]) and run.finished
+    assert shutoff_point(run, HELD_OUT, "backward_passes") == (pytest.approx(4.0), pytest.approx(0.4))
 
 
-def test_a_run_that_never_shut_off_has_no_shut_off(tmp_path):
-    log = [{k: v for k, v in entry.items() if k != "lookahead/shutoff_step"} for entry in LOG]
-    assert load_run(write_run(tmp_path, log), "GXPO", 16).shutoff is None
+def test_benchmarks_say_what_had_been_spent(tmp_path):
+    spent = {"eval/rollouts": 640, "eval/backward_passes": 21, "eval/seconds": 7200.0}
+    log = [{"step": 10, "eval/MATH-500/avg@4": 0.5, "eval/MATH-500/pass@4": 0.9, **spent}]
+    assert load_run(write_run(tmp_path, log)).points == {"MATH-500": (Point(10, 0.5, 640, 21, 2.0),)}
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no trainer_state.json"):
-        load_run(tmp_path, "GXPO", 16)
+def test_plain_trl_makes_a_pass_a_step_and_does_not_say_how_many_rollouts(tmp_path):
+    log = [{"step": 5, "reward": 0.1, "step_time": 2.0}, {"step": 10, "reward": 0.1, "step_time": 4.0}]
+    log += [{"step": 10, "eval_reward": 0.5}, {"step": 10, "train_runtime": 31.0}]
+    run = load_run(write_run(tmp_path, log, settings=None))
+    assert run.points[HELD_OUT] == (Point(10, 0.5, None, 10, 30.0 / 3600),)
+    assert load_runs([str(tmp_path)])[0].label == "GRPO (TRL)"
 
 
-def test_a_run_without_evaluations_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match="eval_strategy"):
-        load_run(write_run(tmp_path, LOG[1:5]), "GXPO", 16)
+def test_a_run_under_way_is_read_from_its_log(tmp_path):
+    """The last line may be half written. What an earlier run left is not what is read."""
+    write_run(tmp_path)
+    os.utime(tmp_path / "trainer_state.json", (1, 1))
+    lines = [json.dumps(entry) for entry in curve([0.1, 0.2])]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 11, "rew']))
+    run = load_run(tmp_path)
+    assert not run.finished and run.steps == 10 and [p.value for p in run.points[HELD_OUT]] == [0.1, 0.2]
 
 
-def test_the_table_says_what_was_spent(tmp_path):
-    table = comparison_table([load_run(write_run(tmp_path, LOG), "GXPO", 16)])
-    cells = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
-    assert cells == ["GXPO", "0.200", "0.600", "64", "8", "10"]
+def test_a_crashed_run_of_trl_is_read_from_its_last_checkpoint(tmp_path):
+    write_run(tmp_path, LOG[:2], None, "checkpoint-1/trainer_state.json")
+    write_run(tmp_path, LOG[:5], None, "checkpoint-4/trainer_state.json")
+    run = load_run(tmp_path)
+    assert run.steps == 4 and not run.finished
 
 
-def test_the_figure_changes_with_the_curve(tmp_path):
-    flat = Run("GRPO", (Point(0, 0, 0, 0.5), Point(1, 10, 1, 0.5)), 1.0)
-    rising = Run("GRPO", (Point(0, 0, 0, 0.1), Point(1, 10, 1, 0.9)), 1.0)
-    for name, run in (("flat", flat), ("rising", rising)):
-        draw_comparison([run], tmp_path / "figures" / f"{name}.png")
-    images = [imread(tmp_path / "figures" / f"{name}.png") for name in ("flat", "rising")]
-    assert images[0].shape == images[1].shape
-    assert (images[0] != images[1]).mean() > 0.001
+def test_what_is_not_finite_is_missing(tmp_path):
+    log = [{"step": 1, "eval_reward": math.nan, "kl": math.inf, "reward": 0.5}, {"step": 2, "eval_reward": 0.5}]
+    run = load_run(write_run(tmp_path, log))
+    assert [point.step for point in run.points[HELD_OUT]] == [2]
+    assert run.series("kl") == ([], []) and run.last("kl") is None
+
+
+@pytest.mark.parametrize("text, message", [(None, "holds no run"), ("{", "no whole JSON")])
+def test_a_folder_without_a_run_is_named(tmp_path, text, message):
+    if text:
+        (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match="There is no folder"):
+        load_runs([str(tmp_path / "elsewhere*")])
+
+
+def test_runs_that_differ_in_their_seed_are_an_arm_which_says_what_tells_it_apart(tmp_path):
+    variants = [GXPO, {**GXPO, "lookahead_steps": 10}, GRPO, {**GRPO, "learning_rate": 3e-4}]
+    for i, (settings, seed) in enumerate(itertools.product(variants, (0, 1))):
+        write_run(tmp_path / f"run-{i}", settings={**settings, "seed": seed, "output_dir": str(i)})
+    arms = group_arms(load_runs([str(tmp_path / "run-*")]))
+    assert [(arm.label, len(arm.runs)) for arm in arms] == [
+        ("GXPO, K 5, lr 0.0001", 2),
+        ("GXPO, K 10, lr 0.0001", 2),
+        ("GRPO, lr 0.0001", 2),
+        ("GRPO, lr 0.0003", 2),
+    ]
+    named = group_arms(load_runs([f"mine={tmp_path}/run-[01]", f"theirs={tmp_path}/run-4"]))
+    assert [(arm.label, len(arm.runs)) for arm in named] == [("mine", 2), ("theirs", 1)]
+
+
+# ---- Statistics
+
+
+def test_a_mean_has_the_interval_of_students_t():
+    mean = mean_of([1.0, 2.0, 3.0])
+    assert (mean.value, mean.n) == (2.0, 3) and mean.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert mean.low == pytest.approx(4.0 - mean.high) and not mean.excludes_zero
+    assert mean_of([0.5, 0.6]).low < 0.5 and mean_of([0.5]).low is None and mean_of([]) is None
+    assert mean_of([1.0, 1.1, 1.2]).excludes_zero and not mean_of([5.0]).excludes_zero
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path):
+    """Seeds differ by more than arms do."""
+    grpo, gxpo = arms_of(tmp_path, grpo=[[0, 0.5], [0, 0.7], [0, 0.9]], gxpo=[[0, 0.6], [0, 0.8], [0, 1.0]])
+    found = paired_difference(gxpo, grpo, HELD_OUT)
+    assert found.value == pytest.approx(0.1) and found.n == 3 and found.excludes_zero
+    (row,) = difference_table([grpo, gxpo], grpo).rows
+    assert row[1:] == ["GXPO", "+0.100 [+0.100, +0.100]", "3", "higher"]
+
+
+def test_what_is_within_the_noise_is_no_winner(tmp_path):
+    grpo, gxpo = arms_of(tmp_path, grpo=[[0, 0.5], [0, 0.7]], gxpo=[[0, 0.8], [0, 0.6]])
+    assert difference_table([grpo, gxpo], grpo).rows[0][-1] == "within noise"
+    grpo, gxpo = arms_of(tmp_path / "one", grpo=[[0, 0.5]], gxpo=[[0, 0.8]])
+    assert difference_table([grpo, gxpo], grpo).rows[0][-2:] == ["1", "one seed: not known"]
+
+
+def test_a_peak_is_the_first_of_equal_ones():
+    points = [Point(step, value, None, step, None) for step, value in ((0, 0.1), (10, 0.8), (20, 0.8), (30, 0.7))]
+    assert peak(points).step == 10
+
+
+def test_matching_counts_evaluations_alone(tmp_path):
+    """GRPO peaks at step 30 with 0.6; GXPO is there at step 10, in a tie; at 3 passes a step."""
+    grpo, gxpo, sfpo = arms_of(
+        tmp_path, grpo=[[0.1, 0.3, 0.5, 0.6]], gxpo=[[0.1, 0.6, 0.7, 0.7]], sfpo=[[0.1, 0.3, 0.5, 0.59]]
+    )
+    found = match_peak(gxpo, grpo, HELD_OUT)
+    assert found.spent == {"step": 10, "rollouts": 160, "backward_passes": 30, "hours": pytest.approx(60 / 3600)}
+    assert found.speedup == {"step": 3.0, "rollouts": 3.0, "backward_passes": 1.0, "hours": pytest.approx(3.0)}
+    assert (match_peak(sfpo, grpo, HELD_OUT).matched, match_peak(sfpo, grpo, HELD_OUT).spent) == (0, {})
+    rows = matching_table([grpo, gxpo, sfpo], grpo, HELD_OUT, "x").rows
+    assert rows[0][:4] == ["GRPO", "1 of 1", "30", "1.00"] and rows[1][:4] == ["GXPO", "1 of 1", "10", "3.00"]
+    assert rows[2] == ["SFPO", "0 of 1", *["–"] * 8]
+
+
+def test_values_between_evaluations_are_on_a_line_and_none_beyond(tmp_path):
+    run = load_run(write_run(tmp_path, curve([0.0, 0.4, 0.8], passes=3)))
+    points = run.points[HELD_OUT]
+    assert value_at(points, "backward_passes", 15) == pytest.approx(0.2)
+    assert value_at(points, "step", 20) == pytest.approx(0.8)
+    assert value_at(points, "step", 21) is None and value_at([], "step", 0) is None
+
+
+def test_equal_spending_is_what_all_have_spent(tmp_path):
+    grpo, gxpo = arms_of(tmp_path, grpo=[[0.0, 0.3, 0.6]], gxpo=[[0.0, 0.6, 0.9]])
+    table = budget_table([grpo, gxpo], HELD_OUT, "backward_passes", "x")
+    assert list(table.columns) == ["arm", "7 backward passes", "13 backward passes", "20 backward passes"]
+    assert table.rows == [["GRPO", "0.200", "0.400", "0.600"], ["GXPO", "0.133", "0.267", "0.400"]]
+
+
+def test_the_results_are_those_of_the_papers_first_table(tmp_path):
+    (arm,) = arms_of(tmp_path, gxpo=[[0.1, 0.9, 0.8], [0.1, 0.7, 0.6]])
+    assert results_table([arm]).rows == [["GXPO", "2", "0.700 [-0.571, 1.971]", "0.800 [-0.471, 2.071]"]]
+
+
+def test_the_baseline_is_grpo_or_the_one_that_is_named(tmp_path):
+    arms = arms_of(tmp_path, gxpo=[[0, 1]], grpo=[[0, 1]])
+    assert find_baseline(arms).label == "GRPO" and find_baseline(arms, "GXPO").label == "GXPO"
+    assert find_baseline(arms[:1]) is None
+    with pytest.raises(ValueError, match="'GXPO', 'GRPO'"):
+        find_baseline(arms, "TRL")
+
+
+def test_tables_as_text():
+    table = Table("name", "Title", ["a", "b"], [["1", "x, y"]])
+    assert table.markdown().splitlines() == ["| a | b    |", "|---|------|", "| 1 | x, y |"]
+    assert table.csv() == 'a,b\n1,"x, y"\n'
+    assert number(1234.5, 1) == "1,234.5" and number(None) == "–" and interval(None) == "–"
+
+
+# ---- Figures
+
+
+def lines_of(axes) -> dict[str, tuple[list, list]]:
+    return {line.get_label(): tuple(map(list, line.get_data())) for line in axes.get_lines()}
+
+
+def test_a_curve_is_the_mean_of_seeds_with_a_band_and_rings(tmp_path):
+    arms = arms_of(tmp_path, gxpo=[[0.0, 0.4], [0.2, 0.8]], grpo=[[0.1, 0.3]])
+    arms[0].runs[0].log.append({"step": 10, "lookahead/shutoff_step": 5})
+    _, axes = new_figure()
+    assert draw_curves(arms, HELD_OUT, "rollouts", axes)
+    found = lines_of(axes)
+    assert found["GXPO (2 seeds)"] == ([0, 160], [pytest.approx(0.1), pytest.approx(0.6)])
+    assert found["GRPO"] == ([0, 160], [0.1, 0.3])
+    assert {line.get_color() for line in axes.get_lines() if "GXPO" in line.get_label()} == {COLORS["GXPO"]}
+    assert len(axes.collections) == 1  # the band
+    rings = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    assert [tuple(map(float, (*ring.get_xdata(), *ring.get_ydata()))) for ring in rings] == [
+        (80.0, pytest.approx(0.2))
+    ]
+
+
+def test_what_no_run_logged_is_no_figure(tmp_path):
+    arms = arms_of(tmp_path, gxpo=[[0.0, 0.4]])
+    assert metric_picture(arms, {"kl": ""}, "kl", "KL", "nats") is None
+    assert metric_picture(arms, {"reward": ""}, "reward", "Reward", "reward") is not None
+
+
+def test_a_sweep_is_a_map_over_the_settings_that_vary(tmp_path):
+    for i, (k, alpha) in enumerate(itertools.product((3, 10), (0.1, 1.0))):
+        settings = {**GXPO, "lookahead_steps": k, "reposition_alpha": alpha}
+        write_run(tmp_path / str(i), curve([0.1, 0.1 * k * alpha]), settings)
+    section = sweep_section(load_runs([f"{tmp_path}/*"]))
+    (table,) = section.tables
+    assert [row[:2] for row in table.rows] == [["3", "0.1"], ["3", "1"], ["10", "0.1"], ["10", "1"]]
+    heat = next(picture for picture in section.pictures if "lookahead_steps" in picture.name)
+    assert {text.get_text() for text in heat.figure.axes[0].texts} >= {"0.300\nn = 1", "1.000\nn = 1"}
+    assert sweep_section(load_runs([f"{tmp_path}/0"])).is_empty
+
+
+def test_the_demo_has_a_table_and_two_panels(tmp_path):
+    run = Run(write_run(tmp_path), "GXPO", LOG, True, {"settings": GXPO, "completions_per_step": 16})
+    assert demo_table([run]).rows == [["GXPO", "0.200", "0.600", "64", "8", "8"]]
+    draw_demo([run], tmp_path / "figures" / "demo.png")
+    assert (tmp_path / "figures" / "demo.png").stat().st_size > 10_000
+
+
+def test_the_cost_is_split_into_what_was_logged(tmp_path):
+    times = {"generation_time": 1.0, "reward_time": 0.25, "update_time": 0.5}
+    entry = {f"lookahead/{name}": value for name, value in times.items()}
+    log = [{"step": 1, **entry, "lookahead/elapsed_time": 2.0, "num_tokens": 2e6, "lookahead/token_fraction": 0.5}]
+    (table,) = cost_section([load_run(write_run(tmp_path, log))]).tables
+    assert table.rows[0][1:] == ["2.000", "1.000", "0.250", "0.500", "0.250", "2.00", "0.50", "–", "–"]
+
+
+# ---- Pages
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A small run of each kind."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = {"scripted": False, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "log_completions": True}
+    common |= {"learning_rate": 1e-3, "per_device_eval_batch_size": 16, "num_generations_eval": 4}
+    for seed in (0, 1):
+        trainer = train(folder / f"gxpo-{seed}", seed=seed, **common)
+        trainer.save_state()
+    train(folder / "sfpo", SFPOTrainer, SFPOConfig, **common).save_state()
+    train(folder / "trl", GRPOTrainer, GRPOConfig, **common).save_state()
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    train(folder / "next", peft_config=adapter, trajectory_steps=1, **{**common, "max_steps": 6}).save_state()
+    extrapolate.main([str(folder / "next"), "--steps-ahead", "1", "--epochs", "50"])
+    return folder
+
+
+def test_a_report_of_every_kind_of_run(tmp_path, runs, capsys):
+    names = [str(runs / name) for name in ("gxpo-*", "sfpo", "next")]
+    report.main([*names, f"GRPO={runs / 'trl'}", "--out", str(tmp_path), "--baseline", "GRPO"])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for words in ("Comparison", "Diagnostics", "NExt", "Cost", "To match GRPO", "holds no run.json", "A single seed"):
+        assert words in page, words
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "<script" not in page
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert len(images) > 10 and all(b"<svg" in base64.b64decode(image) for image in images)
+    for suffixes in ({".png", ".svg"}, {".csv", ".md"}):
+        stems = [{path.stem for path in tmp_path.glob(f"*{suffix}")} for suffix in suffixes]
+        assert stems[0] == stems[1] and len(stems[0]) > 4
+
+
+def test_the_page_of_one_run_has_its_settings_and_completions(tmp_path, runs):
+    report.main([str(runs / "gxpo-0"), "--out", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text()
+    for words in ("learning_rate", "0.001", "GXPOTrainer", "torch 2.", "Early: step", "Late: step", "advantage"):
+        assert words in page, words
+    report.main([str(runs / "trl"), "--out", str(tmp_path / "trl")])
+    assert "holds no run.json" in (tmp_path / "trl" / "report.html").read_text()
+
+
+def test_a_run_that_was_never_evaluated_says_so(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 1, "reward": 0.5}])
+    report.main([str(run), "--out", str(tmp_path / "out")])
+    assert "was never evaluated" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_is_written_in_completions_is_no_markup(tmp_path, runs):
+    for path in runs.glob("gxpo-1/**/*"):
+        target = tmp_path / path.relative_to(runs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            shutil.copy(path, target)
+    about = json.loads((tmp_path / "gxpo-1" / "run.json").read_text()) | {"model": "<script>alert(1)</script>"}
+    (tmp_path / "gxpo-1" / "run.json").write_text(json.dumps(about))
+    report.main([str(tmp_path / "gxpo-1"), "--out", str(tmp_path)])
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["nowhere"], "There is no folder nowhere"), (["RUN", "--baseline", "x"], "No arm is called 'x'")],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, arguments, message):
+    run = str(write_run(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=message):
+        report.main([run if word == "RUN" else word for word in arguments] + ["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_run_is_watched_while_it_grows(tmp_path):
+    server = make_server([str(tmp_path / "run")], "127.0.0.1", 0, every=7)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    try:
+        assert get(url)[0] == 503  # nothing there yet
+        write_run(tmp_path / "run", LOG[:3])
+        before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+        status, page = get(url)
+        assert status == 200 and '<meta http-equiv="refresh" content="7">' in page and "0.600" not in page
+        assert get(url + "run.json")[0] == 404
+        assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+        write_run(tmp_path / "run", LOG)
+        assert "0.600" in get(url)[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_opens_the_page_without_errors_or_requests(tmp_path, runs, width):
+    report.main([str(runs / "gxpo-*"), str(runs / "sfpo"), "--out", str(tmp_path)])
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    quiet += ["--disable-features=NetworkTimeServiceQuerying"]
+    quiet += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    what = [f"--window-size={width},2000", f"--log-net-log={tmp_path / 'net.json'}", "--enable-logging=stderr"]
+    what += [f"--screenshot={tmp_path / 'shot.png'}", (tmp_path / "report.html").as_uri()]
+    process = subprocess.run([CHROMIUM, *quiet, *what], capture_output=True, text=True, timeout=120)
+    assert (tmp_path / "shot.png").stat().st_size > 20_000, process.stderr[-2000:]
+    assert "CONSOLE" not in process.stderr
+    urls = set(re.findall(r'"url":"(https?://[^"]+)"', (tmp_path / "net.json").read_text()))
+    assert not urls

@@ -33,6 +33,8 @@ def test_the_overridden_methods_keep_their_signatures():
     assert parameter_names(Trainer._save_optimizer_and_scheduler) == ["self", "output_dir"]
     assert parameter_names(GRPOTrainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]
     assert parameter_names(GRPOTrainer.__init__)[:4] == ["self", "model", "reward_funcs", "args"]
+    for trainer_class in (GRPOTrainer, RLOOTrainer):  # timed, and passed through
+        assert callable(trainer_class._generate) and callable(trainer_class._calculate_rewards)
 
 
 def test_rollouts_wait_in_a_buffer_of_micro_batches_with_entries_that_compaction_knows(tmp_path):

@@ -34,19 +34,6 @@ class Estimate:
     problems: int
 
 
-def icer(steps: int, before: float, after: float) -> float:
-    """Training steps for each point of accuracy gained (NExt, section 5.1): the lower the better.
-
-    Args:
-        steps (`int`): Optimizer steps trained.
-        before, after (`float`): Accuracy, in [0, 1].
-
-    Returns:
-        `float`: Infinite where nothing is gained.
-    """
-    return steps / (100 * (after - before)) if after > before else math.inf
-
-
 def average(verdicts: Sequence[Verdict]) -> float | None:
     """avg@n, the papers' pass@1: the fraction of one problem's decided samples that are right; `None` if none is."""
     scores = decided(verdicts)

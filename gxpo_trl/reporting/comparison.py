@@ -1,77 +1,195 @@
-"""Runs beside each other: one table, one figure."""
+"""Arms beside each other, over seeds: the papers' tables and figures, and what the differences are worth."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .runs import Run
+from .figures import COLORS, Picture, curve_pictures, draw_curves, frontier_picture
+from .runs import HELD_OUT, Arm, Run, benchmarks_of, group_arms
+from .statistics import (
+    BUDGETS,
+    final,
+    match_peak,
+    matched_amounts,
+    mean_of,
+    paired_difference,
+    peak,
+    value_at,
+)
+from .tables import MISSING, Table, interval, number
 
 
-COLORS = {"GRPO": "#5B6770", "SFPO": "#2B7BBA", "GXPO": "#C8442B"}  # one colour per method, throughout
-COLUMNS = ("method", "pass@1 at start", "pass@1 at end", "rollouts", "backward passes", "seconds")
+def find_baseline(arms: Sequence[Arm], label: str | None = None) -> Arm | None:
+    """The arm of that label; without one the first of GRPO, if there is another to compare with it.
+
+    Raises:
+        ValueError: If there is none of that label.
+    """
+    if label is not None:
+        for arm in arms:
+            if arm.label == label:
+                return arm
+        raise ValueError(f"No arm is called {label!r}. There are {', '.join(repr(arm.label) for arm in arms)}.")
+    return next((arm for arm in arms if arm.method == "GRPO"), None) if len(arms) > 1 else None
 
 
-def comparison_table(runs: list[Run]) -> str:
-    """The runs as a Markdown table, aligned for a terminal too."""
-    rows = [
-        (
-            run.label,
-            f"{run.points[0].pass_at_1:.3f}",
-            f"{run.points[-1].pass_at_1:.3f}",
-            f"{run.points[-1].rollouts:,}",
-            f"{run.points[-1].backward_passes:,}",
-            f"{run.seconds:.0f}",
-        )
-        for run in runs
-    ]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in (COLUMNS, *rows)
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+def results_table(arms: Sequence[Arm]) -> Table:
+    """Final and peak of each benchmark (GXPO, table 1)."""
+    benchmarks = benchmarks_of([run for arm in arms for run in arm.runs])
+    columns = ["arm", "seeds", *(f"{benchmark}, {what}" for benchmark in benchmarks for what in ("final", "peak"))]
+    if len(benchmarks) > 1:
+        columns.append("average, final")
+    rows = []
+    for arm in arms:
+        row = [arm.label, str(len(arm.runs))]
+        for benchmark in benchmarks:
+            curves = arm.curves(benchmark)
+            row += [interval(mean_of([final(points) for points in curves]))]
+            row += [interval(mean_of([peak(points).value for points in curves]))]
+        if len(benchmarks) > 1:
+            whole = [run for run in arm.runs if all(benchmark in run.points for benchmark in benchmarks)]
+            averages = [sum(final(run.points[b]) for b in benchmarks) / len(benchmarks) for run in whole]
+            row.append(interval(mean_of(averages)))
+        rows.append(row)
+    note = (
+        "Mean over seeds [95 % interval, Student's t]; a single seed has none. A peak is picked after the fact, and "
+        "flatters noise."
+    )
+    return Table("results", "Final and peak accuracy", columns, rows, note)
 
 
-def draw_comparison(runs: list[Run], path: Path) -> None:
-    """Draws held-out pass@1 against rollouts and against backward passes; shut-off is a ring on the curve."""
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    against_rollouts, against_passes = figure.subplots(1, 2, sharey=True)
-    _draw_panel(against_rollouts, runs, "rollouts", "rollouts (completions sampled)")
-    _draw_panel(against_passes, runs, "backward_passes", "backward passes over a batch of rollouts")
-    against_rollouts.set_ylabel("held-out pass@1")
-    against_rollouts.legend(frameon=False, loc="lower right")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+def spending_table(arms: Sequence[Arm]) -> Table:
+    """What each arm spent in all."""
+    rows = []
+    for arm in arms:
+        lasts = [points[-1] for run in arm.runs for points in list(run.points.values())[:1]]
+        cells = [arm.label]
+        for budget, digits in zip(BUDGETS, (0, 0, 0, 3), strict=True):
+            values = [point.spent(budget) for point in lasts if point.spent(budget) is not None]
+            cells.append(number(sum(values) / len(values) if values else None, digits))
+        shut = [run.shutoff_step for run in arm.runs if run.shutoff_step is not None]
+        cells.append(", ".join(map(str, shut)) or MISSING)
+        rows.append(cells)
+    columns = ["arm", "steps", "rollouts", "backward passes", "hours", "shut-off step"]
+    return Table("spending", "What was spent", columns, rows, "Means over seeds, up to the last evaluation.")
 
 
-def _draw_panel(axes: Axes, runs: list[Run], cost: str, label: str) -> None:
+def matching_table(arms: Sequence[Arm], baseline: Arm, benchmark: str, slug: str) -> Table:
+    """What it took to be as good as the baseline at its peak (GXPO, table 2)."""
+    names = {"step": "steps", "rollouts": "rollouts", "backward_passes": "passes", "hours": "hours"}
+    columns = ["arm", "matched", *(f"{name}{what}" for name in names.values() for what in ("", " ×"))]
+    rows = []
+    for arm in arms:
+        found = match_peak(arm, baseline, benchmark)
+        row = [arm.label, f"{found.matched} of {found.n}" if found.n else "no common seed"]
+        for budget in names:
+            row.append(number(found.spent.get(budget), 3 if budget == "hours" else 0))
+            row.append(number(found.speedup.get(budget), 2))
+        rows.append(row)
+    note = (
+        f"Medians over the seeds that matched {baseline.label} of the same seed, at the first evaluation that did; × "
+        "is what the baseline had spent at its own peak, over that. Seeds that did not match would have taken longer."
+    )
+    return Table(f"{slug}-matching", f"To match {baseline.label}'s peak on {benchmark}", columns, rows, note)
+
+
+def budget_table(arms: Sequence[Arm], benchmark: str, budget: str, slug: str) -> Table | None:
+    """Accuracy at equal spending (GXPO, tables 3 and 4)."""
+    amounts = matched_amounts(arms, benchmark, budget)
+    if not amounts:
+        return None
+    digits = 3 if budget == "hours" else 0
+    rows = []
+    for arm in arms:
+        cells = [arm.label]
+        for amount in amounts:
+            values = [value_at(points, budget, amount) for points in arm.curves(benchmark)]
+            cells.append(interval(mean_of([value for value in values if value is not None])))
+        rows.append(cells)
+    name = {"hours": "hours", "backward_passes": "backward passes"}[budget]
+    columns = ["arm", *(f"{amount:,.{digits}f} {name}" for amount in amounts)]
+    note = "On straight lines between evaluations; parts of what the least spending run has spent."
+    return Table(f"{slug}-at-{budget}", f"{benchmark} at matched {name}", columns, rows, note)
+
+
+def difference_table(arms: Sequence[Arm], baseline: Arm) -> Table:
+    """Whether an arm ends elsewhere than the baseline does, seed by seed."""
+    rows = []
+    for benchmark in benchmarks_of(baseline.runs):
+        for arm in arms:
+            if arm is baseline:
+                continue
+            found = paired_difference(arm, baseline, benchmark)
+            verdict = "no common seed"
+            if found is not None:
+                verdict = "one seed: not known" if found.n == 1 else "within noise"
+                if found.excludes_zero:
+                    verdict = "higher" if found.value > 0 else "lower"
+            rows.append([benchmark, arm.label, interval(found, sign=True), str(found.n if found else 0), verdict])
+    columns = ["benchmark", "arm", f"difference to {baseline.label}", "pairs", "at 95 %"]
+    note = "Final values, paired by seed; interval by Student's t, not corrected for the number of comparisons."
+    return Table("differences", "Differences", columns, rows, note)
+
+
+def compare(runs: Sequence[Run], baseline_label: str | None = None) -> tuple[list[Table], list[Picture]]:
+    """All of the comparison.
+
+    Raises:
+        ValueError: If no arm has the baseline's label.
+    """
+    arms = group_arms(runs)
+    evaluated = [arm for arm in arms if any(run.points for run in arm.runs)]
+    baseline = find_baseline(arms, baseline_label)
+    if not evaluated:
+        return [], []
+    tables, pictures = [results_table(evaluated), spending_table(evaluated)], []
+    if baseline is not None and len(evaluated) > 1:
+        tables.append(difference_table(evaluated, baseline))
+    for benchmark in benchmarks_of(runs):
+        slug = benchmark.replace(" ", "-")
+        having = [arm for arm in evaluated if arm.curves(benchmark)]
+        if baseline is not None and len(having) > 1 and baseline.curves(benchmark):
+            tables.append(matching_table(having, baseline, benchmark, slug))
+        if len(having) > 1:
+            tables += filter(None, (budget_table(having, benchmark, b, slug) for b in ("backward_passes", "hours")))
+        pictures += curve_pictures(having, benchmark, slug)
+        frontier = frontier_picture(having, benchmark, "hours", f"{slug}-frontier")
+        pictures += [frontier] if frontier is not None and len(having) > 1 else []
+    return tables, pictures
+
+
+# ---- The demo's
+
+
+def demo_table(runs: Sequence[Run]) -> Table:
+    """One row a run."""
+    rows = []
     for run in runs:
-        color = COLORS[run.label]
-        axes.plot(
-            [getattr(point, cost) for point in run.points],
-            [point.pass_at_1 for point in run.points],
-            color=color,
-            linewidth=2,
-            label=run.label,
-        )
-        if run.shutoff is not None:
-            axes.plot(
-                getattr(run.shutoff, cost),
-                run.shutoff.pass_at_1,
-                marker="o",
-                markersize=9,
-                markerfacecolor="white",
-                markeredgecolor=color,
-                markeredgewidth=2,
-                linestyle="none",
-                label=f"{run.label} shuts off, step {run.shutoff.step}",
-            )
-    axes.set_xlabel(label)
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 1)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+        first, last = run.points[HELD_OUT][0], run.points[HELD_OUT][-1]
+        spent = (number(last.rollouts, 0), number(last.backward_passes, 0), number(run.seconds, 0))
+        rows.append([run.label, number(first.value), number(last.value), *spent])
+    columns = ("method", "pass@1 at start", "pass@1 at end", "rollouts", "backward passes", "seconds")
+    return Table("demo", "The demo", columns, rows)
+
+
+def draw_demo(runs: Sequence[Run], path: Path) -> None:
+    """Held-out pass@1 against rollouts and against backward passes."""
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, budget in zip(panels, ("rollouts", "backward_passes"), strict=True):
+        draw_curves(group_arms(runs), HELD_OUT, budget, axes)
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("")
+        axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for run in runs:
+        if run.shutoff_step is not None:
+            label = f"{run.label} shuts off, step {run.shutoff_step}"
+            ring = {"markerfacecolor": "white", "markeredgecolor": COLORS[run.method], "markeredgewidth": 1.6}
+            panels[0].plot([], [], "o", markersize=7, label=label, **ring)
+    panels[0].set_ylabel("held-out pass@1")
+    panels[0].legend(frameon=False, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)

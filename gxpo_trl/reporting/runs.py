@@ -1,25 +1,51 @@
-"""What a finished run left in its folder, read back for tables and figures."""
+"""A run read back from its folder: what it was, how it went, what it cost. Of this package, or of plain TRL."""
 
+import glob
 import json
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+
+METHODS = {"grpo": "GRPO", "sfpo": "SFPO", "gxpo": "GXPO"}
+HELD_OUT = "held-out reward"
+"""What `eval_strategy` measures, beside benchmarks of `eval_benchmarks`."""
+NO_PART_OF_AN_ARM = (
+    "seed",
+    "data_seed",
+    "output_dir",
+    "run_name",
+    "logging_dir",
+    "hub_model_id",
+    "resume_from_checkpoint",
+)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation on the way.
+    """One evaluation on the way, and what had been spent until then.
 
     Attributes:
-        step (`int`): Optimizer steps taken so far.
-        rollouts (`int`): Completions sampled for training so far.
-        backward_passes (`int`): Passes over a batch of rollouts so far.
-        pass_at_1 (`float`): Mean held-out reward, in [0, 1].
+        step (`int`): Optimizer steps taken.
+        value (`float`): Mean accuracy or held-out reward.
+        rollouts (`int`, *optional*): Completions sampled for training; `None` where the run does not say.
+        backward_passes (`int`): Passes over a batch of rollouts.
+        hours (`float`, *optional*): Of training, evaluations left out.
     """
 
     step: int
-    rollouts: int
+    value: float
+    rollouts: int | None
     backward_passes: int
-    pass_at_1: float
+    hours: float | None
+
+    def spent(self, budget: str) -> float | None:
+        """What had been spent of `step`, `rollouts`, `backward_passes` or `hours`."""
+        return getattr(self, budget)
 
 
 @dataclass(frozen=True)
@@ -27,57 +53,241 @@ class Run:
     """One training run.
 
     Attributes:
-        label (`str`): How tables and figures call it.
-        points (`tuple[Point, ...]`): Its evaluations, by step.
-        seconds (`float`): Wall-clock seconds of training, evaluation left out.
-        shutoff (`Point`, *optional*): Where the active phase ended, with pass@1 interpolated between the evaluations
-            around it.
+        folder (`Path`): Its output folder.
+        label (`str`): How tables and figures call its arm.
+        log (`list[dict]`): The entries of its log, by step.
+        finished (`bool`): Whether it came to its end.
+        about (`dict`): What `run.json` says; empty for a run of plain TRL.
+    """
+
+    folder: Path
+    label: str
+    log: list[dict[str, Any]]
+    finished: bool = True
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.about.get("settings", {})
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings.get("seed")
+
+    @property
+    def method(self) -> str:
+        """GRPO, SFPO or GXPO, which decides its colour; plain TRL is GRPO here."""
+        return METHODS.get(self.settings.get("update_rule"), "GRPO")
+
+    @cached_property
+    def points(self) -> dict[str, tuple[Point, ...]]:
+        """The evaluations, by benchmark."""
+        found: dict[str, dict[int, Point]] = {}
+        spending = _Spending(self.about.get("completions_per_step"))
+        for entry in self.log:
+            spending.see(entry)
+            for name in entry:
+                match = name.startswith("eval") and re.fullmatch(r"eval/([^/]+)/avg@\d+|(eval_reward)", name)
+                if match and is_number(entry[name]):
+                    benchmark = match[1] or HELD_OUT
+                    found.setdefault(benchmark, {})[entry["step"]] = spending.point(entry, entry[name])
+        return {benchmark: tuple(of_it[step] for step in sorted(of_it)) for benchmark, of_it in found.items()}
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """A metric of the log against the step."""
+        return self._columns.get(name, ([], []))
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[list[int], list[float]]]:
+        columns: dict[str, tuple[list[int], list[float]]] = {}
+        for entry in self.log:
+            step = entry["step"]
+            for name, value in entry.items():
+                if is_number(value):
+                    steps, values = columns.setdefault(name, ([], []))
+                    steps.append(step)
+                    values.append(value)
+        return columns
+
+    def last(self, name: str) -> float | None:
+        """The last value of a metric, or `None`."""
+        values = self.series(name)[1]
+        return values[-1] if values else None
+
+    @property
+    def steps(self) -> int:
+        return max((entry["step"] for entry in self.log), default=0)
+
+    @property
+    def shutoff_step(self) -> int | None:
+        """The step after which the active phase was over; `None` if it never was."""
+        step = self.last("lookahead/shutoff_step")
+        return None if step is None else int(step)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training, evaluations left out."""
+        elapsed = self.last("lookahead/elapsed_time")
+        if elapsed is not None:
+            return elapsed
+        runtime = self.last("train_runtime")
+        return None if runtime is None else runtime - sum(self.series("eval_runtime")[1])
+
+    def arm(self) -> dict[str, Any]:
+        """The settings that runs of one arm share."""
+        return {name: value for name, value in self.settings.items() if name not in NO_PART_OF_AN_ARM}
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite one."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+class _Spending:
+    """Adds up what was spent while the log is read."""
+
+    def __init__(self, completions_per_step: int | None):
+        self.completions_per_step = completions_per_step
+        self.passes: int | None = None
+        self.passes_step = 0
+        self.seconds: float | None = None
+        self.last_step = 0
+
+    def see(self, entry: dict[str, Any]) -> None:
+        step = entry["step"]
+        if "lookahead/backward_passes" in entry:
+            self.passes, self.passes_step = int(entry["lookahead/backward_passes"]), step
+        if "lookahead/elapsed_time" in entry:
+            self.seconds = entry["lookahead/elapsed_time"]
+        elif "step_time" in entry and "lookahead/update_time" not in entry:  # plain TRL: the mean since its last log
+            self.seconds = (self.seconds or 0.0) + entry["step_time"] * (step - self.last_step)
+        if "step_time" in entry:
+            self.last_step = step
+
+    def point(self, entry: dict[str, Any], value: float) -> Point:
+        step, rollouts = entry["step"], entry.get("eval/rollouts")
+        if rollouts is None and self.completions_per_step is not None:
+            rollouts = step * self.completions_per_step
+        passes = entry.get("eval/backward_passes")
+        if passes is None:  # plain TRL makes one pass a step, and so does a step that is not logged yet
+            passes = step if self.passes is None else self.passes + step - self.passes_step
+        seconds = entry.get("eval/seconds", self.seconds if step else 0.0)
+        hours = None if seconds is None else seconds / 3600
+        return Point(step, value, None if rollouts is None else int(rollouts), int(passes), hours)
+
+
+def load_run(folder: str | Path, label: str | None = None) -> Run:
+    """Reads a run's folder: its `log.jsonl`, or the `trainer_state.json` of a finished run or of its last checkpoint.
+
+    Args:
+        folder (`str` or `Path`): The run's output folder.
+        label (`str`, *optional*): How tables and figures call its arm.
+
+    Raises:
+        ValueError: If the folder holds no run.
+    """
+    folder = Path(folder)
+    about = _read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    log, finished = _read_log(folder)
+    return Run(folder, label or "", sorted(log, key=lambda entry: entry["step"]), finished, about)
+
+
+def _read_log(folder: Path) -> tuple[list[dict[str, Any]], bool]:
+    state, live = folder / "trainer_state.json", folder / "log.jsonl"
+    if live.is_file() and not (state.is_file() and state.stat().st_mtime >= live.stat().st_mtime):
+        lines = [line for line in live.read_text().splitlines() if line.endswith("}")]  # the last may be half written
+        entries = [entry for entry in map(json.loads, lines) if "step" in entry]
+        return entries, any("train_runtime" in entry for entry in entries[-1:])
+    if state.is_file():
+        return _read_json(state)["log_history"], True
+    checkpoints = folder.glob("checkpoint-*/trainer_state.json")
+    last = max(checkpoints, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
+    if last is not None:
+        return _read_json(last)["log_history"], False
+    raise ValueError(
+        f"{folder} holds no run: neither a log.jsonl nor a trainer_state.json. Name a run's output folder."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no whole JSON file: {error}.") from error
+
+
+def load_runs(names: Sequence[str]) -> list[Run]:
+    """Reads runs by folder, pattern, or `LABEL=folder`. Those without a label get that of their arm.
+
+    Raises:
+        ValueError: If a name matches no folder, or a folder holds no run.
+    """
+    named: list[Run] = []
+    for name in names:
+        label, _, pattern = name.rpartition("=")
+        folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
+        if not folders:
+            raise ValueError(f"There is no folder {pattern}. Name the output folders of runs.")
+        named += [load_run(folder, label or None) for folder in folders]
+    labels = arm_labels(named)
+    return [run if run.label else replace(run, label=label) for run, label in zip(named, labels, strict=True)]
+
+
+SHORT = {"learning_rate": "lr", "lookahead_steps": "K", "reposition_alpha": "α", "gate_threshold": "τ"}
+"""How labels call settings; others go by their names."""
+RULE = ("update_rule", "lookahead_", "reposition_", "gate_", "scale_", "retention", "active_", "probe_", "alpha_decay")
+"""How the names of settings begin that only one method has, or that methods have of their own."""
+
+
+def arm_labels(runs: Sequence[Run]) -> list[str]:
+    """The method of each run, and the settings that tell its arm from the others of that method."""
+    differs = {method: _differences([run for run in runs if run.method == method]) for method in METHODS.values()}
+    common = [name for name in _differences(runs) if not name.startswith(RULE)]
+    labels = []
+    for run in runs:
+        names = [name for name in run.settings if name in differs[run.method] or name in common]
+        shown = [f"{SHORT.get(name, name)} {_short(run.settings[name])}" for name in names]
+        labels.append(", ".join([run.method if run.settings else "GRPO (TRL)", *shown]))
+    return labels
+
+
+def _differences(runs: Sequence[Run]) -> set[str]:
+    """The settings of arms that not all of these runs share."""
+    arms = [run.arm() for run in runs if run.settings]
+    return {name for arm in arms for name in arm if any(arm[name] != other.get(name) for other in arms)}
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label (`str`): What tables and figures call it.
+        runs (`tuple[Run, ...]`): Its runs.
     """
 
     label: str
-    points: tuple[Point, ...]
-    seconds: float
-    shutoff: Point | None = None
+    runs: tuple[Run, ...]
+
+    @property
+    def method(self) -> str:
+        return self.runs[0].method
+
+    def curves(self, benchmark: str) -> list[tuple[Point, ...]]:
+        """The evaluations of each run that has some."""
+        return [run.points[benchmark] for run in self.runs if benchmark in run.points]
 
 
-def load_run(folder: Path, label: str, rollouts_per_step: int) -> Run:
-    """Reads `trainer_state.json` of a run that evaluated itself (`eval_strategy: steps`).
-
-    Args:
-        folder (`Path`): The run's output folder.
-        label (`str`): How tables and figures call the run.
-        rollouts_per_step (`int`): Completions sampled for one optimizer step.
-
-    Raises:
-        ValueError: If the folder holds no such file, or the run holds no evaluation.
-    """
-    path = Path(folder) / "trainer_state.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no trainer_state.json: is it the output folder of a finished run?")
-    log = json.loads(path.read_text())["log_history"]
-    passes, points, shutoff_step = {0: 0}, [], None
-    for entry in log:
-        step = entry["step"]
-        if "lookahead/backward_passes" in entry:
-            passes[step] = int(entry["lookahead/backward_passes"])
-            shutoff_step = entry.get("lookahead/shutoff_step", shutoff_step)
-        if "eval_reward" in entry:
-            points.append(Point(step, step * rollouts_per_step, passes[step], entry["eval_reward"]))
-    if not points:
-        raise ValueError(f"The run in {folder} never evaluated itself: set `eval_strategy: steps` in its recipe.")
-    seconds = sum(entry.get("train_runtime", 0.0) - entry.get("eval_runtime", 0.0) for entry in log)
-    shutoff = None
-    if shutoff_step is not None:
-        step = int(shutoff_step)
-        shutoff = Point(step, step * rollouts_per_step, passes[step], _interpolate(points, step))
-    return Run(label, tuple(points), seconds, shutoff)
+def group_arms(runs: Sequence[Run]) -> list[Arm]:
+    """Runs of one label are an arm, in the order in which they come."""
+    labels = dict.fromkeys(run.label for run in runs)
+    return [Arm(label, tuple(run for run in runs if run.label == label)) for label in labels]
 
 
-def _interpolate(points: list[Point], step: int) -> float:
-    """pass@1 at a step, on the straight line between the evaluations before and after it."""
-    before = max((p for p in points if p.step <= step), key=lambda p: p.step, default=points[0])
-    after = min((p for p in points if p.step >= step), key=lambda p: p.step, default=points[-1])
-    if after.step == before.step:
-        return before.pass_at_1
-    share = (step - before.step) / (after.step - before.step)
-    return before.pass_at_1 + share * (after.pass_at_1 - before.pass_at_1)
+def benchmarks_of(runs: Sequence[Run]) -> list[str]:
+    """All benchmarks that some run was evaluated on."""
+    return list(dict.fromkeys(benchmark for run in runs for benchmark in run.points))

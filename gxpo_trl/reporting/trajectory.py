@@ -12,12 +12,16 @@ SHADES = ("#6A4C93", "#A78BC0", "#D6C8E2", "#F2EDF6")  # from the most crooked t
 
 
 def draw_trajectory(report: dict[str, Any], path: Path) -> None:
-    """Draws, against the step, the energy ratio, R² of straight lines so far and ahead (figures 2 and 3 of the NExt
-    paper).
+    """Saves the `trajectory_figure`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    trajectory_figure(report).savefig(path, dpi=160)
+
+
+def trajectory_figure(report: dict[str, Any]) -> Figure:
+    """Against the step, the energy ratio, and R² of straight lines so far and ahead (NExt, figures 2 and 3).
 
     Args:
         report (`dict`): Of `extrapolation.json`.
-        path (`Path`): Where to.
     """
     figure = Figure(figsize=(12.0, 3.9), layout="constrained")
     energy, so_far, ahead = figure.subplots(1, 3)
@@ -35,8 +39,7 @@ def draw_trajectory(report: dict[str, Any], path: Path) -> None:
         axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    return figure
 
 
 def _draw_band(axes: Axes, values: dict[str, list[float]]) -> None:

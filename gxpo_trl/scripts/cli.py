@@ -1,4 +1,4 @@
-"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo extrapolate`, `gxpo demo`."""
+"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo extrapolate`, `gxpo report`, `gxpo watch`, `gxpo demo`."""
 
 import argparse
 import importlib
@@ -8,6 +8,8 @@ COMMANDS = {
     "train": "train a model from a recipe",
     "eval": "score models on benchmarks",
     "extrapolate": "predict where a run is going, and write the model that would be there",
+    "report": "tables and figures of runs, on one page",
+    "watch": "the page of a run while it goes on",
     "demo": "watch a small model learn with GRPO, SFPO and GXPO, and get a picture of it",
 }
 

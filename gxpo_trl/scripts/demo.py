@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ..reporting.comparison import comparison_table, draw_comparison
+from ..reporting.comparison import demo_table, draw_demo
 from ..reporting.runs import Run, load_run
 from ..tasks.arithmetic import sample_problems
 from ..tasks.tiny_model import prompt_text
@@ -69,8 +69,7 @@ def run_arm(label: str, output_dir: Path, overrides: list[str]) -> Run:
     trainer = build_trainer(recipe, callbacks=[ProgressBar()])
     trainer.remove_callback(PrinterCallback)
     train(trainer, recipe)
-    completions = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    return load_run(output_dir, label, rollouts_per_step=completions)
+    return load_run(output_dir, label)
 
 
 def quieten() -> None:
@@ -108,11 +107,11 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
             sys.exit(f"error: {error}")
 
     figure = options.output_dir / "comparison.png"
-    draw_comparison(runs, figure)
-    print(f"\n{comparison_table(runs)}\n")
+    draw_demo(runs, figure)
+    print(f"\n{demo_table(runs).markdown()}\n")
     for run in runs:
-        if run.shutoff is not None:
-            print(f"{run.label} shut its lookahead off after step {run.shutoff.step}; from there on it is GRPO.")
+        if run.shutoff_step is not None:
+            print(f"{run.label} shut its lookahead off after step {run.shutoff_step}; from there on it is GRPO.")
     print(f"The curves: {figure.resolve()}")
 
 

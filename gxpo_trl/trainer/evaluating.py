@@ -1,7 +1,6 @@
 """Benchmarks scored during training, beside what the run has spent so far."""
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ class BenchmarkCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.clock_started = time.perf_counter()
         if args.eval_on_start and state.global_step == 0:
             self.trainer.score_benchmarks()
 
@@ -39,9 +37,6 @@ class BenchmarkMixin:
         args = self.args
         if args.eval_benchmarks and (reason := self._why_no_benchmarks()):
             raise ValueError(f"`eval_benchmarks` would not be sampled as training is: {reason}. Leave it out.")
-        self._rollouts = 0  # completions sampled for training, over all ranks
-        self._seconds = 0.0  # of training, benchmarks left out, until the clock was started
-        self.clock_started = time.perf_counter()
         self._benchmarks = [
             load_benchmark(name, prompt=args.eval_prompt, system_prompt=args.eval_system_prompt)
             for name in args.eval_benchmarks or []
@@ -61,23 +56,18 @@ class BenchmarkMixin:
             where = f"{len(found)} of {len(benchmark.problems)} problems of {benchmark.name} are in the training data"
             self.accelerator.print(f"{where}, such as {found[0]!r}.")
 
-    def _generate_and_score_completions(self, inputs):
-        if self.model.training:
-            self._rollouts += len(inputs) * self.accelerator.num_processes
-        return super()._generate_and_score_completions(inputs)
-
-    def _seconds_spent(self) -> float:
-        return self._seconds + time.perf_counter() - self.clock_started
-
     def score_benchmarks(self) -> dict[str, float]:
         """Samples, judges and logs all benchmarks. Training goes on as if nothing had happened."""
-        self._seconds = self._seconds_spent()
+        with self.off_the_clock():
+            return self._score_benchmarks()
+
+    def _score_benchmarks(self) -> dict[str, float]:
         was_training = self.model.training
         self.model.eval()
         logs = {
             "eval/backward_passes": self._backward_passes,
             "eval/rollouts": self._rollouts,
-            "eval/seconds": self._seconds,
+            "eval/seconds": self._seconds_spent(),
         }
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -88,7 +78,6 @@ class BenchmarkMixin:
         should_log = self.control.should_log
         Trainer.log(self, logs)  # TRL's own would flush the metrics of the step under way
         self.control.should_log = should_log  # the step's own log is still to come
-        self.clock_started = time.perf_counter()
         return logs
 
     def _score(self, benchmark: Benchmark) -> dict[str, float]:

@@ -33,7 +33,8 @@ from .compacting import CompactingMixin, Shares
 from .evaluating import BenchmarkMixin
 from .generating import GroupedGenerationMixin
 from .lookahead_config import LookaheadArguments, LookaheadConfig
-from .recording import TrajectoryMixin
+from .recording import RecordingMixin
+from .trajectory import TrajectoryMixin
 
 
 logger = get_logger(__name__)
@@ -47,7 +48,7 @@ SLOW_METRICS = {
 """TRL's names of what the last pass measures, and ours."""
 
 
-class LookaheadMixin(CompactingMixin, BenchmarkMixin, GroupedGenerationMixin, TrajectoryMixin):
+class LookaheadMixin(CompactingMixin, RecordingMixin, BenchmarkMixin, GroupedGenerationMixin, TrajectoryMixin):
     """
     The lookahead policy updates, over a TRL trainer whose loss can be computed again on the rollouts of a step.
 
@@ -90,6 +91,7 @@ class LookaheadMixin(CompactingMixin, BenchmarkMixin, GroupedGenerationMixin, Tr
         self._engine: Engine | None = None  # chosen at the first active step, when the model is wrapped
         self._set_up_compaction()
         self._set_up_generation()
+        self._set_up_recording()
         self._set_up_benchmarks()
         self._set_up_trajectory()
         self._window: RolloutWindow | None = None  # of the step under way, while pass 1 is being recorded
@@ -249,11 +251,14 @@ class LookaheadMixin(CompactingMixin, BenchmarkMixin, GroupedGenerationMixin, Tr
         log = self._metrics["train"]
         for name, value in metrics.items():
             log[f"lookahead/{name}"].append(value)
-        log["lookahead/update_time"].append(self._update_time)
-        self._update_time = 0.0
+        for name, seconds in self._take_times().items():
+            log[f"lookahead/{name}"].append(seconds)
         # Running totals: TRL logs the mean of each list over the logging interval, and of these only the last counts.
         log["lookahead/backward_passes"] = [self._backward_passes]
         log["lookahead/fallbacks"] = [self._fallbacks]
+        log["lookahead/elapsed_time"] = [self._seconds_spent()]
+        if torch.cuda.is_available():
+            log["lookahead/peak_memory"] = [torch.cuda.max_memory_allocated() / 2**30]
         if self._shutoff_step is not None:
             log["lookahead/shutoff_step"] = [self._shutoff_step]
 

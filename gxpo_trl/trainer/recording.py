@@ -1,76 +1,147 @@
-"""Records a run's trajectory: its adapter, every `trajectory_steps` steps, on any engine."""
+"""What a run is, what it has spent, and its log as it goes: `run.json` and `log.jsonl` in its folder, for reports."""
 
-import copy
-import itertools
+import contextlib
+import dataclasses
+import json
 import os
-import shutil
+import platform
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from accelerate.logging import get_logger
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
-from transformers import TrainerCallback
+import torch
+from transformers import TrainerCallback, TrainingArguments
+from trl.trainer.utils import get_config_model_id
 
-from ..trajectory.checkpoints import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, check_adapter_settings, step_folder_name
-from ..update.engines import whole_parameters
-
-
-logger = get_logger(__name__)
+from ..version import __version__
 
 
-class TrajectoryCallback(TrainerCallback):
-    """Saves the adapter before the first step and after every `trajectory_steps` steps."""
+RUN_NAME, LOG_NAME = "run.json", "log.jsonl"
+DERIVED = ("do_eval", "activation_checkpointing", "generation_batch_size", "pad_to_multiple_of", "hub_token")
+"""Settings that are made from others, or nobody's business."""
+PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets")
 
-    def __init__(self, trainer: "TrajectoryMixin"):
+
+class RunRecorder(TrainerCallback):
+    """Writes what a run is when it begins, and each entry of its log when it is made."""
+
+    def __init__(self, trainer: "RecordingMixin"):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step > 0:
-            return  # resumed
-        folder = Path(args.output_dir) / TRAJECTORY_FOLDER
-        if args.should_save and folder.is_dir():
-            _move_away(folder)
-        self.trainer.save_adapter(folder / step_folder_name(0))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.trajectory_steps == 0:
-            self.trainer.save_adapter(Path(args.output_dir) / TRAJECTORY_FOLDER / step_folder_name(state.global_step))
-
-
-def _move_away(folder: Path) -> None:
-    """Keeps what an earlier run with the same output folder recorded, under another name."""
-    number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-{i}").exists())
-    folder.rename(folder.with_name(f"{folder.name}-{number}"))
-    logger.warning(f"{folder} held the trajectory of another run, which is in {folder.name}-{number} now.")
-
-
-class TrajectoryMixin:
-    """Saves adapters alone, beside the ordinary checkpoints."""
-
-    def _set_up_trajectory(self) -> None:
-        if self.args.trajectory_steps is None:
+        self.trainer.start_clock()
+        if not state.is_world_process_zero:
             return
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("`trajectory_steps` records an adapter, and there is none. Train with LoRA.")
-        check_adapter_settings(self.model.active_peft_config.to_dict(), "the model's adapter")
-        self.add_callback(TrajectoryCallback(self))
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{RUN_NAME}.partial"
+        partial.write_text(json.dumps(self.trainer.describe_run(), indent=2, default=str) + "\n")
+        os.replace(partial, folder / RUN_NAME)
+        past = [json.dumps(entry) + "\n" for entry in state.log_history]  # of a resumed run
+        (folder / LOG_NAME).write_text("".join(past))
 
-    def save_adapter(self, folder: Path) -> None:
-        """The adapter in the precision that is stepped. The folder appears when it is complete."""
-        tensors = {}
-        for name, tensor in whole_parameters(self.accelerator, self.model_wrapped):  # on every rank
-            if self.args.should_save:
-                tensors[name] = tensor.cpu()
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        adapter = get_peft_model_state_dict(model, tensors, model.active_adapter, save_embedding_layers=False)
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, partial / ADAPTER_WEIGHTS)
-        config = copy.copy(model.active_peft_config)
-        config.inference_mode = True  # as PEFT saves it
-        config.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and state.log_history:
+            with open(Path(args.output_dir) / LOG_NAME, "a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+def _changed(args: TrainingArguments) -> dict[str, Any]:
+    """The settings that are not their defaults, which nothing else follows from."""
+    settings, changed = args.to_dict(), {}
+    for f in dataclasses.fields(args):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        is_plain = isinstance(getattr(args, f.name), (str, int, float, bool, type(None), list, tuple, Enum))
+        if f.init and is_plain and f.name not in DERIVED and getattr(args, f.name) not in (default, [], ()):
+            changed[f.name] = settings[f.name]
+    return changed
+
+
+class RecordingMixin:
+    """Counts what a run spends: completions, and seconds of training, evaluations left out."""
+
+    def _set_up_recording(self) -> None:
+        self._rollouts = 0  # completions sampled for training, over all ranks
+        self._seconds = 0.0  # until the clock was started
+        self._clock_started: float | None = None
+        self._generation_time = self._reward_time = 0.0  # of the optimizer step under way
+        self.add_callback(RunRecorder(self))
+
+    def start_clock(self) -> None:
+        self._clock_started = time.perf_counter()
+
+    def _seconds_spent(self) -> float:
+        return self._seconds + (0.0 if self._clock_started is None else time.perf_counter() - self._clock_started)
+
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Around what is no training."""
+        was_running = self._clock_started is not None
+        self._seconds, self._clock_started = self._seconds_spent(), None
+        try:
+            yield
+        finally:
+            if was_running:
+                self.start_clock()
+
+    def evaluate(self, *args, **kwargs):
+        with self.off_the_clock():
+            return super().evaluate(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        if self.model.training:
+            self._rollouts += len(inputs) * self.accelerator.num_processes
+        return super()._generate_and_score_completions(inputs)
+
+    def _generate(self, *args, **kwargs):
+        started = time.perf_counter()
+        generated = super()._generate(*args, **kwargs)
+        if self.model.training:
+            self._generation_time += time.perf_counter() - started
+        return generated
+
+    def _calculate_rewards(self, *args, **kwargs):
+        started = time.perf_counter()
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        if self.model.training:
+            self._reward_time += time.perf_counter() - started
+        return rewards
+
+    def _take_times(self) -> dict[str, float]:
+        """Seconds of this rank in the optimizer step that ends, and of the run so far."""
+        times = {
+            "generation_time": self._generation_time,
+            "reward_time": self._reward_time,
+            "update_time": self._update_time,
+        }
+        self._generation_time = self._reward_time = self._update_time = 0.0
+        return times
+
+    def describe_run(self) -> dict:
+        """For `run.json`."""
+        args, model = self.args, self.model
+        adapter = getattr(model, "peft_config", None)
+        return {
+            "package": __version__,
+            "trainer": type(self).__name__,
+            "model": get_config_model_id(model.config),
+            "adapter": None if adapter is None else adapter[model.active_adapter].to_dict(),
+            "rewards": list(self.reward_func_names),
+            "training_examples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "processes": args.world_size,
+            "completions_per_step": (
+                args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+            ),
+            "settings": args.to_dict(),
+            "changed": _changed(args),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "versions": {package: version(package) for package in PACKAGES},
+        }

@@ -1,0 +1,233 @@
+"""Figures: one colour a method throughout, seeds as a mean line with a band, shut-off as a ring."""
+
+import base64
+import io
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
+
+from .runs import HELD_OUT, Arm
+from .statistics import Mean, peak, shutoff_point
+
+
+COLORS = {"GRPO": "#5B6770", "SFPO": "#2B7BBA", "GXPO": "#C8442B"}
+STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+"""The arms of one method, in turn."""
+AXES = {
+    "step": "optimizer step",
+    "rollouts": "rollouts (completions sampled)",
+    "backward_passes": "backward passes over a batch of rollouts",
+    "hours": "hours of training",
+}
+MOST_POINTS = 1000
+"""Of a line: more than a figure has pixels to show."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, its file name and what it shows."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+    @cached_property
+    def svg(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="svg")
+        return buffer.getvalue()
+
+    @property
+    def is_broad(self) -> bool:
+        return self.figure.get_figwidth() > 8
+
+    def save(self, folder: Path) -> None:
+        """As PNG and as SVG."""
+        self.figure.savefig(folder / f"{self.name}.png", dpi=160)
+        (folder / f"{self.name}.svg").write_bytes(self.svg)
+
+    def data_uri(self) -> str:
+        """For a page that is one file."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
+
+
+def new_figure(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def styles_of(arms: Sequence[Arm]) -> dict[str, dict]:
+    """Colour and dashes of each arm's line."""
+    seen: dict[str, itertools.cycle] = {}
+    styles = {}
+    for arm in arms:
+        style = next(seen.setdefault(arm.method, itertools.cycle(STYLES)))
+        styles[arm.label] = {"color": COLORS[arm.method], "linestyle": style}
+    return styles
+
+
+def draw_curves(arms: Sequence[Arm], benchmark: str, budget: str, axes: Axes) -> bool:
+    """The evaluations of each arm against what was spent. Says whether there was anything to draw.
+
+    Means are over the seeds that have an evaluation at a step, of the value and of what was spent; bands are from the
+    least to the greatest.
+    """
+    styles, drawn = styles_of(arms), False
+    for arm in arms:
+        curves = arm.curves(benchmark)
+        by_step: dict[int, list] = {}
+        for points in curves:
+            for point in points:
+                if point.spent(budget) is not None:
+                    by_step.setdefault(point.step, []).append(point)
+        if not by_step:
+            continue
+        drawn = True
+        common = [of_it for _, of_it in sorted(by_step.items()) if len(of_it) == len(curves)] or list(by_step.values())
+        x = [statistics.fmean(point.spent(budget) for point in of_it) for of_it in common]
+        values = [[point.value for point in of_it] for of_it in common]
+        seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
+        axes.plot(x, [statistics.fmean(v) for v in values], linewidth=2, label=arm.label + seeds, **styles[arm.label])
+        if len(curves) > 1:
+            low, high = ([function(v) for v in values] for function in (min, max))
+            axes.fill_between(x, low, high, color=COLORS[arm.method], alpha=0.15, linewidth=0)
+        for run in arm.runs:
+            if ring := shutoff_point(run, benchmark, budget):
+                axes.plot(
+                    *ring,
+                    marker="o",
+                    markersize=7,
+                    markerfacecolor="white",
+                    markeredgewidth=1.6,
+                    markeredgecolor=COLORS[arm.method],
+                    linestyle="none",
+                )
+    axes.set_ylabel(name_of(benchmark))
+    axes.set_xlim(left=0)
+    label_spending(axes, budget)
+    return drawn
+
+
+def label_spending(axes: Axes, budget: str, suffix: str = "") -> None:
+    """Names the axis, in units that fit: short runs are told in minutes."""
+    if budget != "hours":
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    elif axes.get_xlim()[1] < 0.5:
+        axes.xaxis.set_major_formatter(lambda x, _: f"{60 * x:g}")
+        axes.xaxis.set_major_locator(MultipleLocator(_round_minutes(60 * axes.get_xlim()[1]) / 60))
+    in_minutes = budget == "hours" and axes.get_xlim()[1] < 0.5
+    axes.set_xlabel(("minutes of training" if in_minutes else AXES[budget]) + suffix)
+
+
+def _round_minutes(most: float) -> float:
+    """A round distance between ticks, of which there are six at most."""
+    return next((step for step in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if most / step <= 6), 10.0)
+
+
+def name_of(benchmark: str) -> str:
+    return benchmark if benchmark == HELD_OUT else f"{benchmark}, accuracy"
+
+
+def curve_pictures(arms: Sequence[Arm], benchmark: str, slug: str) -> list[Picture]:
+    """One against each budget that the runs say anything of."""
+    pictures = []
+    has_shutoff = any(run.shutoff_step is not None for arm in arms for run in arm.runs)
+    for budget, label in AXES.items():
+        figure, axes = new_figure()
+        if draw_curves(arms, benchmark, budget, axes):
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+            rings = " Rings: the lookahead shuts off." if has_shutoff else ""
+            pictures.append(Picture(f"{slug}-{budget}", f"{name_of(benchmark)} against {label}.{rings}", figure))
+    return pictures
+
+
+def metric_picture(arms: Sequence[Arm], metrics: dict[str, str], slug: str, title: str, unit: str) -> Picture | None:
+    """Metrics of the log against the step, each a line of its own; means over seeds, with bands."""
+    figure, axes = new_figure()
+    styles, drawn = styles_of(arms), False
+    for arm in arms:
+        for (metric, label), dashes in zip(metrics.items(), itertools.cycle(STYLES)):
+            series = [run.series(metric) for run in arm.runs]
+            stride = max(max(len(steps) for steps, _ in series) // MOST_POINTS, 1)
+            by_step: dict[int, list[float]] = {}
+            for steps, values in series:
+                for step, value in zip(steps[::stride], values[::stride], strict=True):
+                    by_step.setdefault(step, []).append(value)
+            if not by_step:
+                continue
+            drawn, steps = True, sorted(by_step)
+            name = ", ".join(
+                part for part in (arm.label if len(arms) > 1 else "", label if len(metrics) > 1 else "") if part
+            )
+            style = styles[arm.label] if len(metrics) == 1 else {**styles[arm.label], "linestyle": dashes}
+            means = [statistics.fmean(by_step[step]) for step in steps]
+            axes.plot(steps, means, linewidth=1.4, label=name or None, **style)
+            if len(arm.runs) > 1:
+                low, high = ([function(by_step[step]) for step in steps] for function in (min, max))
+                axes.fill_between(steps, low, high, color=COLORS[arm.method], alpha=0.12, linewidth=0)
+    if not drawn:
+        return None
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(unit)
+    axes.set_xlim(left=0)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=8)
+    return Picture(slug, title, figure)
+
+
+def frontier_picture(arms: Sequence[Arm], benchmark: str, budget: str, slug: str) -> Picture | None:
+    """Peak against what it took to get there: one dot a run, a larger one an arm."""
+    figure, axes = new_figure()
+    markers = itertools.cycle("osD^vP*X")
+    drawn = False
+    for arm in arms:
+        peaks = [peak(points) for points in arm.curves(benchmark)]
+        spent = [(p.spent(budget), p.value) for p in peaks if p.spent(budget) is not None]
+        if not spent:
+            continue
+        drawn, marker, color = True, next(markers), COLORS[arm.method]
+        x, y = zip(*spent, strict=True)
+        axes.plot(x, y, marker, color=color, alpha=0.35, markersize=5)
+        axes.plot(statistics.fmean(x), statistics.fmean(y), marker, color=color, markersize=9, label=arm.label)
+    if not drawn:
+        return None
+    axes.set_ylabel(f"peak of {name_of(benchmark)}")
+    axes.set_xlim(left=0)
+    label_spending(axes, budget, " to the peak")
+    axes.legend(frameon=False, fontsize=8)
+    return Picture(slug, f"Peak of {name_of(benchmark)} against what it took ({AXES[budget]}).", figure)
+
+
+def heat_map(cells: dict[tuple, Mean], names: tuple[str, str], slug: str, title: str) -> Picture:
+    """A mean for each pair of settings, written into its cell."""
+    rows, columns = (sorted({key[i] for key in cells}) for i in (0, 1))
+    figure, axes = new_figure(max(3.6, 1.1 * len(columns) + 1.6), max(2.4, 0.7 * len(rows) + 1.2))
+    grid = [
+        [cells[row, column].value if (row, column) in cells else float("nan") for column in columns] for row in rows
+    ]
+    image = axes.imshow(grid, cmap="cividis", aspect="auto")
+    known = [value for line in grid for value in line if value == value]
+    middle = (min(known) + max(known)) / 2
+    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        if (row, column) in cells:
+            mean = cells[row, column]
+            color = "white" if mean.value < middle else "black"
+            axes.text(j, i, f"{mean.value:.3f}\nn = {mean.n}", ha="center", va="center", color=color, fontsize=9)
+    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+    axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+    axes.set_ylabel(names[0])
+    axes.set_xlabel(names[1])
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes)
+    return Picture(slug, title, figure)

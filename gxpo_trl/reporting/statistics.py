@@ -1,0 +1,144 @@
+"""What runs with different seeds say together: means with intervals, paired differences, and what it took to match."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.stats import t as student
+
+from .runs import Arm, Point, Run
+
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds.
+
+    Attributes:
+        value (`float`): The mean.
+        low, high (`float`, *optional*): Its 95 % interval, by Student's t; `None` for a single seed.
+        n (`int`): How many seeds.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and not self.low <= 0 <= self.high
+
+
+def mean_of(values: Sequence[float]) -> Mean | None:
+    """The mean and its interval; `None` of nothing."""
+    if not values:
+        return None
+    mean, n = statistics.fmean(values), len(values)
+    if n == 1:
+        return Mean(mean, None, None, 1)
+    half = student.ppf((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(values) / n**0.5
+    return Mean(mean, mean - half, mean + half, n)
+
+
+def final(points: Sequence[Point]) -> float:
+    return points[-1].value
+
+
+def peak(points: Sequence[Point]) -> Point:
+    """The best evaluation, and of equal ones the first."""
+    return max(points, key=lambda point: (point.value, -point.step))
+
+
+def by_seed(arm: Arm, benchmark: str) -> dict[int, tuple[Point, ...]]:
+    """The evaluations of each run, by its seed; of runs without a known seed, by their place."""
+    curves = [(run, run.points[benchmark]) for run in arm.runs if benchmark in run.points]
+    return {i if run.seed is None else run.seed: points for i, (run, points) in enumerate(curves)}
+
+
+def paired_difference(arm: Arm, baseline: Arm, benchmark: str) -> Mean | None:
+    """The difference of final values, seed by seed; `None` without a common seed."""
+    ours, theirs = by_seed(arm, benchmark), by_seed(baseline, benchmark)
+    return mean_of([final(ours[seed]) - final(theirs[seed]) for seed in ours if seed in theirs])
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What an arm spent until it first was as good as the baseline's peak, seed by seed.
+
+    Attributes:
+        spent (`dict[str, float]`): The median over the seeds that matched, by budget.
+        speedup (`dict[str, float]`): What the baseline had spent at its peak over that, likewise.
+        matched, n (`int`): How many seeds did, of how many.
+    """
+
+    spent: dict[str, float]
+    speedup: dict[str, float]
+    matched: int
+    n: int
+
+
+BUDGETS = ("step", "rollouts", "backward_passes", "hours")
+
+
+def match_peak(arm: Arm, baseline: Arm, benchmark: str) -> Matching:
+    """Only evaluations count, nothing in between."""
+    ours, theirs = by_seed(arm, benchmark), by_seed(baseline, benchmark)
+    pairs = [(ours[seed], peak(theirs[seed])) for seed in ours if seed in theirs]
+    firsts = [(next((p for p in points if p.value >= best.value), None), best) for points, best in pairs]
+    reached = [(point, best) for point, best in firsts if point is not None]
+    spent, speedup = {}, {}
+    for budget in BUDGETS:
+        both = [(point.spent(budget), best.spent(budget)) for point, best in reached]
+        if both and all(value is not None for pair in both for value in pair):
+            spent[budget] = statistics.median(mine for mine, _ in both)
+            ratios = [other / mine for mine, other in both if mine > 0]
+            if ratios:
+                speedup[budget] = statistics.median(ratios)
+    return Matching(spent, speedup, len(reached), len(pairs))
+
+
+def value_at(points: Sequence[Point], budget: str, amount: float) -> float | None:
+    """On the straight line between the evaluations around that amount; `None` outside of what was measured."""
+    known = [(point.spent(budget), point.value) for point in points if point.spent(budget) is not None]
+    for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
+        if x0 <= amount <= x1:
+            return y1 if x1 == x0 else y0 + (amount - x0) / (x1 - x0) * (y1 - y0)
+    return None
+
+
+def matched_amounts(arms: Sequence[Arm], benchmark: str, budget: str, count: int = 3) -> list[float]:
+    """Equal parts of what the least spending run has spent, which all runs have reached."""
+    ends = [points[-1].spent(budget) for arm in arms for points in arm.curves(benchmark)]
+    if not ends or any(end is None for end in ends):
+        return []
+    return [min(ends) * (i + 1) / count for i in range(count)]
+
+
+def icer(steps: int, before: float, after: float) -> float:
+    """Training steps for each point of accuracy gained (NExt, section 5.1): the lower the better.
+
+    Args:
+        steps (`int`): Optimizer steps trained.
+        before, after (`float`): Accuracy, in [0, 1].
+
+    Returns:
+        `float`: Infinite where nothing is gained.
+    """
+    return steps / (100 * (after - before)) if after > before else math.inf
+
+
+def shutoff_point(run: Run, benchmark: str, budget: str) -> tuple[float, float] | None:
+    """Where on its curve a run shut its lookahead off."""
+    points, step = run.points.get(benchmark, ()), run.shutoff_step
+    if step is None or not points:
+        return None
+    value = value_at(points, "step", step)
+    known = [(point.step, point.spent(budget)) for point in points if point.spent(budget) is not None]
+    for (s0, x0), (s1, x1) in zip(known, known[1:], strict=False):
+        if s0 <= step <= s1 and value is not None:
+            return x0 + (step - s0) / (s1 - s0) * (x1 - x0), value
+    return None
