@@ -53,6 +53,12 @@ def comparison_section(runs: Sequence[Run], baseline: str | None) -> Section:
     single = [arm.label for arm in arms if len(arm.runs) == 1]
     if single and len(arms) > 1:
         notes.append(f"A single seed, so that noise can't be told from an effect: {'; '.join(single)}.")
+    rates = {run.settings.get("learning_rate") for run in runs} - {None}
+    if len({arm.method for arm in arms}) > 1 and len(rates) == 1:
+        notes.append(
+            "All arms have one learning rate, at which a lookahead moves further than GRPO does: a gain here may be "
+            "that of a larger step. Compare each method at its best, over several."
+        )
     ends = {run.steps for run in runs if run.finished}
     if len(ends) > 1:
         notes.append(f"Runs end at different steps: {', '.join(map(str, sorted(ends)))}.")
@@ -189,16 +195,21 @@ def _active_table(arms: Sequence[Arm]) -> Table:
 
 
 def _clipping_table(arms: Sequence[Arm]) -> Table:
+    metrics = {
+        "clip_ratio/region_mean": "clipped, first pass",
+        "lookahead/clip_ratio_slow": "clipped, corrective pass",
+        "kl": "KL, first pass",
+        "lookahead/kl_slow": "KL, corrective pass",
+    }
     rows = []
     for arm in arms:
-        clip, kl = ([v for run in arm.runs for v in run.series(name)[1]] for name in ("clip_ratio/region_mean", "kl"))
-        if clip or kl:
-            cells = [(function(v) if v else None) for v in (clip, kl) for function in (statistics.fmean, max)]
+        values = [_all(arm, metric) for metric in metrics]
+        if any(values):
+            cells = [(function(v) if v else None) for v in values for function in (statistics.fmean, max)]
             rows.append([arm.label, *(number(cell, 5) for cell in cells)])
-    columns = ["arm", "mean clip fraction", "max clip fraction", "mean KL", "max KL"]
-    return Table(
-        "clipping", "Clipping and KL (GXPO, table 8)", columns, rows, "Over the logged steps of all seeds; of pass 1."
-    )
+    columns = ["arm", *(f"{name}, {what}" for name in metrics.values() for what in ("mean", "max"))]
+    note = "Fractions of tokens, and nats a token, over the logged steps of all seeds."
+    return Table("clipping", "Clipping and KL (GXPO, table 8)", columns, rows, note)
 
 
 # ---- NExt
