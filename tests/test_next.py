@@ -56,6 +56,13 @@ def test_what_is_trained_beside_the_adapter_is_recorded(tmp_path):
     assert any("norm" in name for name in saved)
 
 
+def test_the_base_models_embeddings_are_not_recorded(tmp_path):
+    """PEFT saves them beside an adapter of theirs, which makes every point of a trajectory as large as they are."""
+    recorded(tmp_path, peft_config=LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"]), max_steps=1)
+    names = load_file(tmp_path / "trajectory" / "step-000001" / ADAPTER_WEIGHTS)
+    assert any("lora_embedding_A" in name for name in names) and not any("base_layer" in name for name in names)
+
+
 def test_recording_changes_nothing_else(tmp_path):
     plain = train(tmp_path / "plain", peft_config=LORA)
     recording = train(tmp_path / "recording", peft_config=LORA, trajectory_steps=1)
@@ -145,6 +152,8 @@ def test_the_whole_loop(tmp_path, capsys, rule):
     assert {shape[1] for shape in after.shapes.values()} == {9}
     states = [json.loads((tmp_path / part / "trainer_state.json").read_text()) for part in ("before", "after")]
     assert [state["global_step"] for state in states] == [4, 3]
+    abouts = [json.loads((tmp_path / part / "run.json").read_text()) for part in ("before", "after")]
+    assert [about["settings"]["seed"] for about in abouts] == [0, 1]  # other prompts
     assert str(tmp_path / "after") in capsys.readouterr().out
 
     with pytest.raises(SystemExit, match="holds an earlier run"):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from ..reporting.trajectory import draw_trajectory
-from ..trajectory.checkpoints import FullTrajectory, load_trajectory
+from ..trajectory.checkpoints import load_trajectory
 from ..trajectory.extrapolation import extrapolate
 from ..trajectory.predictor import PredictorSettings
 from ..trajectory.settings import ExtrapolationArguments
@@ -35,7 +35,6 @@ def run(settings: ExtrapolationArguments) -> list[Path]:
         if folder.exists():
             raise ValueError(f"{folder} is there already. Choose another `output_dir`, or move it away.")
     trajectory = load_trajectory(settings.run, settings.last_step, settings.base_model)
-    merged = settings.merged or isinstance(trajectory, FullTrajectory)
     names = ("hidden_size", "epochs", "learning_rate", "seed", "without_global", "without_local", "device")
     predictor = PredictorSettings(**{name: getattr(settings, name) for name in names})
     found = extrapolate(trajectory, settings.method, settings.steps_ahead, predictor)
@@ -43,7 +42,7 @@ def run(settings: ExtrapolationArguments) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     draw_trajectory(found.report, output / FIGURE_NAME)
     for folder, alpha in folders.items():
-        write_extrapolation(trajectory, found, alpha, folder, merged, output / FIGURE_NAME)
+        write_extrapolation(trajectory, found, alpha, folder, settings.merged, output / FIGURE_NAME)
     _tell(found.report)
     return list(folders)
 

@@ -187,7 +187,6 @@ def train_around_extrapolation(arguments: list[str], recipe: Recipe) -> Lookahea
         steps_ahead=loop.extrapolate_steps_ahead,
         alpha=str(loop.extrapolate_alpha),
         output_dir=str(between),
-        last_step=steps,
     )
     adapter = between / f"alpha-{loop.extrapolate_alpha:g}"
     if PartialState().is_main_process and not adapter.exists():

@@ -35,7 +35,7 @@ def write_extrapolation(
         found (`Extrapolation`): Where to.
         alpha (`float`): By how much the movement is stretched.
         folder (`Path`): Where to write; must not exist.
-        merged (`bool`): Whether an adapter is merged into its base model.
+        merged (`bool`): Whether an adapter is merged into its base model. Full fine-tuning is written whole anyway.
         figure (`Path`): Of the report.
     """
     partial = folder.with_name(f"{folder.name}.partial")
