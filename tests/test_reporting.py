@@ -30,7 +30,13 @@ from gxpo_trl.reporting.comparison import (
 )
 from gxpo_trl.reporting.figures import COLORS, draw_curves, metric_picture, new_figure
 from gxpo_trl.reporting.runs import HELD_OUT, Point, Run, group_arms, load_run, load_runs
-from gxpo_trl.reporting.sections import comparison_section, cost_section, diagnostics_section, sweep_section
+from gxpo_trl.reporting.sections import (
+    comparison_section,
+    cost_section,
+    diagnostics_section,
+    evaluation_section,
+    sweep_section,
+)
 from gxpo_trl.reporting.statistics import match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
 from gxpo_trl.reporting.tables import Table, interval, number
 from gxpo_trl.scripts import extrapolate, report
@@ -144,7 +150,8 @@ def test_a_folder_without_a_run_is_named(tmp_path, text, message):
 def test_runs_that_differ_in_their_seed_are_an_arm_which_says_what_tells_it_apart(tmp_path):
     variants = [GXPO, {**GXPO, "lookahead_steps": 10}, GRPO, {**GRPO, "learning_rate": 3e-4}]
     for i, (settings, seed) in enumerate(itertools.product(variants, (0, 1))):
-        write_run(tmp_path / f"run-{i}", settings={**settings, "seed": seed, "output_dir": str(i)})
+        beside = {"seed": seed, "output_dir": str(i), "logging_steps": i, "eval_steps": i, "max_steps": i}
+        write_run(tmp_path / f"run-{i}", settings={**settings, **beside})
     arms = group_arms(load_runs([str(tmp_path / "run-*")]))
     assert [(arm.label, len(arm.runs)) for arm in arms] == [
         ("GXPO, K 5, lr 0.0001", 2),
@@ -344,6 +351,22 @@ def test_a_report_of_every_kind_of_run(tmp_path, runs, capsys):
     for suffixes in ({".png", ".svg"}, {".csv", ".md"}):
         stems = [{path.stem for path in tmp_path.glob(f"*{suffix}")} for suffix in suffixes]
         assert stems[0] == stems[1] and len(stems[0]) > 4
+
+
+def test_evaluations_of_a_runs_models_are_found(tmp_path):
+    run = write_run(tmp_path / "run")
+    metrics = {"avg@4": {"value": 0.5, "low": 0.4, "high": 0.6, "problems": 8}}
+    results = {"MATH-500": {"problems": 8, "metrics": metrics, "verify_failures": 1}}
+    for i, model in enumerate((run, run / "checkpoint-4", tmp_path / "other")):
+        path = tmp_path / "eval" / str(i) / "results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"model": str(model), "benchmarks": results}))
+    (table,) = evaluation_section(load_runs([str(run)]), tmp_path / "eval").tables
+    score = "avg@4 0.500 [0.400, 0.600]"
+    assert table.rows == [
+        ["GXPO", "0", "the end", "MATH-500", "8", score, "1"],
+        ["GXPO", "0", "checkpoint-4", "MATH-500", "8", score, "1"],
+    ]
 
 
 def test_the_page_of_one_run_has_its_settings_and_completions(tmp_path, runs):

@@ -15,14 +15,12 @@ METHODS = {"grpo": "GRPO", "sfpo": "SFPO", "gxpo": "GXPO"}
 HELD_OUT = "held-out reward"
 """What `eval_strategy` measures, beside benchmarks of `eval_benchmarks`."""
 NO_PART_OF_AN_ARM = (
-    "seed",
-    "data_seed",
-    "output_dir",
-    "run_name",
-    "logging_dir",
-    "hub_model_id",
-    "resume_from_checkpoint",
+    *("seed", "data_seed", "output_dir", "run_name", "max_steps", "disable_tqdm", "report_to"),
+    *("log", "save_", "eval_", "do_eval", "hub_", "push_to_hub", "wandb_", "trackio_", "num_completions_to_print"),
+    *("resume_from_checkpoint", "per_device_eval_batch_size", "num_generations_eval", "dataloader_"),
+    *("trajectory_steps", "lookahead_diagnostics_steps"),
 )
+"""How the names of settings begin that change nothing about what is learnt, and of the length of a run."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,12 @@ class Run:
         """The evaluations, by benchmark."""
         found: dict[str, dict[int, Point]] = {}
         spending = _Spending(self.about.get("completions_per_step"))
+        matches = {name: re.fullmatch(r"eval/([^/]+)/avg@\d+|(eval_reward)", name) for name in self._columns}
+        benchmarks = {name: match[1] or HELD_OUT for name, match in matches.items() if match}
         for entry in self.log:
             spending.see(entry)
-            for name in entry:
-                match = name.startswith("eval") and re.fullmatch(r"eval/([^/]+)/avg@\d+|(eval_reward)", name)
-                if match and is_number(entry[name]):
-                    benchmark = match[1] or HELD_OUT
+            for name, benchmark in benchmarks.items():
+                if is_number(entry.get(name)):
                     found.setdefault(benchmark, {})[entry["step"]] = spending.point(entry, entry[name])
         return {benchmark: tuple(of_it[step] for step in sorted(of_it)) for benchmark, of_it in found.items()}
 
@@ -135,7 +133,7 @@ class Run:
 
     def arm(self) -> dict[str, Any]:
         """The settings that runs of one arm share."""
-        return {name: value for name, value in self.settings.items() if name not in NO_PART_OF_AN_ARM}
+        return {name: value for name, value in self.settings.items() if not name.startswith(NO_PART_OF_AN_ARM)}
 
 
 def is_number(value: Any) -> bool:
@@ -245,7 +243,7 @@ def arm_labels(runs: Sequence[Run]) -> list[str]:
     common = [name for name in _differences(runs) if not name.startswith(RULE)]
     labels = []
     for run in runs:
-        names = [name for name in run.settings if name in differs[run.method] or name in common]
+        names = [name for name in run.arm() if name in differs[run.method] or name in common]
         shown = [f"{SHORT.get(name, name)} {_short(run.settings[name])}" for name in names]
         labels.append(", ".join([run.method if run.settings else "GRPO (TRL)", *shown]))
     return labels

@@ -66,6 +66,45 @@ def comparison_section(runs: Sequence[Run], baseline: str | None) -> Section:
     return Section(title, notes, tables, pictures)
 
 
+# ---- Evaluations
+
+
+def evaluation_section(runs: Sequence[Run], folder: Path) -> Section:
+    """What `gxpo eval` found out about the runs' models: its results lie in the runs' folders, or in its own."""
+    rows = []
+    for run in runs:
+        root = run.folder.resolve()
+        own = run.folder.glob("*/**/results.json")
+        for path in sorted({*own, *folder.glob("*/results.json")}):
+            found = json.loads(path.read_text())
+            model = Path(found["model"]).resolve()
+            if root not in (model, *model.parents):
+                continue
+            place = "the end" if model == root else str(model.relative_to(root))
+            for benchmark, results in found["benchmarks"].items():
+                scores = [
+                    f"{name} {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+                    for name, score in results["metrics"].items()
+                ]
+                counts = str(results["problems"]), str(results["verify_failures"])
+                rows.append(
+                    [
+                        run.label,
+                        MISSING if run.seed is None else str(run.seed),
+                        place,
+                        benchmark,
+                        counts[0],
+                        "; ".join(scores),
+                        counts[1],
+                    ]
+                )
+    columns = ["arm", "seed", "model", "benchmark", "problems", "scores", "undecided"]
+    note = "Each score with its 95 % bootstrap interval over problems, of one model: it knows nothing of other seeds."
+    return Section(
+        "Evaluations", [], [Table("evaluations", "What `gxpo eval` measured", columns, rows, note)] if rows else []
+    )
+
+
 # ---- Sweeps
 
 SWEPT = ("lookahead_steps", "reposition_alpha", "gate_threshold", "learning_rate")
@@ -339,14 +378,21 @@ def _message(value) -> str:
     return value if isinstance(value, str) else str(value[-1]["content"])
 
 
-def make_sections(runs: Sequence[Run], baseline: str | None = None) -> list[Section]:
+def make_sections(
+    runs: Sequence[Run], baseline: str | None = None, evaluations: Path = Path("out/eval")
+) -> list[Section]:
     """All sections that have something to say.
+
+    Args:
+        runs (`Sequence[Run]`): What they are about.
+        baseline (`str`, *optional*): Label of the arm that others are compared with; the first of GRPO if unset.
+        evaluations (`Path`): Output folder of `gxpo eval`, beside what is in the runs' own.
 
     Raises:
         ValueError: If no arm has the baseline's label.
     """
-    sections = [comparison_section(runs, baseline), sweep_section(runs), diagnostics_section(runs), next_section(runs)]
-    sections.append(cost_section(runs))
+    sections = [comparison_section(runs, baseline), evaluation_section(runs, evaluations), sweep_section(runs)]
+    sections += [diagnostics_section(runs), next_section(runs), cost_section(runs)]
     if len(runs) == 1:
         sections.insert(1, run_section(runs[0]))
     return [section for section in sections if not section.is_empty]

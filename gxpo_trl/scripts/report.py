@@ -23,13 +23,14 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, pattern, or LABEL=folder")
     parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes")
+    parser.add_argument("--evaluations", type=Path, default=Path("out/eval"), help="output folder of `gxpo eval`")
     parser.add_argument(
         "--baseline", help="label of the arm that others are compared with; the first of GRPO if unset"
     )
     options = parser.parse_args(arguments)
     try:
         runs = load_runs(options.runs)
-        page = write_report(runs, make_sections(runs, options.baseline), options.out)
+        page = write_report(runs, make_sections(runs, options.baseline, options.evaluations), options.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(page.resolve())
