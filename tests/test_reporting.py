@@ -9,16 +9,18 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers import train
+from helpers import make_trainer, train
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from gxpo_trl import SFPOConfig, SFPOTrainer
+from gxpo_trl import GXPOTrainer, SFPOConfig, SFPOTrainer
 from gxpo_trl.reporting.comparison import (
     budget_table,
     demo_table,
@@ -35,6 +37,7 @@ from gxpo_trl.reporting.sections import (
     cost_section,
     diagnostics_section,
     evaluation_section,
+    next_section,
     sweep_section,
 )
 from gxpo_trl.reporting.statistics import match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
@@ -300,6 +303,54 @@ def test_the_cost_is_split_into_what_was_logged(tmp_path):
     assert table.rows[0][1:] == ["2.000", "1.000", "0.250", "0.500", "0.250", "2.00", "0.50", "–", "–"]
 
 
+# ---- Recording
+
+
+def test_the_clock_counts_training_alone(tmp_path, monkeypatch):
+    """Not evaluations, nor what goes on between two runs of a trainer."""
+
+    class SlowlyEvaluated(GXPOTrainer):
+        def prediction_step(self, *args, **kwargs):
+            time.sleep(0.5)
+            return super().prediction_step(*args, **kwargs)
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "per_device_eval_batch_size": 16}
+    trainer = make_trainer(tmp_path, SlowlyEvaluated, **settings, num_generations_eval=4)
+    started = time.perf_counter()
+    trainer.train()
+    passed, counted = time.perf_counter() - started, trainer._seconds_spent()
+    evaluations = sum(entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history)
+    assert evaluations > 1.0 and 0 < counted < passed - evaluations
+    assert trainer._seconds_spent() == counted
+    logged_times = [entry for entry in trainer.state.log_history if "lookahead/elapsed_time" in entry]
+    for entry in logged_times:
+        assert 0 <= entry["lookahead/reward_time"] < entry["lookahead/generation_time"] < counted
+        assert 0 < entry["lookahead/elapsed_time"] <= counted
+
+
+def test_what_a_run_is_and_its_log_are_written_as_it_goes(tmp_path):
+    seen = []
+
+    class Looking(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(load_run(tmp_path).steps)
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-4, "seed": 7}
+    trainer = train(tmp_path, callbacks=[Looking()], max_steps=4, **settings)
+    assert seen == [0, 1, 2, 3]  # a step is logged after it has ended
+    run = load_run(tmp_path)
+    assert run.finished and run.log == trainer.state.log_history
+    assert (run.seed, run.method, run.about["trainer"], run.about["completions_per_step"]) == (
+        7,
+        "GXPO",
+        "GXPOTrainer",
+        16,
+    )
+    assert run.about["changed"]["learning_rate"] == 3e-4 and "beta" not in run.about["changed"]
+    resumed = train(tmp_path, max_steps=4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **settings)
+    assert load_run(tmp_path).log == resumed.state.log_history
+
+
 # ---- Pages
 
 
@@ -334,7 +385,7 @@ def runs(tmp_path_factory) -> Path:
     train(folder / "trl", GRPOTrainer, GRPOConfig, **common).save_state()
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     train(folder / "next", peft_config=adapter, trajectory_steps=1, **{**common, "max_steps": 6}).save_state()
-    extrapolate.main([str(folder / "next"), "--steps-ahead", "1", "--epochs", "50"])
+    extrapolate.main([str(folder / "next"), "--steps-ahead", "1", "--epochs", "50", "--alpha", "0.5,1"])
     return folder
 
 
@@ -367,6 +418,13 @@ def test_evaluations_of_a_runs_models_are_found(tmp_path):
         ["GXPO", "0", "the end", "MATH-500", "8", score, "1"],
         ["GXPO", "0", "checkpoint-4", "MATH-500", "8", score, "1"],
     ]
+
+
+def test_an_extrapolation_is_reported_once_for_all_alphas(runs):
+    section = next_section(load_runs([str(runs / "next"), str(runs / "sfpo")]))
+    predictions, cost = section.tables
+    assert [row[0] for row in predictions.rows][-1] == "next" and predictions.note.endswith("α = 0.5, 1.")
+    assert len(cost.rows) == 2 and len(section.pictures) == 1
 
 
 def test_the_page_of_one_run_has_its_settings_and_completions(tmp_path, runs):

@@ -259,26 +259,29 @@ def next_section(runs: Sequence[Run]) -> Section:
     section = Section("NExt")
     for run in runs:
         places = [run.folder, run.folder.parent] if run.folder.name in ("before", "after") else [run.folder]
-        found = sorted({path for place in places for path in place.glob("extrapolated/**/extrapolation.json")})
-        for path in found:
-            report = json.loads(path.read_text())
-            name = f"{run.folder.name}-{report['method']}-{report['alpha']:g}"
-            rows = [
-                [method, number(values["error"]), number(values["cosine"])]
-                for method, values in report["held_out"]["errors"].items()
-            ]
-            steps = f"{report['held_out']['from_step']} to {report['held_out']['to_step']}"
-            title = f"{path.parent}: steps {steps}, predicted by what was known before"
-            section.tables.append(
-                Table(f"next-{name}", title, ["method", "error", "cosine"], rows, "1 is no prediction.")
-            )
-        if found:
-            figure = trajectory_figure(report)
+        found: dict[tuple, list[dict]] = {}  # what differs in α alone was predicted once
+        for path in sorted({path for place in places for path in place.glob("extrapolated/**/extrapolation.json")}):
+            result = json.loads(path.read_text())
+            found.setdefault((result["method"], result["steps"][-1], result["steps_ahead"]), []).append(result)
+        slug = str(run.folder).strip("./").replace("/", "-")
+        section.tables.extend(_prediction_table(run, results, slug) for results in found.values())
+        for results in list(found.values())[:1]:
             caption = f"Energy ratio and linearity of the trajectory of {run.folder}."
-            section.pictures.append(Picture(f"next-{run.folder.name}", caption, figure))
+            section.pictures.append(Picture(f"next-{slug}", caption, trajectory_figure(results[0])))
     if section.tables:
         section.tables.append(_icer_table(runs))
     return section
+
+
+def _prediction_table(run: Run, results: Sequence[dict], slug: str) -> Table:
+    first, held_out = results[0], results[0]["held_out"]
+    rows = [
+        [method, number(values["error"]), number(values["cosine"])] for method, values in held_out["errors"].items()
+    ]
+    title = f"{run.folder}, steps {held_out['from_step']} to {held_out['to_step']} as they would have been predicted"
+    alphas = ", ".join(f"{result['alpha']:g}" for result in results)
+    note = f"An error of 1 is that of no prediction. Written by `{first['method']}` with α = {alphas}."
+    return Table(f"next-{slug}-{first['method']}", title, ["method", "error", "cosine"], rows, note)
 
 
 def _icer_table(runs: Sequence[Run]) -> Table:

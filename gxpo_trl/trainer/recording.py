@@ -44,6 +44,9 @@ class RunRecorder(TrainerCallback):
         past = [json.dumps(entry) + "\n" for entry in state.log_history]  # of a resumed run
         (folder / LOG_NAME).write_text("".join(past))
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.stop_clock()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and state.log_history:
             with open(Path(args.output_dir) / LOG_NAME, "a") as file:
@@ -74,6 +77,9 @@ class RecordingMixin:
     def start_clock(self) -> None:
         self._clock_started = time.perf_counter()
 
+    def stop_clock(self) -> None:
+        self._seconds, self._clock_started = self._seconds_spent(), None
+
     def _seconds_spent(self) -> float:
         return self._seconds + (0.0 if self._clock_started is None else time.perf_counter() - self._clock_started)
 
@@ -81,7 +87,7 @@ class RecordingMixin:
     def off_the_clock(self) -> Iterator[None]:
         """Around what is no training."""
         was_running = self._clock_started is not None
-        self._seconds, self._clock_started = self._seconds_spent(), None
+        self.stop_clock()
         try:
             yield
         finally:
