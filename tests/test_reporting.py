@@ -116,6 +116,12 @@ def test_plain_trl_makes_a_pass_a_step_and_does_not_say_how_many_rollouts(tmp_pa
     assert load_runs([str(tmp_path)])[0].label == "GRPO (TRL)"
 
 
+def test_steps_that_are_not_logged_yet_are_plain_ones(tmp_path):
+    """The last log is of step 4, after 8 passes; the evaluation of step 6."""
+    run = load_run(write_run(tmp_path, [*LOG[:5], {"step": 6, "eval_reward": 0.7}]))
+    assert run.points[HELD_OUT][-1].backward_passes == 10
+
+
 def test_a_run_under_way_is_read_from_its_log(tmp_path):
     """The last line may be half written. What an earlier run left is not what is read."""
     write_run(tmp_path)
@@ -193,6 +199,11 @@ def test_what_is_within_the_noise_is_no_winner(tmp_path):
     assert difference_table([grpo, gxpo], grpo).rows[0][-2:] == ["1", "one seed: not known"]
 
 
+def test_what_is_lower_beyond_the_noise_is_said_to_be(tmp_path):
+    grpo, gxpo = arms_of(tmp_path, grpo=[[0, 0.5], [0, 0.7], [0, 0.9]], gxpo=[[0, 0.4], [0, 0.6], [0, 0.8]])
+    assert difference_table([grpo, gxpo], grpo).rows[0][-1] == "lower"
+
+
 def test_a_peak_is_the_first_of_equal_ones():
     points = [Point(step, value, None, step, None) for step, value in ((0, 0.1), (10, 0.8), (20, 0.8), (30, 0.7))]
     assert peak(points).step == 10
@@ -263,11 +274,20 @@ def test_a_curve_is_the_mean_of_seeds_with_a_band_and_rings(tmp_path):
     assert found["GXPO (2 seeds)"] == ([0, 160], [pytest.approx(0.1), pytest.approx(0.6)])
     assert found["GRPO"] == ([0, 160], [0.1, 0.3])
     assert {line.get_color() for line in axes.get_lines() if "GXPO" in line.get_label()} == {COLORS["GXPO"]}
-    assert len(axes.collections) == 1  # the band
+    (band,) = axes.collections
+    corners = {tuple(map(float, corner)) for corner in band.get_paths()[0].vertices.round(6)}
+    assert corners >= {(0.0, 0.0), (0.0, 0.2), (160.0, 0.4), (160.0, 0.8)}
     rings = [line for line in axes.get_lines() if line.get_marker() == "o"]
     assert [tuple(map(float, (*ring.get_xdata(), *ring.get_ydata()))) for ring in rings] == [
         (80.0, pytest.approx(0.2))
     ]
+
+
+def test_a_mean_ends_where_the_first_seed_does(tmp_path):
+    """Else it would jump to those that are left."""
+    _, axes = new_figure()
+    draw_curves(arms_of(tmp_path, gxpo=[[0.0, 0.4, 0.9], [0.2, 0.8]]), HELD_OUT, "step", axes)
+    assert lines_of(axes)["GXPO (2 seeds)"][0] == [0, 10]
 
 
 def test_what_no_run_logged_is_no_figure(tmp_path):
@@ -434,6 +454,12 @@ def test_the_page_of_one_run_has_its_settings_and_completions(tmp_path, runs):
         assert words in page, words
     report.main([str(runs / "trl"), "--out", str(tmp_path / "trl")])
     assert "holds no run.json" in (tmp_path / "trl" / "report.html").read_text()
+
+
+def test_a_run_that_broke_off_says_so(tmp_path):
+    write_run(tmp_path, LOG[:4], GXPO, "checkpoint-3/trainer_state.json")
+    (note,) = comparison_section([load_run(tmp_path, "GXPO")], None).notes[:1]
+    assert note == f"{tmp_path} has not come to its end: it is shown up to step 3."
 
 
 def test_a_run_that_was_never_evaluated_says_so(tmp_path):
