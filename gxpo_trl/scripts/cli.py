@@ -1,4 +1,4 @@
-"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo extrapolate`, `gxpo report`, `gxpo watch`, `gxpo demo`."""
+"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo report`, … One line for each below."""
 
 import argparse
 import importlib
@@ -10,6 +10,7 @@ COMMANDS = {
     "extrapolate": "predict where a run is going, and write the model that would be there",
     "report": "tables and figures of runs, on one page",
     "watch": "the page of a run while it goes on",
+    "recipes": "list, print or copy the recipes that come with the package",
     "demo": "watch a small model learn with GRPO, SFPO and GXPO, and get a picture of it",
 }
 

@@ -27,7 +27,6 @@ from .recipe import parse_recipe
 from .train import build_trainer, train
 
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 ARMS = {
     "GRPO": "one step with the gradient of each batch of rollouts",
     "SFPO": "three fast steps on the batch, back a fifth of the way, one slow step; back to GRPO when the policy's "
@@ -63,8 +62,7 @@ class ProgressBar(TrainerCallback):
 
 def run_arm(label: str, output_dir: Path, overrides: list[str]) -> Run:
     """Trains one recipe and reads back what its folder says."""
-    recipe_path = RECIPES / f"{label.lower()}.yaml"
-    arguments = ["--config", str(recipe_path), "--output_dir", str(output_dir), "--disable_tqdm", "true"]
+    arguments = ["--config", f"gxpo:tiny/{label.lower()}.yaml", "--output_dir", str(output_dir), "--disable_tqdm", "true"]
     recipe = parse_recipe([*arguments, "--log_level", "error", *overrides])
     trainer = build_trainer(recipe, callbacks=[ProgressBar()])
     trainer.remove_callback(PrinterCallback)
@@ -86,8 +84,6 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("out/demo"), help="where runs and figure go")
     options, overrides = parser.parse_known_args(arguments)
-    if not RECIPES.is_dir():
-        sys.exit(f"error: the demo's recipes are not in {RECIPES}. Run it in a clone of the repository: `make demo`.")
     quieten()
     torch.set_num_threads(1)  # the model is too small to share
 

@@ -9,6 +9,7 @@ from ..tasks.spelling import nearest
 from ..trainer.gxpo import GXPOConfig
 from ..trainer.lookahead_config import LookaheadConfig
 from ..trainer.sfpo import SFPOConfig
+from .recipes import recipe_path
 
 
 @dataclass
@@ -93,8 +94,28 @@ def _parse_training(arguments: list[str], config_class: type[LookaheadConfig], p
     return parse_keys(arguments, (GRPOScriptArguments, config_class, *others), prog)
 
 
+def find_config(arguments: list[str]) -> list[str]:
+    """The command line with `--config=X` and `--config gxpo:X` as TRL's parser takes them: `--config FILE`.
+
+    Raises:
+        ValueError: If `--config` is the last word, or the package has no such recipe.
+    """
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in words:
+        place = words.index("--config") + 1
+        if place == len(words):
+            raise ValueError("`--config` wants a recipe: a file, or one of `gxpo recipes`.")
+        words[place] = str(recipe_path(words[place]))
+    return words
+
+
 def parse_keys(arguments: list[str], dataclasses: tuple[type, ...], prog: str | None = None) -> tuple:
     """Reads a recipe, `--config FILE`, and the keys that the command line gives, into dataclasses.
+
+    Args:
+        arguments (`list[str]`): The command line. FILE may be a recipe of the package, such as `gxpo:tiny/gxpo.yaml`.
+        dataclasses (`tuple[type, ...]`): Whose fields are the keys.
+        prog (`str`, *optional*): The command's name in its help.
 
     Raises:
         ValueError: If a key is unknown, or a setting is out of its bounds.
@@ -102,7 +123,7 @@ def parse_keys(arguments: list[str], dataclasses: tuple[type, ...], prog: str | 
     # Keys are whole: an abbreviation is an unknown key, not a guess.
     parser = TrlParser(dataclasses, prog=prog, allow_abbrev=False)
     *parsed, from_file, from_command_line = parser.parse_args_and_config(
-        arguments, return_remaining_strings=True, separate_remaining_strings=True
+        find_config(arguments), return_remaining_strings=True, separate_remaining_strings=True
     )
     known = [action.dest for action in parser._actions]
     for source, strings in (("the recipe", from_file[::2]), ("the command line", from_command_line)):
