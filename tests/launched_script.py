@@ -30,7 +30,7 @@ def accumulates_in(engine) -> torch.dtype:
 def main() -> None:
     report, *arguments = sys.argv[1:]
     recipe = train.parse_recipe(arguments)
-    if recipe[-1].extrapolate_after is not None:
+    if recipe.loop.extrapolate_after is not None:
         return train.main(arguments)
     trainer = train.build_trainer(recipe)
     train.train(trainer, recipe)

@@ -1,6 +1,7 @@
 """Recipes: YAML files whose keys are dataclass fields, each of which the command line can override."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
@@ -63,14 +64,32 @@ class ExtrapolationLoopArguments:
     extrapolate_alpha: float = field(default=1.0, metadata={"help": "As `alpha` of `gxpo extrapolate`."})
 
 
-Recipe = tuple[
-    GRPOScriptArguments,
-    LookaheadConfig,
-    ModelConfig,
-    DatasetMixtureConfig,
-    ProblemArguments,
-    ExtrapolationLoopArguments,
-]
+@dataclass
+class RehearsalArguments:
+    r"""
+    Parameters:
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Says what the recipe would take, in tokens, memory and backward passes, then carries it out in small: a few
+            steps of the embedded model on the embedded task.
+    """
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Say what the recipe would take, then carry it out in small, on the embedded model."},
+    )
+
+
+class Recipe(NamedTuple):
+    """What a recipe says, by the dataclasses that its keys are fields of."""
+
+    script: GRPOScriptArguments
+    training: LookaheadConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+    problems: ProblemArguments
+    loop: ExtrapolationLoopArguments
+    rehearsal: RehearsalArguments
+
 
 CONFIGS = {"gxpo": GXPOConfig, "sfpo": SFPOConfig, "grpo": LookaheadConfig}
 
@@ -85,13 +104,13 @@ def parse_recipe(arguments: list[str], prog: str | None = None) -> Recipe:
             of its bounds.
     """
     recipe = _parse_training(arguments, LookaheadConfig, prog)
-    config_class = CONFIGS[recipe[1].update_rule]
+    config_class = CONFIGS[recipe.training.update_rule]
     return recipe if config_class is LookaheadConfig else _parse_training(arguments, config_class, prog)
 
 
 def _parse_training(arguments: list[str], config_class: type[LookaheadConfig], prog: str | None) -> Recipe:
-    others = (ModelConfig, DatasetMixtureConfig, ProblemArguments, ExtrapolationLoopArguments)
-    return parse_keys(arguments, (GRPOScriptArguments, config_class, *others), prog)
+    others = (ModelConfig, DatasetMixtureConfig, ProblemArguments, ExtrapolationLoopArguments, RehearsalArguments)
+    return Recipe(*parse_keys(arguments, (GRPOScriptArguments, config_class, *others), prog))
 
 
 def find_config(arguments: list[str]) -> list[str]:

@@ -6,7 +6,8 @@
 Model, dataset, PEFT and rewards are built from a recipe as TRL's own GRPO script builds them; `gxpo_trl/arithmetic`
 and `gxpo_trl/tiny` name the embedded dataset and model. `--resume_from_checkpoint last` goes on from the newest
 checkpoint in the output folder, and starts from the beginning where there is none. `--resume_adapter DIR` starts from
-an adapter. A recipe with `extrapolate_after` (recipes/tiny/next.yaml) trains, extrapolates and goes on.
+an adapter. A recipe with `extrapolate_after` (recipes/tiny/next.yaml) trains, extrapolates and goes on. `--dry-run`
+says what a recipe would take and carries it out in small (`dry_run.py`).
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from ..trainer.lookahead_trainer import LookaheadTrainer
 from ..trainer.sfpo import SFPOTrainer
 from ..trajectory.extrapolation import checkpoints_ahead
 from ..trajectory.settings import ExtrapolationArguments
+from .dry_run import conclude, is_dry_run, rehearse
 from .extrapolate import run as extrapolate
 from .recipe import Recipe, parse_recipe
 
@@ -43,7 +45,7 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
     Raises:
         ValueError: If the recipe names no dataset, no model or no reward, or one that does not exist.
     """
-    script_args, training_args, model_args, dataset_args, problem_args, loop_args = recipe
+    script_args, training_args, model_args, dataset_args, problem_args, loop_args, _ = recipe
     if not script_args.dataset_name and not dataset_args.datasets:
         raise ValueError("The recipe names no data. Set `dataset_name` or `datasets`.")
     if not model_args.model_name_or_path:
@@ -77,6 +79,12 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
         **(training_args.model_init_kwargs or {}),
     }
     evaluates = training_args.eval_strategy != "no"
+    if evaluates and script_args.dataset_test_split not in dataset:
+        raise ValueError(
+            f"`eval_strategy: {training_args.eval_strategy.value}` evaluates on the split "
+            f"`{script_args.dataset_test_split}`, and the data has {', '.join(dataset)}. Name another "
+            '`dataset_test_split`, or set `eval_strategy: "no"` and `eval_benchmarks`.'
+        )
     model, peft_config = resolve_model(model_args.model_name_or_path), get_peft_config(model_args)
     quantization_config = get_quantization_config(model_args)
     if loop_args.resume_adapter:
@@ -112,7 +120,7 @@ def load_adapter(
 
 def train(trainer: LookaheadTrainer, recipe: Recipe) -> None:
     """Trains, saves model, state and model card, and pushes when asked."""
-    script_args, training_args = recipe[:2]
+    script_args, training_args = recipe.script, recipe.training
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint == "last":
         exists = os.path.isdir(training_args.output_dir)
@@ -136,7 +144,7 @@ def check_loop(recipe: Recipe) -> None:
     Raises:
         ValueError: Names the setting and what to do.
     """
-    args, loop = recipe[1], recipe[-1]
+    args, loop = recipe.training, recipe.loop
     after, spacing = loop.extrapolate_after, args.trajectory_steps
     if spacing is None:
         raise ValueError("`extrapolate_after` needs a trajectory. Set `trajectory_steps`.")
@@ -176,7 +184,7 @@ def train_around_extrapolation(arguments: list[str], recipe: Recipe) -> Lookahea
     Returns:
         `LookaheadTrainer`: Of the second run.
     """
-    args, loop = recipe[1], recipe[-1]
+    args, loop = recipe.training, recipe.loop
     before, between, after = (Path(args.output_dir) / name for name in LOOP_FOLDERS)
     steps = loop.extrapolate_after
     if not (before / TRAINER_STATE_NAME).is_file():  # written when all of it is done
@@ -206,8 +214,10 @@ def _train_part(arguments: list[str], folder: Path, steps: int) -> LookaheadTrai
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if is_dry_run(arguments):
+            arguments = rehearse(arguments, prog)
         recipe = parse_recipe(arguments, prog)
-        is_loop = recipe[-1].extrapolate_after is not None
+        is_loop = recipe.loop.extrapolate_after is not None
         trainer = check_loop(recipe) if is_loop else build_trainer(recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -215,7 +225,10 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         trainer = train_around_extrapolation(arguments, recipe)
     else:
         train(trainer, recipe)
-    trainer.accelerator.print(f"Done. The model is in {trainer.args.output_dir}.")
+    if recipe.rehearsal.dry_run:
+        trainer.accelerator.print(conclude(recipe, trainer))
+    else:
+        trainer.accelerator.print(f"Done. The model is in {trainer.args.output_dir}.")
     trainer.end()
 
 

@@ -7,7 +7,7 @@ and `solution`. Anything else can be named by its path, a local file or a set of
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ PROBLEM_SETS = {
     "MATH-3to5": ProblemSet(
         "DigitalLearningGmbH/MATH-lighteval", answer=_boxed_answer, split="train", keep=_is_level_3_to_5
     ),
+    "MATH-train": ProblemSet("DigitalLearningGmbH/MATH-lighteval", answer=_boxed_answer, split="train"),
     "GSM8K-train": ProblemSet("openai/gsm8k", "question", _after_hashes, config="main", split="train"),
     "DAPO-Math-17k": ProblemSet(
         "BytedTsinghua-SIA/DAPO-Math-17k", _without_instructions, _ground_truth, split="train", repeats=True
@@ -217,7 +218,18 @@ def load_problems(
     empty = [i for i, row in enumerate(problems) if not (row["problem"] and row["answer"])]
     if empty:
         raise ValueError(f"{name} has {len(empty)} rows without a problem or an answer, the first is row {empty[0]}.")
-    return Dataset.from_list([{"id": str(i), **row} for i, row in enumerate(problems)])
+    return Dataset.from_list(_numbered(problems))
+
+
+def _joined(sets: list[Dataset]) -> Dataset:
+    """Several sets of problems as one. What is in more than one of them is in it once."""
+    if len(sets) == 1:
+        return sets[0]
+    return Dataset.from_list(_numbered({row["problem"]: row for problems in sets for row in problems}.values()))
+
+
+def _numbered(rows: Iterable[Row]) -> list[Row]:
+    return [{**row, "id": str(i)} for i, row in enumerate(rows)]
 
 
 def _load(chosen: ProblemSet, name: str, split: str) -> Dataset:
@@ -290,8 +302,9 @@ def resolve_dataset(
     """The dataset that a recipe names, with TRL's columns.
 
     Args:
-        name (`str`): `gxpo_trl/arithmetic`, which needs no network; a problem set or a file, which is loaded as the
-            split `split` with prompts; or any that `load_dataset` knows, which has to have its prompts.
+        name (`str`): `gxpo_trl/arithmetic`, which needs no network; a problem set or a file, or several joined by `+`,
+            which are loaded as the split `split` with prompts; or any that `load_dataset` knows, which has to have its
+            prompts.
         config, streaming: As for `load_dataset`.
         split (`str`): What the problems are called.
         prompt, system_prompt, problem_column, answer_column: As for `to_prompts` and `load_problems`.
@@ -299,8 +312,9 @@ def resolve_dataset(
     Raises:
         ValueError: If there is a prompt for a dataset that has its own, and what `load_problems` raises.
     """
-    if name in PROBLEM_SETS or Path(name).suffix in FILE_TYPES or problem_column or answer_column:
-        problems = load_problems(name, problem_column=problem_column, answer_column=answer_column)
+    names = [name] if Path(name).is_file() else name.split("+")
+    if len(names) > 1 or name in PROBLEM_SETS or Path(name).suffix in FILE_TYPES or problem_column or answer_column:
+        problems = _joined([load_problems(part.strip(), None, problem_column, answer_column) for part in names])
         return DatasetDict({split: to_prompts(problems, prompt, system_prompt)})
     if prompt or system_prompt:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -27,7 +28,8 @@ def resolve_reward(name: str) -> Callable:
 
     Args:
         name (`str`): one of ours, such as `maths_reward`, one that TRL's own script takes, or a dotted path such as
-            `my_package.rewards.my_reward`, looked up in the working directory too.
+            `my_package.rewards.my_reward`, looked up in the working directory too. Of TRL's,
+            `get_soft_overlong_punishment` may have its tokens with it: `get_soft_overlong_punishment(4096, 819)`.
 
     Raises:
         ValueError: If there is none of that name; it names the nearest. If it runs code, and the environment does not
@@ -44,6 +46,8 @@ def resolve_reward(name: str) -> Callable:
         "think_format_reward": trl.rewards.think_format_reward,
         "get_soft_overlong_punishment": trl.rewards.get_soft_overlong_punishment(1280, 256),
     }
+    if bounds := re.fullmatch(r"get_soft_overlong_punishment\((\d+), *(\d+)\)", name):
+        return _overlong_punishment(*map(int, bounds.groups()))
     if name == "code_reward":
         check_permission()
     if name in known:
@@ -60,3 +64,12 @@ def resolve_reward(name: str) -> Callable:
         return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"The reward function `{name}` can't be imported: {error}.") from error
+
+
+def _overlong_punishment(longest: int, cache: int) -> Callable:
+    if not 0 < cache < longest:
+        raise ValueError(
+            f"`get_soft_overlong_punishment({longest}, {cache})` takes the longest completion and, below it, how many "
+            "of its last tokens cost something."
+        )
+    return trl.rewards.get_soft_overlong_punishment(longest, cache)

@@ -22,7 +22,8 @@ class BenchmarkCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if args.eval_on_start and state.global_step == 0:
+        # Without an evaluation dataset, the training loop's own first call of `evaluate` does it.
+        if args.eval_on_start and state.global_step == 0 and self.trainer.eval_dataset is not None:
             self.trainer.score_benchmarks()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -49,6 +50,11 @@ class BenchmarkMixin:
     def _why_no_benchmarks(self) -> str | None:
         """Why a single turn of n samples is not what this trainer samples; `None` if it is."""
         return None
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        if self._benchmarks and eval_dataset is None and self.eval_dataset is None:
+            return self.score_benchmarks()
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _report_overlap(self, benchmark: Benchmark) -> None:
         found = find_overlap(self.train_dataset, benchmark.problems) if isinstance(self.train_dataset, Dataset) else []

@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import get_int_from_env
 from trl import GRPOConfig
 
 from ..update.extrapolation import Extrapolation
@@ -20,6 +21,32 @@ OWN_STEP_OPTIMIZERS = {
     "schedule_free": "its state holds a second copy of the parameters that a reposition would leave behind",
 }
 COUPLED_DECAY_OPTIMIZERS = ("sgd", "rmsprop", "adagrad")
+
+
+def _launched_processes() -> int:
+    """What `world_size` will be, before it can be asked: launchers set one of these variables."""
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+
+def accumulation_steps(prompts: int, num_generations: int, per_device_batch_size: int, processes: int) -> int:
+    """The micro-batches of each device that hold the completions of `prompts` prompts together.
+
+    Raises:
+        ValueError: If they don't come out even; it names batch sizes that do.
+    """
+    completions = prompts * num_generations
+    steps, rest = divmod(completions, per_device_batch_size * processes)
+    if rest == 0:
+        return steps
+    remedy = f"{completions} completions can't be dealt to {processes} processes: choose another `prompts_per_step`"
+    if completions % processes == 0:
+        largest = max(size for size in range(1, per_device_batch_size) if completions // processes % size == 0)
+        remedy = f"Set `per_device_train_batch_size` to {largest}"
+    raise ValueError(
+        f"`prompts_per_step: {prompts}` makes {completions} completions, with `num_generations: {num_generations}`; "
+        f"they are no multiple of `per_device_train_batch_size: {per_device_batch_size}` × {processes} processes. "
+        f"{remedy}."
+    )
 
 
 @dataclass
@@ -91,6 +118,10 @@ class LookaheadArguments:
         lookahead_diagnostics_steps (`int`, *optional*, defaults to `0`):
             Compares every so many active steps with K real optimizer steps and measures the noise of the gradient, at
             the cost of K further passes each time; 0 for never.
+        prompts_per_step (`int`, *optional*):
+            Prompts of one optimizer step over all devices; sets `gradient_accumulation_steps` accordingly, so that a
+            recipe is the same experiment on any number of GPUs: prompts × `num_generations` =
+            `per_device_train_batch_size` × processes × accumulation steps. Unset for what these come to.
         compact_batches (`bool`, *optional*, defaults to `True`):
             Whether the rows of an optimizer step are sorted by completion length and their micro-batches trimmed,
             where that leaves the gradient what it is. Turn it off to have `update_rule: grpo` equal TRL bit for bit.
@@ -280,6 +311,13 @@ class LookaheadArguments:
             "gradient, at the cost of K further passes each time; 0 for never."
         },
     )
+    prompts_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of one optimizer step over all devices; sets `gradient_accumulation_steps` accordingly, "
+            "so that a recipe is the same experiment on any number of GPUs."
+        },
+    )
     compact_batches: bool = field(
         default=True,
         metadata={
@@ -365,7 +403,15 @@ class LookaheadArguments:
     )
 
     def __post_init__(self):
+        if self.prompts_per_step is not None:
+            self._set_accumulation()  # which DeepSpeed's own configuration is made from
         super().__post_init__()
+        if self.prompts_per_step is not None and self.world_size != _launched_processes():
+            raise ValueError(
+                f"`prompts_per_step` took this for a run of {_launched_processes()} processes, and it has "
+                f"{self.world_size}. Start it with `accelerate launch` or `torchrun`, or set "
+                "`gradient_accumulation_steps` instead."
+            )
         self._check_choice("update_rule", UPDATE_RULES)
         self._check_choice("retention", ("gradient", "update"))
         self._check_choice("probe_optimizer_state", ("carry", "rollback"))
@@ -419,6 +465,18 @@ class LookaheadArguments:
             )
         if self.update_rule != "grpo":
             self._check_precision_and_optimizer()
+
+    def _set_accumulation(self) -> None:
+        self._check_at_least("prompts_per_step", 1)
+        steps = accumulation_steps(
+            self.prompts_per_step, self.num_generations, self.per_device_train_batch_size, _launched_processes()
+        )
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"`gradient_accumulation_steps: {self.gradient_accumulation_steps}` contradicts `prompts_per_step: "
+                f"{self.prompts_per_step}`, which takes {steps}. Leave one of them out."
+            )
+        self.gradient_accumulation_steps = steps
 
     def needs_grouped_generation(self) -> list[str]:
         """The settings in use that only grouped generation can serve."""
