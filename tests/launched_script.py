@@ -15,6 +15,7 @@ if "LOCAL_RANK" in os.environ:
 import torch  # noqa: E402
 
 from gxpo_trl.scripts import train  # noqa: E402
+from gxpo_trl.scripts.recipes import recipe_names  # noqa: E402
 from gxpo_trl.update.engines import FSDP2Engine, TorchEngine  # noqa: E402
 
 
@@ -25,6 +26,19 @@ def accumulates_in(engine) -> torch.dtype:
     if isinstance(engine, TorchEngine):
         return engine.parameters()[0].dtype
     return engine.model.get_data_types()[1]
+
+
+def completions_per_step(name: str, arguments: list[str]) -> list[int]:
+    """Of a recipe of the package, on this many processes: of an optimizer step, and sampled at a time."""
+    machine = [word for key in ("--use_cpu", "--ddp_backend") if key in arguments for word in option(key, arguments)]
+    args = train.parse_recipe(["--config", f"gxpo:{name}", *machine]).training
+    rows = args.per_device_train_batch_size * args.world_size
+    return [rows * args.gradient_accumulation_steps, args.generation_batch_size]
+
+
+def option(key: str, arguments: list[str]) -> list[str]:
+    place = arguments.index(key)
+    return arguments[place : place + 2]
 
 
 def main() -> None:
@@ -43,6 +57,7 @@ def main() -> None:
         "accumulates": str(accumulates_in(engine)),
         "clips_at": engine.max_grad_norm,
         "passes": trainer._backward_passes,
+        "steps": {name: completions_per_step(name, arguments) for name in recipe_names()},
         "norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
     }
     if trainer.accelerator.is_main_process:

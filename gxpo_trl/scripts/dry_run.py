@@ -37,6 +37,7 @@ def rehearse(arguments: list[str], prog: str | None = None) -> list[str]:
     """
     if not torch.accelerator.is_available():
         arguments = [*arguments, "--use_cpu", "true"]  # a plan can be made anywhere
+        torch.set_num_threads(1)  # the embedded model is too small to share
     recipe = parse_recipe(arguments, prog)
     if recipe.training.process_index == 0:
         print(describe_plan(recipe))
@@ -218,7 +219,7 @@ def in_small(recipe: Recipe) -> list[str]:
     if args.eval_benchmarks:
         small |= {"eval_benchmarks": "arithmetic", "eval_samples": 1}
     if args.eval_steps is not None:
-        small["eval_steps"] = 2
+        small |= {"eval_steps": 3, "eval_on_start": False}
     if args.trajectory_steps is not None:
         small["trajectory_steps"] = 1
     if loop.extrapolate_after is not None:
@@ -229,6 +230,8 @@ def in_small(recipe: Recipe) -> list[str]:
         small["resume_from_checkpoint"] = "last"  # of which there is none
     if recipe.model.attn_implementation is not None:
         small["attn_implementation"] = "sdpa"
+    if recipe.model.use_peft:
+        small |= {"lora_r": 8, "lora_alpha": 16}
     if _targets_are_unknown(recipe):
         small["lora_target_modules"] = "all-linear"
     return [word for name, value in small.items() for word in (f"--{name}", "null" if value is None else str(value))]

@@ -229,7 +229,7 @@ def _joined(sets: list[Dataset]) -> Dataset:
 
 
 def _numbered(rows: Iterable[Row]) -> list[Row]:
-    return [{**row, "id": str(i)} for i, row in enumerate(rows)]
+    return [{"id": "", **row} | {"id": str(i)} for i, row in enumerate(rows)]
 
 
 def _load(chosen: ProblemSet, name: str, split: str) -> Dataset:

@@ -1,0 +1,270 @@
+"""The recipes of the package: what they compute, that they differ in their rule alone, and that each can be run."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gxpo_trl.scripts import recipes, train
+from gxpo_trl.scripts.dry_run import describe_plan, in_small
+from gxpo_trl.scripts.recipe import parse_recipe
+from gxpo_trl.scripts.recipes import recipe_names, recipe_path
+from gxpo_trl.tasks import resolve_reward
+from gxpo_trl.tasks.datasets import PROBLEM_SETS, problem_set
+from gxpo_trl.trainer.lookahead_config import accumulation_steps
+
+
+ROOT = Path(__file__).parents[1]
+NAMES = recipe_names()
+RULE = {"update_rule", "lookahead_steps", "reposition_alpha", "retention", "active_threshold", "probe_optimizer_state"}
+RULE |= {"gate_signal", "gate_threshold", "gate_window", "gate_warmup_steps", "output_dir"}
+OVER_GRPO = {"loss_type", "beta", "epsilon_high", "reward_funcs"}  # what makes GRPO DAPO
+OF_A_MODEL = {"model_name_or_path", "per_device_train_batch_size", "vllm_gpu_memory_utilization", "output_dir"}
+OF_A_CONTEXT = {"max_completion_length", "vllm_max_model_length", "reward_funcs"}
+
+GXPO_MODELS = ("qwen2.5-1.5b-instruct", "qwen2.5-3b-instruct", "qwen2.5-7b-instruct", "llama-3.2-3b-instruct")
+SFPO_MODELS = ("qwen2.5-math-1.5b", "qwen2.5-math-7b", "deepseek-r1-distill-qwen-1.5b", "deepseek-r1-distill-qwen-7b")
+SFPO_MODELS += ("qwen3-4b-base",)
+NEXT_MODELS = (*GXPO_MODELS[:3], "qwen2.5-14b-instruct")
+GXPO_METHODS = ("grpo", *(f"{rule}_k{k}" for rule in ("sfpo", "gxpo") for k in (3, 5, 10)))
+SFPO_METHODS = ("grpo", "sfpo", "dapo", "dapo_sfpo")
+HOME = ("t4", "24gb", "80gb", "8x80gb")
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load(recipe_path(f"gxpo:{name}").read_text())
+
+
+def parse(name: str, *options: str):
+    return parse_recipe(["--config", f"gxpo:{name}", "--use_cpu", "true", *options])
+
+
+def differing(first: str, second: str) -> set[str]:
+    a, b = read(first), read(second)
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
+def test_there_is_one_for_every_setting():
+    expected = {f"{model}/{method}.yaml" for model in GXPO_MODELS for method in GXPO_METHODS}
+    expected |= {f"{model}/{method}.yaml" for model in SFPO_MODELS for method in SFPO_METHODS}
+    expected |= {f"{model}/next.yaml" for model in NEXT_MODELS}
+    expected |= {f"{machine}/{method}.yaml" for machine in HOME for method in ("grpo", "gxpo")}
+    expected |= {f"tiny/{method}.yaml" for method in ("grpo", "sfpo", "gxpo", "next")}
+    assert set(NAMES) == expected
+
+
+# ---- What they say
+
+
+@pytest.mark.parametrize("folder", [*GXPO_MODELS, *SFPO_MODELS, *HOME, "tiny"])
+def test_methods_of_one_folder_differ_in_the_rule_alone(folder):
+    for name in NAMES:
+        method = name.removeprefix(f"{folder}/").removesuffix(".yaml")
+        if name.startswith(f"{folder}/") and method not in ("grpo", "next"):
+            allowed = RULE | OVER_GRPO if method.startswith("dapo") else RULE
+            assert {"output_dir"} <= differing(f"{folder}/grpo.yaml", name) <= allowed, name
+    if f"{folder}/dapo.yaml" in NAMES:
+        assert differing(f"{folder}/dapo.yaml", f"{folder}/dapo_sfpo.yaml") <= RULE
+
+
+@pytest.mark.parametrize(
+    "models, methods, allowed",
+    [
+        (GXPO_MODELS, GXPO_METHODS, OF_A_MODEL),
+        (SFPO_MODELS, SFPO_METHODS, OF_A_MODEL | OF_A_CONTEXT),
+        (NEXT_MODELS, ("next",), OF_A_MODEL),
+    ],
+    ids=["gxpo", "sfpo", "next"],
+)
+def test_models_of_one_paper_differ_in_what_depends_on_the_model_alone(models, methods, allowed):
+    for method in methods:
+        for model in models[1:]:
+            assert differing(f"{models[0]}/{method}.yaml", f"{model}/{method}.yaml") <= allowed
+
+
+GXPO_PAPER = {"lora_r": 128, "lora_alpha": 256, "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+GXPO_PAPER |= {"bf16": True, "learning_rate": 1e-7, "max_grad_norm": 1.0, "epsilon": 0.2, "beta": 0.001}
+GXPO_PAPER |= {"max_completion_length": 3072, "vllm_max_model_length": 4096, "max_steps": 300, "temperature": 1.0}
+GXPO_PAPER |= {"prompts_per_step": 128, "num_generations": 5, "dataset_name": "MATH-3to5", "loss_type": "grpo"}
+SFPO_PAPER = {"prompts_per_step": 256, "num_generations": 8, "max_steps": 400, "temperature": 1.0, "use_peft": None}
+SFPO_PAPER |= {"dataset_name": "DAPO-Math-17k+MATH-train"}
+NEXT_PAPER = {"lora_r": 64, "lora_alpha": 32, "learning_rate": 5e-6, "prompts_per_step": 32, "num_generations": 8}
+NEXT_PAPER |= {"generation_batch_size": 128 * 8, "max_completion_length": 4096, "dataset_name": "DAPO-Math-17k"}
+NEXT_PAPER |= {"extrapolate_alpha": 1.5, "temperature": 1.0, "top_p": 1.0}
+
+
+def test_they_say_what_the_papers_say():
+    """method.md, section 3; a batch of the NExt paper is four optimizer steps."""
+    for model in GXPO_MODELS:
+        for method in GXPO_METHODS:
+            settings = read(f"{model}/{method}.yaml")
+            assert {key: settings.get(key) for key in GXPO_PAPER} == GXPO_PAPER
+            if method != "grpo":
+                alpha, tau = {"gxpo": (0.5, 0.5), "sfpo": (0.5, 2.0)}[settings["update_rule"]]
+                assert (settings["reposition_alpha"], settings["gate_threshold"]) == (alpha, tau)
+                assert method == f"{settings['update_rule']}_k{settings['lookahead_steps']}"
+    for model in SFPO_MODELS:
+        for method in SFPO_METHODS:
+            settings = read(f"{model}/{method}.yaml")
+            assert {key: settings.get(key) for key in SFPO_PAPER} == SFPO_PAPER
+            assert settings["vllm_max_model_length"] == (4096 if "math" in model else 8192)
+            if "sfpo" in method:
+                assert (settings["lookahead_steps"], settings["reposition_alpha"]) == (3, 0.8)
+    for model in NEXT_MODELS:
+        settings = read(f"{model}/next.yaml")
+        assert {key: settings.get(key) for key in NEXT_PAPER} == NEXT_PAPER
+        batches = {key: settings[key] / 4 for key in ("trajectory_steps", "extrapolate_after", "max_steps")}
+        assert batches == {"trajectory_steps": 10, "extrapolate_after": 150, "max_steps": 250}
+        assert settings["extrapolate_steps_ahead"] == 5 * settings["trajectory_steps"]
+
+
+DEFINING = ("loss_type", "beta", "epsilon", "num_generations", "temperature", "max_completion_length", "learning_rate")
+DEFINING += ("lr_scheduler_type", "max_grad_norm", "max_steps", "seed", "update_rule", "reward_funcs", "bf16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_defines_the_method_is_written_out(name):
+    settings = read(name)
+    assert not set(DEFINING) - settings.keys()
+    if not name.startswith("tiny/"):
+        assert not {
+            "num_iterations",
+            "scale_rewards",
+            "importance_sampling_level",
+            "top_p",
+            "weight_decay",
+            "dtype",
+        } - (settings.keys())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_real_parser_takes_it_and_its_names_exist(name, tmp_path):
+    recipe = parse(name, "--output_dir", str(tmp_path))
+    for part in recipe.script.dataset_name.split("+"):
+        assert part == "gxpo_trl/arithmetic" or problem_set(part)
+    assert all(benchmark in PROBLEM_SETS for benchmark in recipe.training.eval_benchmarks or [])
+    assert all(callable(resolve_reward(reward)) for reward in recipe.script.reward_funcs)
+    if recipe.loop.extrapolate_after is not None:
+        train.check_loop(recipe)
+    assert "backward passes" in describe_plan(recipe)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tiny/")])
+def test_the_batch_is_the_same_on_any_number_of_gpus(name):
+    settings = read(name)
+    shape = settings["prompts_per_step"], settings["num_generations"], settings["per_device_train_batch_size"]
+    for devices in (1, 2, 4, 8) if name.split("/")[0] not in ("t4", "24gb", "80gb") else (1,):
+        steps = accumulation_steps(*shape, devices)
+        assert devices * steps * shape[2] == shape[0] * shape[1]
+        sampled = settings.get("generation_batch_size", shape[0] * shape[1])
+        assert sampled % (devices * shape[2]) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tiny/")])
+def test_it_names_the_command_that_runs_it(name):
+    text = recipe_path(f"gxpo:{name}").read_text()
+    command = re.sub(r" \\\n#\s+", " ", text)
+    assert f"--config recipes/{name}\n" in command
+    for engine in re.findall(r"--config_file (\S+)", command):
+        assert (ROOT / engine).is_file()
+
+
+def test_a_prompt_count_that_does_not_come_out_even_is_refused_with_one_that_does():
+    with pytest.raises(ValueError, match="Set `per_device_train_batch_size` to 10"):
+        accumulation_steps(128, 5, 12, 4)
+    with pytest.raises(ValueError, match="can't be dealt to 3 processes"):
+        accumulation_steps(128, 5, 10, 3)
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps: 4` contradicts `prompts_per_step: 8`"):
+        parse("t4/gxpo.yaml", "--gradient_accumulation_steps", "4")
+    with pytest.raises(ValueError, match="prompts_per_step"):
+        parse("t4/gxpo.yaml", "--prompts_per_step", "0")
+
+
+# ---- Running them in small
+
+
+def rehearsal(name: str) -> str:
+    """What of a recipe is left when its model, problems and lengths are the embedded ones."""
+    recipe = parse(name)
+    left = read(name) | dict(zip(*[iter(word.removeprefix("--") for word in in_small(recipe))] * 2, strict=True))
+    return json.dumps({key: value for key, value in left.items() if key not in OF_A_MODEL | OF_A_CONTEXT}, default=str)
+
+
+DISTINCT = list({rehearsal(name): name for name in reversed(NAMES)}.values())
+
+
+def dry_run(name: str, folder: Path, capsys) -> str:
+    train.main(
+        ["--config", f"gxpo:{name}", "--dry-run", "--output_dir", str(folder / "run"), "--disable_tqdm", "true"]
+    )
+    assert not list(folder.iterdir())
+    return capsys.readouterr().out
+
+
+def check_rehearsal(name: str, printed: str) -> None:
+    settings = read(name)
+    probes = {"grpo": 0, "gxpo": 2, "sfpo": settings.get("lookahead_steps")}[settings["update_rule"]]
+    steps = 1 if "extrapolate_after" in settings else 3
+    (last,) = (line for line in printed.splitlines() if line.startswith("Carried out in small"))
+    passes = int(re.search(r"(\d+) backward passes", last).group(1))
+    assert f"{steps} steps" in last and steps <= passes <= steps + 2 * probes
+
+
+@pytest.mark.parametrize("name", sorted(DISTINCT))
+def test_it_can_be_carried_out_in_small(name, tmp_path, capsys):
+    """Recipes that differ in model and lengths alone are the same in small; one of each kind."""
+    check_rehearsal(name, dry_run(name, tmp_path, capsys))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_each_can_be_carried_out_in_small(name, tmp_path, capsys):
+    check_rehearsal(name, dry_run(name, tmp_path, capsys))
+
+
+# ---- In the package
+
+
+def test_a_recipe_of_the_package_is_named_in_any_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # not in a clone
+    assert parse("tiny/gxpo.yaml").training.lookahead_steps == 5
+    assert parse_recipe(["--config=gxpo:tiny/sfpo.yaml"]).training.lookahead_steps == 3
+    with pytest.raises(ValueError, match="no recipe `gxpo:tiny/gxpo.yml`; did you mean `tiny/gxpo.yaml`"):
+        parse("tiny/gxpo.yml")
+    with pytest.raises(ValueError, match="`--config` wants a recipe"):
+        parse_recipe(["--config"])
+
+
+def test_they_are_listed_printed_and_copied(tmp_path, capsys):
+    recipes.main([])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [f"gxpo:{name}" for name in NAMES]
+    recipes.main(["tiny/gxpo.yaml"])
+    assert capsys.readouterr().out == recipe_path("gxpo:tiny/gxpo.yaml").read_text()
+    recipes.main(["--copy", str(tmp_path / "mine")])
+    assert (tmp_path / "mine" / "accelerate" / "zero3.json").is_file()
+    with pytest.raises(SystemExit, match="mine"):  # nothing of the user's is overwritten
+        recipes.main(["--copy", str(tmp_path / "mine")])
+
+
+def test_the_wheel_holds_them_and_the_embedded_model(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {f"gxpo_trl/recipes/{name}" for name in NAMES} <= names
+    assert {"gxpo_trl/tasks/tiny/model.safetensors", "gxpo_trl/reporting/report.html.jinja"} <= names
+    assert not {name for name in names if name.startswith(("tests", "benchmarks", "recipes"))}
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = "from gxpo_trl.scripts.cli import main; main(['recipes'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.splitlines()[0].startswith(f"gxpo:{NAMES[0]}"), run.stderr
