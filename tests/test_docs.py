@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from helpers import ON_CPU, RisingGateTrainer, train
+from helpers import ON_CPU, RisingGateTrainer, text_reward, train
 from sphinx.cmd.build import build_main
 
 import gxpo_trl
@@ -360,7 +360,8 @@ def documented() -> set[str]:
 def test_the_page_of_metrics_has_those_that_a_run_logs(tmp_path):
     settings = {"lookahead_diagnostics_steps": 1, "gate_warmup_steps": 0, "beta": 0.01, "max_steps": 4}
     evaluation = {"eval_benchmarks": ["arithmetic"], "eval_steps": 4, "eval_samples": 2}
-    trainer = train(tmp_path, RisingGateTrainer, scripted=False, reward=maths_reward, **settings, **evaluation)
+    rewards = [maths_reward, text_reward]  # the second has spread in every group
+    trainer = train(tmp_path, RisingGateTrainer, scripted=False, reward=rewards, **settings, **evaluation)
     keys = {key for entry in trainer.state.log_history for key in entry}
     ours = {key for key in keys if key.startswith(("lookahead/", "eval/", "verify_"))}
     logged = {key.replace("/arithmetic/", "/<benchmark>/").replace("@2", "@n") for key in ours}
