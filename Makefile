@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test lint format slow clean
+.PHONY: setup demo test lint format slow docs clean
 
 setup: $(READY)
 
@@ -27,6 +27,9 @@ test: $(READY)
 
 slow: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+docs: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/sphinx-build -W --keep-going -b html docs out/docs
 
 lint: $(READY)
 	$(BIN)/ruff check .
