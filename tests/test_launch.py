@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+
+from gxpo_trl.scripts.recipes import recipe_names, recipe_path
 
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +31,16 @@ ENGINES = {
 def command_line(report: Path, folder: Path, **settings) -> list[str]:
     settings = {"config": "recipes/tiny/gxpo.yaml", "output_dir": folder, **SHORT, **settings}
     return [SCRIPT, str(report), *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
+
+
+def completions_of(name: str, processes: int) -> list[int]:
+    """What a recipe says of its batch: completions of an optimizer step, and sampled at a time."""
+    recipe = yaml.safe_load(recipe_path(f"gxpo:{name}").read_text())
+    if "prompts_per_step" in recipe:
+        step = recipe["prompts_per_step"] * recipe["num_generations"]
+    else:
+        step = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * processes
+    return [step, recipe.get("generation_batch_size", step)]
 
 
 def run(command: list[str], **environment) -> subprocess.CompletedProcess:
@@ -51,6 +64,7 @@ def test_a_recipe_gives_the_engine_it_is_named_after(tmp_path, engine):
     assert (result["parameters"], result["accumulates"], result["clips_at"]) == ("torch.float32", "torch.float32", 1.0)
     assert result["passes"] == 6 and all(norm > 0 for norm in result["norms"])
     assert (tmp_path / "model.safetensors").is_file()
+    assert result["steps"] == {name: completions_of(name, processes=2) for name in recipe_names()}
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -146,7 +146,7 @@ class RecordingMixin:
             ),
             "settings": args.to_dict(),
             "changed": _changed(args),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             "versions": {package: version(package) for package in PACKAGES},
