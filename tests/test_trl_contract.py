@@ -11,6 +11,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from helpers import logged, make_trainer, tiny_model
 from transformers import GenerationConfig, MaxTimeCriteria, Trainer
+from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from gxpo_trl.rollout.compaction import KNOWN
@@ -32,6 +33,10 @@ def test_the_overridden_methods_keep_their_signatures():
     assert parameter_names(GRPOTrainer.create_model_card) == ["self", "model_name", "dataset_name", "tags"]
     assert parameter_names(Trainer._save_optimizer_and_scheduler) == ["self", "output_dir"]
     assert parameter_names(GRPOTrainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]
+    assert parameter_names(Trainer.init_hf_repo) == ["self", "token", "private"]
+    assert parameter_names(Trainer._push_from_checkpoint) == ["self", "checkpoint_folder"]
+    assert parameter_names(Trainer._finish_current_push) == ["self"]
+    assert PushInProgress().jobs == []
     assert parameter_names(GRPOTrainer.__init__)[:4] == ["self", "model", "reward_funcs", "args"]
     for trainer_class in (GRPOTrainer, RLOOTrainer):  # timed, and passed through
         assert callable(trainer_class._generate) and callable(trainer_class._calculate_rewards)

@@ -91,6 +91,11 @@ class Run:
                     found.setdefault(benchmark, {})[entry["step"]] = spending.point(entry, entry[name])
         return {benchmark: tuple(of_it[step] for step in sorted(of_it)) for benchmark, of_it in found.items()}
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of what the log holds, in its order."""
+        return list(self._columns)
+
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """A metric of the log against the step."""
         return self._columns.get(name, ([], []))

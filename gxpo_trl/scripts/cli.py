@@ -10,6 +10,7 @@ COMMANDS = {
     "extrapolate": "predict where a run is going, and write the model that would be there",
     "report": "tables and figures of runs, on one page",
     "watch": "the page of a run while it goes on",
+    "push": "send a run to the Hub",
     "recipes": "list, print or copy the recipes that come with the package",
     "demo": "watch a small model learn with GRPO, SFPO and GXPO, and get a picture of it",
 }

@@ -1,8 +1,12 @@
 """Recipes: YAML files whose keys are dataclass fields, each of which the command line can override."""
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
@@ -128,19 +132,38 @@ def find_config(arguments: list[str]) -> list[str]:
     return words
 
 
-def parse_keys(arguments: list[str], dataclasses: tuple[type, ...], prog: str | None = None) -> tuple:
+def as_recipe(arguments: list[str], recipe: Recipe) -> str:
+    """One file that says what the command line says: its recipe, with the keys that it overrides."""
+    words = find_config(arguments)
+    settings: dict[str, Any] = {}
+    if "--config" in words:
+        settings = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
+    parsed = {f.name: getattr(part, f.name) for part in recipe for f in dataclasses.fields(part)}
+    for word in words:
+        key = word.removeprefix("--").split("=")[0].replace("-", "_")
+        key = key if key in parsed else key.removeprefix("no_")
+        if word.startswith("--") and key in parsed:
+            value = parsed[key]
+            settings[key] = value.value if isinstance(value, Enum) else value
+    if settings.get("report_to") == []:
+        settings["report_to"] = "none"
+    settings.pop("dry_run", None)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def parse_keys(arguments: list[str], classes: tuple[type, ...], prog: str | None = None) -> tuple:
     """Reads a recipe, `--config FILE`, and the keys that the command line gives, into dataclasses.
 
     Args:
         arguments (`list[str]`): The command line. FILE may be a recipe of the package, such as `gxpo:tiny/gxpo.yaml`.
-        dataclasses (`tuple[type, ...]`): Whose fields are the keys.
+        classes (`tuple[type, ...]`): Dataclasses whose fields are the keys.
         prog (`str`, *optional*): The command's name in its help.
 
     Raises:
         ValueError: If a key is unknown, or a setting is out of its bounds.
     """
     # Keys are whole: an abbreviation is an unknown key, not a guess.
-    parser = TrlParser(dataclasses, prog=prog, allow_abbrev=False)
+    parser = TrlParser(classes, prog=prog, allow_abbrev=False)
     *parsed, from_file, from_command_line = parser.parse_args_and_config(
         find_config(arguments), return_remaining_strings=True, separate_remaining_strings=True
     )

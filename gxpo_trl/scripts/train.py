@@ -24,15 +24,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
+from ..reporting.card import RECIPE_NAME
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
+from ..tasks.datasets import hub_dataset
 from ..trainer.gxpo import GXPOTrainer
 from ..trainer.lookahead_trainer import LookaheadTrainer
+from ..trainer.publishing import PUSH_ERRORS
 from ..trainer.sfpo import SFPOTrainer
 from ..trajectory.extrapolation import checkpoints_ahead
 from ..trajectory.settings import ExtrapolationArguments
 from .dry_run import conclude, is_dry_run, rehearse
 from .extrapolate import run as extrapolate
-from .recipe import Recipe, parse_recipe
+from .recipe import Recipe, as_recipe, parse_recipe
 
 
 TRAINERS = {"gxpo": GXPOTrainer, "sfpo": SFPOTrainer, "grpo": LookaheadTrainer}
@@ -126,13 +129,27 @@ def train(trainer: LookaheadTrainer, recipe: Recipe) -> None:
         exists = os.path.isdir(training_args.output_dir)
         checkpoint = get_last_checkpoint(training_args.output_dir) if exists else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
+    trainer.save_model(training_args.output_dir, _internal_call=True)  # pushed below, all of it at once
     trainer.save_state()
-    trainer.create_model_card(
-        model_name=os.path.basename(os.path.abspath(training_args.output_dir)), dataset_name=script_args.dataset_name
-    )
+    dataset = hub_dataset(script_args.dataset_name)
+    trainer.create_model_card(os.path.basename(os.path.abspath(training_args.output_dir)), dataset)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        try:
+            trainer.push_to_hub(dataset_name=dataset)
+        except PUSH_ERRORS as error:
+            sys.exit(
+                f"error: the run is over and is in {training_args.output_dir}, but the Hub did not take it: {error}\n"
+                f"`gxpo push {training_args.output_dir} --repo_id {trainer.hub_model_id}` tries again."
+            )
+
+
+def write_recipe(arguments: list[str], recipe: Recipe, folders: list[Path]) -> None:
+    """Leaves the recipe with the run, command line and all."""
+    if not PartialState().is_main_process:
+        return
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE_NAME).write_text(as_recipe(arguments, recipe), encoding="utf-8")
 
 
 # ---- NExt in one recipe
@@ -187,6 +204,7 @@ def train_around_extrapolation(arguments: list[str], recipe: Recipe) -> Lookahea
     args, loop = recipe.training, recipe.loop
     before, between, after = (Path(args.output_dir) / name for name in LOOP_FOLDERS)
     steps = loop.extrapolate_after
+    write_recipe(arguments, recipe, [Path(args.output_dir), before, after])
     if not (before / TRAINER_STATE_NAME).is_file():  # written when all of it is done
         _train_part(arguments, before, steps)
     settings = ExtrapolationArguments(
@@ -206,6 +224,7 @@ def train_around_extrapolation(arguments: list[str], recipe: Recipe) -> Lookahea
 
 def _train_part(arguments: list[str], folder: Path, steps: int) -> LookaheadTrainer:
     part = parse_recipe([*arguments, "--output_dir", str(folder), "--max_steps", str(steps)])
+    part.training.hub_model_id = part.training.hub_model_id or folder.resolve().parent.name
     trainer = build_trainer(part)
     train(trainer, part)
     return trainer
@@ -224,6 +243,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     if is_loop:
         trainer = train_around_extrapolation(arguments, recipe)
     else:
+        write_recipe(arguments, recipe, [Path(recipe.training.output_dir)])
         train(trainer, recipe)
     if recipe.rehearsal.dry_run:
         trainer.accelerator.print(conclude(recipe, trainer))

@@ -221,6 +221,13 @@ def load_problems(
     return Dataset.from_list(_numbered(problems))
 
 
+def hub_dataset(name: str | None) -> str | None:
+    """Where a dataset is on the Hub, for links; `None` for what is not there, and for several at once."""
+    if name in PROBLEM_SETS:
+        name = PROBLEM_SETS[name].path
+    return name if name and name != EMBEDDED_DATASET and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
 def _joined(sets: list[Dataset]) -> Dataset:
     """Several sets of problems as one. What is in more than one of them is in it once."""
     if len(sets) == 1:

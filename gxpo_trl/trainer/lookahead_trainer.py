@@ -33,6 +33,7 @@ from .compacting import CompactingMixin, Shares
 from .evaluating import BenchmarkMixin
 from .generating import GroupedGenerationMixin
 from .lookahead_config import LookaheadArguments, LookaheadConfig
+from .publishing import PublishingMixin
 from .recording import RecordingMixin
 from .trajectory import TrajectoryMixin
 
@@ -48,7 +49,9 @@ SLOW_METRICS = {
 """TRL's names of what the last pass measures, and ours."""
 
 
-class LookaheadMixin(CompactingMixin, RecordingMixin, BenchmarkMixin, GroupedGenerationMixin, TrajectoryMixin):
+class LookaheadMixin(
+    CompactingMixin, RecordingMixin, BenchmarkMixin, GroupedGenerationMixin, TrajectoryMixin, PublishingMixin
+):
     """
     The lookahead policy updates, over a TRL trainer whose loss can be computed again on the rollouts of a step.
 
@@ -287,7 +290,7 @@ class LookaheadMixin(CompactingMixin, RecordingMixin, BenchmarkMixin, GroupedGen
                 "float32`; `bf16: true` still computes in bf16), or set `allow_low_precision_parameters: true`."
             )
 
-    # ---- Checkpoints and model card
+    # ---- Checkpoints
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -322,19 +325,6 @@ class LookaheadMixin(CompactingMixin, RecordingMixin, BenchmarkMixin, GroupedGen
         self._fallbacks = state["fallbacks"]
         self._shutoff_step = state["shutoff_step"]
         self._rollouts, self._seconds = state["rollouts"], state["seconds"]
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
-                card.write(self._describe_settings())
-
-    def _describe_settings(self) -> str:
-        shown = ("learning_rate", "max_grad_norm", "loss_type", "beta", "epsilon", "num_generations", "temperature")
-        names = [field.name for field in dataclasses.fields(LookaheadArguments)]
-        names += [name for name in shown if name in self.args.__dataclass_fields__]
-        rows = [f"| `{name}` | {getattr(self.args, name)} |" for name in names]
-        return "\n".join(["", "", "## Lookahead settings", "", "| setting | value |", "|---|---|", *rows, ""])
 
 
 class LookaheadTrainer(LookaheadMixin, GRPOTrainer):

@@ -64,6 +64,11 @@ def _changed(args: TrainingArguments) -> dict[str, Any]:
     return changed
 
 
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Sets as lists, which JSON has."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+
+
 class RecordingMixin:
     """Counts what a run spends: completions, and seconds of training, evaluations left out."""
 
@@ -135,7 +140,7 @@ class RecordingMixin:
             "package": __version__,
             "trainer": type(self).__name__,
             "model": get_config_model_id(model.config),
-            "adapter": None if adapter is None else adapter[model.active_adapter].to_dict(),
+            "adapter": None if adapter is None else _plain(adapter[model.active_adapter].to_dict()),
             "rewards": list(self.reward_func_names),
             "training_examples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
             "parameters": sum(p.numel() for p in model.parameters()),

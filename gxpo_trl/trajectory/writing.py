@@ -46,7 +46,7 @@ def write_extrapolation(
     else:
         write_adapter(trajectory, found, alpha, partial)
         if merged:
-            _merge(partial)
+            merge_adapter(partial)
     shutil.copy(figure, partial / FIGURE_NAME)
     report = {"alpha": alpha, "run": str(trajectory.run.resolve()), **found.report}
     (partial / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
@@ -111,7 +111,7 @@ def _save_tokenizer(trajectory: AdapterTrajectory, folder: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
-def _merge(folder: Path) -> None:
+def merge_adapter(folder: Path) -> None:
     """Puts a whole model in the place of an adapter; added in fp32, and saved in the base model's precision."""
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     dtype = AutoConfig.from_pretrained(model.peft_config["default"].base_model_name_or_path).dtype

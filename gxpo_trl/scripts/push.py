@@ -1,0 +1,104 @@
+"""Sends a run to the Hub: its adapter or weights, tokenizer, model card, recipe, log and state.
+
+    gxpo push out/tiny-gxpo --repo_id me/tiny-gxpo
+    gxpo push out/run --repo_id me/run --merge --evaluation out/eval/run    # whole weights, and what they score
+    gxpo push out/run/checkpoint-200                                        # a checkpoint; so is out/run, broken off
+    gxpo push out/run/extrapolated/next/alpha-1.5                           # what `gxpo extrapolate` wrote
+
+Nothing in the run's folder is changed but its model card.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..reporting.card import CARD_NAME, CURVES_NAME, RECIPE_NAME, write_card
+from ..trainer.publishing import PUSH_ERRORS
+from ..trajectory.writing import merge_adapter
+
+
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+OF_THE_RUN = (CARD_NAME, CURVES_NAME, RECIPE_NAME, "run.json", "log.jsonl")
+NOT_OF_A_MODEL = ("optimizer*", "scheduler*", "rng_state*", "*.partial", "checkpoint-*", "_*", "global_step*")
+NOT_OF_A_MODEL += ("training_args.bin", "trajectory", "extrapolated")
+"""What a folder holds beside the model: for going on with training, and models of their own."""
+
+
+def model_folder(run: Path) -> Path:
+    """The folder with the model: the run's own, or that of its newest checkpoint, if the run broke off.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not run.is_dir():
+        raise ValueError(f"There is no folder {run}.")
+    if any((run / name).is_file() for name in WEIGHTS):
+        return run
+    checkpoint = get_last_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(
+            f"{run} holds no model and no checkpoint. Name the output folder of a run that has saved one."
+        )
+    return Path(checkpoint)
+
+
+def gather(run: Path, folder: Path, merge: bool, evaluation: Path | None) -> None:
+    """Everything that is to be sent, in a folder of its own.
+
+    Raises:
+        ValueError: If there is no model, or `merge` finds no adapter.
+    """
+    model = model_folder(run)
+    home = run if run.name[:11] != "checkpoint-" else run.parent
+    if merge and not (model / WEIGHTS[0]).is_file():
+        raise ValueError(f"`--merge` merges an adapter, and {model} holds whole weights. Leave it out.")
+    if (home / "log.jsonl").is_file() or (home / "trainer_state.json").is_file():
+        write_card(home, evaluation=evaluation)
+    elif evaluation is not None:
+        raise ValueError(f"{run} is no run, and its card takes no `--evaluation`. Leave it out.")
+    shutil.copytree(model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_OF_A_MODEL))
+    for name in OF_THE_RUN:
+        if (home / name).is_file():
+            shutil.copy(home / name, folder)
+    if merge:
+        merge_adapter(folder)
+
+
+def push(run: Path, repo_id: str | None, merge: bool, private: bool, evaluation: Path | None) -> str:
+    """Sends it, in one commit, and returns its address."""
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        gather(run, Path(folder), merge, evaluation)
+        repo = api.create_repo(repo_id or run.resolve().name, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=f"gxpo push {run.name}")
+    return str(repo)
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, a checkpoint, or an extrapolated model")
+    parser.add_argument(
+        "--repo_id", "--repo-id", help="on the Hub, as owner/name; else the folder's name, under yours"
+    )
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into its base model first")
+    parser.add_argument("--private", action="store_true", help="a repository that others don't see, if it is new")
+    parser.add_argument("--evaluation", type=Path, help="the model's folder in the output of `gxpo eval`")
+    options = parser.parse_args(arguments)
+    try:
+        address = push(options.run, options.repo_id, options.merge, options.private, options.evaluation)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except PUSH_ERRORS as error:
+        sys.exit(f"error: the Hub did not take it: {error}\nNothing is lost: the run is in {options.run}, as it was.")
+    print(f"Pushed to {address}")
+
+
+if __name__ == "__main__":
+    main()

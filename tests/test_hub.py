@@ -1,0 +1,199 @@
+"""What goes to the Hub, in real requests to a server of this machine's own, and what happens when it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import make_trainer, train
+from hub_server import hub_server
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gxpo_trl.reporting.card import MARKER, write_card
+from gxpo_trl.scripts.recipe import as_recipe, parse_recipe
+from gxpo_trl.scripts.train import write_recipe
+
+
+SCRIPT = Path(__file__).parent / "pushing_script.py"
+RUN = ["train", "--config", "gxpo:tiny/gxpo.yaml", "--max_steps", "4", "--save_steps", "2", "--eval_strategy", "no"]
+RUN += ["--eval_on_start", "false", "--disable_tqdm", "true", "--push_to_hub", "true"]
+RUN += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"]
+LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"]
+
+
+@pytest.fixture
+def hub():
+    with hub_server() as server:
+        yield server
+
+
+def run(hub, *commands: list[str], **environment: str) -> tuple[list[str], str]:
+    """How each command ended, and all that was said."""
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), json.dumps(commands)],
+        env={**os.environ, **hub.environment(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = process.stdout + process.stderr
+    ends = re.search(r"^ENDS (.*)$", process.stdout, re.MULTILINE)
+    assert ends, said[-3000:]
+    return json.loads(ends[1]), said
+
+
+def into(folder: Path, repo: str, *options: str) -> list[str]:
+    return [*RUN, "--output_dir", str(folder / repo), "--hub_model_id", f"me/{repo}", *options]
+
+
+def test_every_strategy_leaves_the_whole_run_on_the_hub(hub, tmp_path):
+    """The last of several commits holds the adapter that the run ended with, in all of them."""
+    strategies = {
+        "end": ["--save_strategy", "no"],
+        "every_save": ["--save_strategy", "steps"],
+        "checkpoint": ["--save_strategy", "steps"],
+        "all_checkpoints": ["--save_strategy", "steps"],
+    }
+    commands = [into(tmp_path, name, "--hub_strategy", name, *LORA, *saves) for name, saves in strategies.items()]
+    ends, said = run(hub, *commands)
+    assert ends == ["done"] * 4, said[-3000:]
+    for name in strategies:
+        files = hub.files[f"me/{name}"]
+        expected = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "curves.png"}
+        assert expected | {"recipe.yaml", "run.json", "log.jsonl", "trainer_state.json"} <= files.keys()
+        for path in expected:
+            assert files[path] == (tmp_path / name / path).read_bytes()
+        assert json.loads(files["trainer_state.json"])["global_step"] == 4
+    in_progress = {
+        name: sum(f"me/{name}" == repo and "progress" in text for repo, text, _ in hub.commits) for name in strategies
+    }
+    assert in_progress["end"] == 0 and all(in_progress[name] for name in strategies if name != "end")
+    assert any(path.startswith("last-checkpoint/") for path in hub.files["me/checkpoint"])
+    assert any(path.startswith("checkpoint-2/") for path in hub.files["me/all_checkpoints"])
+    for name in strategies:
+        assert yaml.safe_load(hub.files[f"me/{name}"]["README.md"].decode().split("---")[1])["model_name"] == name
+
+
+def test_a_push_that_fails_costs_nothing_but_the_push(hub, tmp_path):
+    """The server refuses what comes during training in one run, and the last push in the other."""
+    hub.refuses = {0, 1, 3}
+    options = ["--save_strategy", "steps", "--save_steps", "2", "--hub_always_push", "true", *LORA]
+    during = into(tmp_path, "during", *options)
+    atlast = into(tmp_path, "atlast", "--save_strategy", "no", *LORA)
+    ends, said = run(hub, during, atlast, ["push", str(tmp_path / "atlast"), "--repo_id", "me/atlast"])
+    assert ends[0] == "done" and "Training goes on" in said
+    assert [text for repo, text, _ in hub.commits if repo == "me/during"] == ["End of training"]
+    assert ends[1].startswith("error: the run is over and is in") and "gxpo push" in ends[1]
+    assert ends[2] == "done"
+    for name in ("during", "atlast"):
+        weights = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        assert hub.files[f"me/{name}"]["adapter_model.safetensors"] == weights
+
+
+def test_a_hub_that_refuses_is_found_out_before_training(hub, tmp_path):
+    (end,), _ = run(hub, into(tmp_path, "mine"), HF_TOKEN="hf_wrong")
+    assert end.startswith("error: `push_to_hub: true`, and the Hub takes no repository me/mine")
+    assert "gxpo push" in end and not (tmp_path / "mine" / "run.json").exists()
+
+
+def test_a_run_is_pushed_afterwards_whole_or_merged_and_loads_from_there(hub, tmp_path):
+    trained = [*into(tmp_path, "run", *LORA, "--learning_rate", "1e-2"), "--push_to_hub", "false"]
+    trained += ["--save_strategy", "steps"]
+    folder = str(tmp_path / "run")
+    merged = ["push", folder, "--repo_id", "me/merged", "--merge", "--private"]
+    broken_off = ["push", str(tmp_path / "run" / "checkpoint-2"), "--repo_id", "me/half"]
+    wrong = ["push", str(tmp_path / "nothing")]
+    ends, said = run(hub, trained, ["push", folder, "--repo_id", "me/adapter"], merged, broken_off, wrong)
+    assert ends == ["done"] * 4 + [f"error: There is no folder {tmp_path / 'nothing'}."], said[-3000:]
+    assert hub.private["me/merged"] and not hub.private["me/adapter"]
+    assert not {path for path in hub.files["me/half"] if path.startswith(("optimizer", "rng_state", "training_args"))}
+    half, whole = (hub.files[f"me/{name}"]["adapter_model.safetensors"] for name in ("half", "adapter"))
+    assert half == (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").read_bytes() != whole
+    assert "adapter_model.safetensors" not in hub.files["me/merged"]
+    for name in ("adapter", "merged"):
+        for path, content in hub.files[f"me/{name}"].items():
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_bytes(content)
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")("Q: Mia has 6 pens.", return_tensors="pt")["input_ids"]
+    one = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)(tokens).logits
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+# ---- The card
+
+
+def test_the_card_holds_what_was_measured_and_how_to_do_it_again(tmp_path):
+    scored = {"scripted": False, "eval_benchmarks": ["arithmetic"], "eval_samples": 2, "eval_steps": 2}
+    trainer = train(tmp_path, max_steps=2, trajectory_steps=None, per_device_eval_batch_size=64, **scored)
+    trainer.save_state()
+    (tmp_path / "eval").mkdir()
+    metrics = {"avg@4": {"value": 0.25}, "pass@4": {"value": 0.5}}
+    (tmp_path / "eval" / "results.json").write_text(json.dumps({"benchmarks": {"MATH-500": {"metrics": metrics}}}))
+    trainer.create_model_card("mine")
+    write_card(tmp_path, evaluation=tmp_path / "eval")
+    write_card(tmp_path, evaluation=tmp_path / "eval")  # again, and nothing is there twice
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.count(MARKER) == card.text.count("## Settings") == 1
+    found = {(r.dataset_type, r.metric_type): r.metric_value for r in card.data.eval_results}
+    last = trainer.state.log_history[-1] if "eval/arithmetic/avg@2" in trainer.state.log_history[-1] else None
+    scores = [
+        entry["eval/arithmetic/avg@2"] for entry in trainer.state.log_history if "eval/arithmetic/avg@2" in entry
+    ]
+    assert last is None or scores
+    assert found[("gxpo_trl/arithmetic", "avg@2")] == pytest.approx(scores[-1], abs=1e-4)
+    assert found[("HuggingFaceH4/MATH-500", "avg@4")] == 0.25 and found[("HuggingFaceH4/MATH-500", "pass@4")] == 0.5
+    assert "| MATH-500 | avg@4 | 0.250 |" in card.text
+    for citation in ("swapnil2026gxpo", "shao2024deepseekmath", "vonwerra2020trl"):
+        assert citation in card.text
+    assert "huggingface.co/None" not in card.text and 'model="None"' not in card.text
+    assert (tmp_path / "curves.png").stat().st_size > 5000 and "![" in card.text
+
+
+def test_the_card_cites_what_was_used(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card("mine")
+    assert "chen2026next" not in (tmp_path / "README.md").read_text()
+    trainer.args.trajectory_steps = 2
+    trainer.create_model_card("mine")
+    assert "chen2026next" in (tmp_path / "README.md").read_text()
+
+
+def test_a_results_file_that_is_not_there_is_named(tmp_path):
+    make_trainer(tmp_path).create_model_card("mine")
+    with pytest.raises(ValueError, match="holds no results.json"):
+        write_card(tmp_path, evaluation=tmp_path)
+
+
+# ---- The recipe that stays with a run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--learning_rate", "3e-5", "--scale_max", "inf", "--eval_strategy", "steps", "--report_to", "none"],
+        ["--eval-benchmarks", "arithmetic", "--reward_funcs", "arithmetic_reward", "boxed_format_reward"],
+        ["--use_peft", "--lora_target_modules=all-linear", "--no_prune_zero_advantage", "--max_active_steps", "3"],
+        ["--prompts_per_step", "8", "--gradient_accumulation_steps", "2", "--dry-run"],
+    ],
+)
+def test_one_file_says_what_recipe_and_command_line_say(tmp_path, options):
+    arguments = ["--config", "gxpo:tiny/gxpo.yaml", "--output_dir", str(tmp_path), *options]
+    said = parse_recipe(arguments)
+    write_recipe(arguments, said, [tmp_path])
+    again = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+    assert not again.rehearsal.dry_run
+    for one, other in zip(said[:-1], again[:-1], strict=True):
+        first, second = vars(one), vars(other)
+        moved = {"logging_dir", "run_name", "distributed_state"}
+        assert {k: str(v) for k, v in first.items() if k not in moved} == {
+            k: str(v) for k, v in second.items() if k not in moved
+        }
+    assert as_recipe(["--config", str(tmp_path / "recipe.yaml")], again) == (tmp_path / "recipe.yaml").read_text()
