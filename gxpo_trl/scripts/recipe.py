@@ -147,7 +147,8 @@ def as_recipe(arguments: list[str], recipe: Recipe) -> str:
             settings[key] = value.value if isinstance(value, Enum) else value
     if settings.get("report_to") == []:
         settings["report_to"] = "none"
-    settings.pop("dry_run", None)
+    for name in ("dry_run", "resume_from_checkpoint"):  # of one call, not of the run
+        settings.pop(name, None)
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

@@ -147,9 +147,11 @@ def write_recipe(arguments: list[str], recipe: Recipe, folders: list[Path]) -> N
     """Leaves the recipe with the run, command line and all."""
     if not PartialState().is_main_process:
         return
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_NAME).write_text(as_recipe(arguments, recipe), encoding="utf-8")
+    text = as_recipe(arguments, recipe)
+    for path in (folder / RECIPE_NAME for folder in folders):
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
 
 
 # ---- NExt in one recipe

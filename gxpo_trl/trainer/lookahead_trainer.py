@@ -35,6 +35,7 @@ from .generating import GroupedGenerationMixin
 from .lookahead_config import LookaheadArguments, LookaheadConfig
 from .publishing import PublishingMixin
 from .recording import RecordingMixin
+from .tracking import TrackingMixin
 from .trajectory import TrajectoryMixin
 
 
@@ -50,7 +51,13 @@ SLOW_METRICS = {
 
 
 class LookaheadMixin(
-    CompactingMixin, RecordingMixin, BenchmarkMixin, GroupedGenerationMixin, TrajectoryMixin, PublishingMixin
+    CompactingMixin,
+    RecordingMixin,
+    BenchmarkMixin,
+    GroupedGenerationMixin,
+    TrajectoryMixin,
+    PublishingMixin,
+    TrackingMixin,
 ):
     """
     The lookahead policy updates, over a TRL trainer whose loss can be computed again on the rollouts of a step.
@@ -95,6 +102,7 @@ class LookaheadMixin(
         self._set_up_compaction()
         self._set_up_generation()
         self._set_up_recording()
+        self._set_up_tracking()
         self._set_up_benchmarks()
         self._set_up_trajectory()
         self._window: RolloutWindow | None = None  # of the step under way, while pass 1 is being recorded
