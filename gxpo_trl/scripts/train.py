@@ -1,7 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["gxpo_trl"]
+#
+# [tool.uv.sources]
+# gxpo_trl = { git = "https://github.com/gxpo-trl/gxpo_trl", tag = "v0.1.0" }
+# ///
 """Trains a language model from a recipe.
 
     accelerate launch -m gxpo_trl.scripts.train --config recipes/tiny/gxpo.yaml
     gxpo train --config recipes/tiny/gxpo.yaml --learning_rate 3e-5 --output_dir out/slow
+    uv run train.py --config gxpo:tiny/gxpo.yaml    # this file alone: uv installs what its header says
 
 Model, dataset, PEFT and rewards are built from a recipe as TRL's own GRPO script builds them; `gxpo_trl/arithmetic`
 and `gxpo_trl/tiny` name the embedded dataset and model. `--resume_from_checkpoint last` goes on from the newest
@@ -24,18 +32,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from ..reporting.card import RECIPE_NAME
-from ..tasks import resolve_dataset, resolve_model, resolve_reward
-from ..tasks.datasets import hub_dataset
-from ..trainer.gxpo import GXPOTrainer
-from ..trainer.lookahead_trainer import LookaheadTrainer
-from ..trainer.publishing import PUSH_ERRORS
-from ..trainer.sfpo import SFPOTrainer
-from ..trajectory.extrapolation import checkpoints_ahead
-from ..trajectory.settings import ExtrapolationArguments
-from .dry_run import conclude, is_dry_run, rehearse
-from .extrapolate import run as extrapolate
-from .recipe import Recipe, as_recipe, parse_recipe
+from gxpo_trl.reporting.card import RECIPE_NAME
+from gxpo_trl.scripts.dry_run import conclude, is_dry_run, rehearse
+from gxpo_trl.scripts.extrapolate import run as extrapolate
+from gxpo_trl.scripts.recipe import Recipe, as_recipe, parse_recipe
+from gxpo_trl.tasks import resolve_dataset, resolve_model, resolve_reward
+from gxpo_trl.tasks.datasets import hub_dataset
+from gxpo_trl.trainer.gxpo import GXPOTrainer
+from gxpo_trl.trainer.lookahead_trainer import LookaheadTrainer
+from gxpo_trl.trainer.publishing import PUSH_ERRORS
+from gxpo_trl.trainer.sfpo import SFPOTrainer
+from gxpo_trl.trajectory.extrapolation import checkpoints_ahead
+from gxpo_trl.trajectory.settings import ExtrapolationArguments
 
 
 TRAINERS = {"gxpo": GXPOTrainer, "sfpo": SFPOTrainer, "grpo": LookaheadTrainer}
