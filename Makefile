@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test lint format slow docs clean
+.PHONY: setup demo test lint format slow test-notebooks notebooks docs clean
 
 setup: $(READY)
 
@@ -23,10 +23,16 @@ demo: $(READY)
 	$(BIN)/gxpo demo --output_dir out/demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not notebooks" --numprocesses 2 --dist loadfile
 
 slow: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not notebooks"
+
+test-notebooks: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m notebooks
+
+notebooks: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/run.py
 
 docs: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/sphinx-build -W --keep-going -b html docs out/docs
