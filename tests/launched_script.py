@@ -44,7 +44,7 @@ def option(key: str, arguments: list[str]) -> list[str]:
 def main() -> None:
     report, *arguments = sys.argv[1:]
     recipe = train.parse_recipe(arguments)
-    if recipe.loop.extrapolate_after is not None:
+    if recipe.rehearsal.dry_run or recipe.loop.extrapolate_after is not None:
         return train.main(arguments)
     trainer = train.build_trainer(recipe)
     train.train(trainer, recipe)

@@ -85,6 +85,18 @@ def test_a_loop_with_an_extrapolation_goes_on_from_it(tmp_path, engine):
     assert json.loads((tmp_path / "after" / "trainer_state.json").read_text())["global_step"] == 1
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct/gxpo_k5", "qwen2.5-1.5b-instruct/next"])
+def test_a_recipe_is_rehearsed_on_the_engine_it_is_for(tmp_path, name):
+    """The plan once, not once for each process; and nothing is left of the rehearsal."""
+    options = ["--config_file", "recipes/accelerate/fsdp2.yaml", "--num_processes", "2"]
+    settings = {"config": f"gxpo:{name}.yaml", "output_dir": tmp_path / "run", **ON_TWO, "dry_run": True}
+    words = [word for k, v in settings.items() for word in (f"--{k}", str(v))]
+    process = run([*LAUNCH, *options, SCRIPT, "unused", *words])
+    assert process.stdout.count("An optimizer step") == 1, process.stdout[-1000:] + process.stderr[-3000:]
+    assert process.stdout.count("on the embedded model and 2 process(es)") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_recipe_of_one_gpu_is_one_process(tmp_path):
     report = tmp_path / "report.json"
     options = ["--config_file", "recipes/accelerate/single.yaml"]

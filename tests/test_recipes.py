@@ -189,7 +189,9 @@ def rehearsal(name: str) -> str:
     """What of a recipe is left when its model, problems and lengths are the embedded ones."""
     recipe = parse(name)
     left = read(name) | dict(zip(*[iter(word.removeprefix("--") for word in in_small(recipe))] * 2, strict=True))
-    return json.dumps({key: value for key, value in left.items() if key not in OF_A_MODEL | OF_A_CONTEXT}, default=str)
+    for key in OF_A_MODEL | OF_A_CONTEXT | {"gradient_accumulation_steps", "generation_batch_size"}:
+        left.pop(key, None)
+    return json.dumps(left, default=str)
 
 
 DISTINCT = list({rehearsal(name): name for name in reversed(NAMES)}.values())

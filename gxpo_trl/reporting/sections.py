@@ -141,7 +141,7 @@ def _sweep_map(arms: Sequence[Arm], first: str, second: str, benchmark: str, slu
 
 def _sweep_table(arms: Sequence[Arm], varied: Sequence[str], benchmark: str, slug: str) -> Table:
     rows = []
-    for arm in arms:
+    for arm in sorted(arms, key=lambda arm: [arm.runs[0].settings[name] for name in varied]):
         peaks = [peak(points) for points in arm.curves(benchmark)]
         if not peaks:
             continue
@@ -154,7 +154,7 @@ def _sweep_table(arms: Sequence[Arm], varied: Sequence[str], benchmark: str, slu
                 interval(mean_of([point.value for point in peaks])),
                 number(statistics.fmean(point.step for point in peaks), 0),
                 number(statistics.fmean(point.backward_passes for point in peaks), 0),
-                number(statistics.fmean(hours) if hours else None, 2),
+                number(statistics.fmean(hours) if hours else None, 3),
                 ", ".join(map(str, shut)) or MISSING,
             ]
         )

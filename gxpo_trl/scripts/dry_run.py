@@ -36,7 +36,8 @@ def rehearse(arguments: list[str], prog: str | None = None) -> list[str]:
         ValueError: If the recipe itself is refused.
     """
     if not torch.accelerator.is_available():
-        arguments = [*arguments, "--use_cpu", "true"]  # a plan can be made anywhere
+        if not any(word.startswith(("--use_cpu", "--use-cpu")) for word in arguments):
+            arguments = [*arguments, "--use_cpu", "true"]  # a plan can be made anywhere
         torch.set_num_threads(1)  # the embedded model is too small to share
     recipe = parse_recipe(arguments, prog)
     if recipe.training.process_index == 0:
