@@ -38,7 +38,6 @@ def rehearse(arguments: list[str], prog: str | None = None) -> list[str]:
     if not torch.accelerator.is_available():
         if not any(word.startswith(("--use_cpu", "--use-cpu")) for word in arguments):
             arguments = [*arguments, "--use_cpu", "true"]  # a plan can be made anywhere
-        torch.set_num_threads(1)  # the embedded model is too small to share
     recipe = parse_recipe(arguments, prog)
     if recipe.training.process_index == 0:
         print(describe_plan(recipe))
@@ -212,11 +211,16 @@ def in_small(recipe: Recipe) -> list[str]:
         "output_dir": _folder(recipe),
         **_small_batch(recipe),
     }
+    small |= {"dataset_name": EMBEDDED_DATASET, "dataset_train_split": "train"}
     if recipe.problems.prompt is None and recipe.problems.system_prompt is None:
-        small |= {"dataset_name": EMBEDDED_DATASET, "dataset_test_split": "test"}
-    else:
-        small |= {"dataset_name": "arithmetic", "prompt": "{problem}", "eval_strategy": "no"}
-    small |= {"problem_column": "", "answer_column": "", "dataset_train_split": "train"}
+        small |= {"problem_column": "", "answer_column": "", "dataset_test_split": "test"}
+    else:  # as a set of problems, which is what has prompts
+        small |= {
+            "problem_column": "prompt",
+            "answer_column": "solution",
+            "prompt": "{problem}",
+            "eval_strategy": "no",
+        }
     if args.eval_benchmarks:
         small |= {"eval_benchmarks": "arithmetic", "eval_samples": 1}
     if args.eval_steps is not None:

@@ -24,9 +24,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import BitsAndBytesConfig, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
@@ -38,6 +39,7 @@ from gxpo_trl.scripts.extrapolate import run as extrapolate
 from gxpo_trl.scripts.recipe import Recipe, as_recipe, parse_recipe
 from gxpo_trl.tasks import resolve_dataset, resolve_model, resolve_reward
 from gxpo_trl.tasks.datasets import hub_dataset
+from gxpo_trl.tasks.names import EMBEDDED_MODEL
 from gxpo_trl.trainer.gxpo import GXPOTrainer
 from gxpo_trl.trainer.lookahead_trainer import LookaheadTrainer
 from gxpo_trl.trainer.publishing import PUSH_ERRORS
@@ -101,7 +103,7 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
     if loop_args.resume_adapter:
         model = load_adapter(model, loop_args.resume_adapter, training_args.model_init_kwargs, quantization_config)
         training_args.model_init_kwargs = peft_config = quantization_config = None
-    return TRAINERS[training_args.update_rule](
+    trainer = TRAINERS[training_args.update_rule](
         model=model,
         reward_funcs=reward_funcs,
         args=training_args,
@@ -111,6 +113,10 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
         quantization_config=quantization_config,
         peft_config=peft_config,
     )
+    if recipe.rehearsal.dry_run:  # its end says all of it
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def load_adapter(
@@ -246,6 +252,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         if is_dry_run(arguments):
             arguments = rehearse(arguments, prog)
         recipe = parse_recipe(arguments, prog)
+        if recipe.model.model_name_or_path == EMBEDDED_MODEL:
+            torch.set_num_threads(1)  # it is too small to share
         is_loop = recipe.loop.extrapolate_after is not None
         trainer = check_loop(recipe) if is_loop else build_trainer(recipe)
     except (ValueError, OSError) as error:
