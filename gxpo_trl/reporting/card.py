@@ -68,6 +68,7 @@ def write_card(folder: Path, about: dict[str, Any] | None = None, evaluation: Pa
     results = [*_of_training(run), *(_of_evaluation(evaluation) if evaluation else [])]
     card = _trl_card(folder, run)
     card.data.eval_results = results or None
+    card.data.tags = sorted(card.data.tags or [])  # TRL's come in another order each time
     card.data.model_name = card.data.model_name or folder.resolve().name
     known = card.text.split(MARKER)[0].rstrip()
     card.text = "\n".join([known, "", MARKER, "", *_sections(run, results)])
@@ -165,11 +166,11 @@ def _spent(run: Run) -> str:
 
 
 def _curve(run: Run) -> Picture | None:
-    """Accuracy on what is held out, else the reward."""
+    """Accuracy on what is held out against rollouts, or steps where the run does not count them; else the reward."""
     arms = [Arm(run.label, (run,))]
     for benchmark in run.points:
-        for picture in curve_pictures(arms, benchmark, "curve"):
-            return picture
+        pictures = {picture.name: picture for picture in curve_pictures(arms, benchmark, "curve")}
+        return pictures.get("curve-rollouts") or next(iter(pictures.values()))
     return metric_picture(arms, {"reward": "reward"}, "curve", "Mean reward of the rollouts", "reward")
 
 
