@@ -131,7 +131,7 @@ def main() -> None:
         f"{triplets['seconds_dense_scaled']:.0f} s, scaled from {options.samples} of each shape: "
         f"{triplets['ratio']:.0f} times as long"
     )
-    print(f"gxpo extrapolate: {whole['seconds']:.0f} s, {whole['peak_gb']:.2f} GB at its peak")
+    print(f"gxpo extrapolate: {whole['seconds']:.0f} s, {whole['peak_gb']:.2f} GiB at its peak")
     result = {"triplets": triplets, "extrapolate": whole, **describe_machine(options.threads)}
     print(f"written to {save_result('next', result)}")
 

@@ -316,10 +316,10 @@ def cost_section(runs: Sequence[Run]) -> Section:
         row += [number(statistics.fmean(tokens) / 1e6 if tokens else None, 2), *(number(f, 2) for f in fractions)]
         rows.append([*row, number(memory, 2)])
     columns = ["arm", "seconds a step", "generation", "rewards", "passes", "rest"]
-    columns += ["tokens (M)", "first pass", "replays", "GB"]
+    columns += ["tokens (M)", "first pass", "replays", "GiB"]
     note = (
         "Seconds a step of the first process; evaluations left out. Rest: the optimizer, logging, and saving. "
-        "First pass and replays: the tokens that are computed beside TRL's layout, padding included. GB: what the "
+        "First pass and replays: the tokens that are computed beside TRL's layout, padding included. GiB: what the "
         "first GPU held at most."
     )
     return Section("Cost", [], [Table("cost", "Where the time went", columns, rows, note)] if rows else [])

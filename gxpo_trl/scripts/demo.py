@@ -2,8 +2,8 @@
 
     make demo                                    # or: gxpo demo --output_dir out/demo
 
-Both runs start from the same warm start and see the same prompts, seed and number of rollouts; they differ in the
-update rule alone (recipes/tiny/grpo.yaml, recipes/tiny/gxpo.yaml). Held-out pass@1 is measured on the way by the same
+All runs start from the same warm start and see the same prompts, seed and number of rollouts; they differ in the
+update rule alone (recipes/tiny/{grpo,sfpo,gxpo}.yaml). Held-out pass@1 is measured on the way by the same
 function that rewards the rollouts. Options after `--output_dir` go to all recipes: `--max_steps 20`, `--learning_rate
 3e-4`, …
 """
