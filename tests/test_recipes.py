@@ -182,6 +182,71 @@ def test_a_prompt_count_that_does_not_come_out_even_is_refused_with_one_that_doe
         parse("t4/gxpo.yaml", "--prompts_per_step", "0")
 
 
+# ---- The plan
+
+QWEN = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+QWEN |= {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+TRAINED = 28 * 128 * 2 * ((1536 + 1536) + (1536 + 256))  # q and o, k and v: two thin matrices of rank 128 each
+
+
+def plan(tmp_path, name: str, *options: str) -> str:
+    """Of a recipe on a model of the shape of Qwen2.5-1.5B, of which there is the configuration alone."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    return describe_plan(parse(name, "--model_name_or_path", str(tmp_path), *options))
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def test_the_plan_says_what_a_run_takes(tmp_path):
+    text = plan(tmp_path, "qwen2.5-1.5b-instruct/gxpo_k5.yaml")
+    assert "128 prompts × 5 completions = 640 completions" in text
+    assert "128 on 1, 64 on 2, 32 on 4, 16 on 8 devices" in text
+    assert f"{51 * 3 + 249} to {300 * 3} backward passes in all; GRPO has 300" in text  # the gate opens after 50 steps
+    assert "192,000 completions, at most 589.8 million tokens" in text
+    assert f"{TRAINED / 1e6:.1f} million trained" in text
+    moments = copies = f"{mib(8 * TRAINED)}"
+    assert f"gradients {mib(4 * TRAINED)}, Adam's moments {moments}, copies of an active step {copies}\n" in text
+    logits = 5 * 3072 * 151936 * 4 / 2**30
+    assert f"in fp32: {logits:.1f} GiB" in text and "vLLM takes 30% of each GPU" in text
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--gate_signal", "never"], "900 backward passes in all; GRPO has 300"),
+        (["--max_active_steps", "60"], f"{51 * 3 + 249} to {60 * 3 + 240} backward passes"),
+        (["--update_rule", "sfpo", "--lookahead_steps", "3"], f"{51 * 4 + 249} to 1,200 backward passes"),
+        (["--update_rule", "grpo"], "1 a step: 300 backward passes in all"),
+        (["--num_iterations", "2"], "96,000 completions, at most 294.9 million tokens"),
+        (["--probe_optimizer_state", "rollback"], f"copies of an active step {mib(16 * TRAINED)}"),
+        (["--snapshot_dtype", "bfloat16"], f"copies of an active step {mib(6 * TRAINED)}"),
+        (
+            ["--use_vllm", "false"],
+            f"640 completions on a device, up to {640 * 3072 * 28 * 2 * 2 * 128 * 2 / 2**30:.1f}",
+        ),
+        (
+            ["--use_vllm", "false", "--generation_token_budget", "100000"],
+            f"up to {mib(100000 * 28 * 2 * 2 * 128 * 2)}",
+        ),
+        (["--vllm_mode", "server"], "vLLM's server"),
+    ],
+)
+def test_the_plan_follows_the_settings(tmp_path, options, said):
+    assert said in plan(tmp_path, "qwen2.5-1.5b-instruct/gxpo_k5.yaml", *options)
+
+
+def test_the_plan_counts_the_reference_of_full_fine_tuning(tmp_path):
+    assert "reference model" in plan(tmp_path, "qwen2.5-math-1.5b/grpo.yaml")
+    assert "reference model" not in plan(tmp_path, "qwen2.5-math-1.5b/dapo.yaml")
+    assert "copies" not in plan(tmp_path, "qwen2.5-math-1.5b/grpo.yaml")
+
+
+def test_a_model_that_cannot_be_read_is_said(tmp_path):
+    assert "the configuration of Qwen/Qwen2.5-1.5B-Instruct can't be read" in describe_plan(parse("24gb/gxpo.yaml"))
+
+
 # ---- Running them in small
 
 
@@ -218,6 +283,16 @@ def check_rehearsal(name: str, printed: str) -> None:
 def test_it_can_be_carried_out_in_small(name, tmp_path, capsys):
     """Recipes that differ in model and lengths alone are the same in small; one of each kind."""
     check_rehearsal(name, dry_run(name, tmp_path, capsys))
+
+
+def test_what_the_embedded_model_does_not_have_is_left_out_of_a_rehearsal(tmp_path, capsys):
+    """Adapters of other names, an adapter to go on from, kernels of a GPU; and the recipe's own checkpoints stay."""
+    options = ["--lora_target_modules", "qkv_proj", "--resume_adapter", "there", "--resume_from_checkpoint", "last"]
+    options += ["--attn_implementation", "flash_attention_2", "--output_dir", str(tmp_path / "run")]
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    train.main(["--config", "gxpo:t4/gxpo.yaml", "--dry-run", *options])
+    check_rehearsal("t4/gxpo.yaml", capsys.readouterr().out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "checkpoint-5"]
 
 
 @pytest.mark.slow
