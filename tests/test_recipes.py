@@ -227,8 +227,8 @@ def test_the_plan_says_what_a_run_takes(tmp_path):
             f"640 completions on a device, up to {640 * 3072 * 28 * 2 * 2 * 128 * 2 / 2**30:.1f}",
         ),
         (
-            ["--use_vllm", "false", "--generation_token_budget", "100000"],
-            f"up to {mib(100000 * 28 * 2 * 2 * 128 * 2)}",
+            ["--use_vllm", "false", "--generation_token_budget", "10000"],
+            f"up to {mib(10000 * 28 * 2 * 2 * 128 * 2)}",
         ),
         (["--vllm_mode", "server"], "vLLM's server"),
     ],
