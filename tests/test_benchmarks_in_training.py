@@ -94,3 +94,12 @@ def test_problems_that_are_trained_on_are_reported(tmp_path, capsys):
 def test_bad_settings_are_named_at_construction(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **{**SCORED, **change})
+
+
+def test_benchmarks_are_scored_at_the_start_without_an_evaluation_dataset(tmp_path):
+    trainer = make_trainer(tmp_path, eval_on_start=True, **SCORED)
+    trainer.eval_dataset = None
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "eval/arithmetic/avg@2" in entry]
+    assert [entry["step"] for entry in entries] == [0, 2, 4]
+    assert trainer.evaluate()["eval/arithmetic/avg@2"] > 0

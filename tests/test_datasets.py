@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from gxpo_trl.tasks import load_arithmetic, load_problems, resolve_dataset
-from gxpo_trl.tasks.datasets import PROBLEM_SETS, find_overlap, fold, problem_set, to_prompts
+from gxpo_trl.tasks.datasets import PROBLEM_SETS, find_overlap, fold, hub_dataset, problem_set, to_prompts
 from gxpo_trl.tasks.maths import verify_maths
 
 
@@ -21,6 +21,10 @@ LIKE_THE_HUBS = {  # rows as they are there, and the problem and the answer that
             {"problem": "easy", "level": "Level 2", "type": "Algebra", "solution": r"\boxed{1}"},
         ],
         [("P", r"\frac{1}{2}")],
+    ),
+    "MATH-train": (
+        [{"problem": "easy", "level": "Level 2", "type": "Algebra", "solution": r"\boxed{1}"}],
+        [("easy", "1")],
     ),
     "GSM8K-train": ([{"question": "P", "answer": "He has <<1+1=2>>2.\n#### 1,002"}], [("P", "1,002")]),
     "DAPO-Math-17k": (
@@ -198,3 +202,23 @@ def test_a_set_of_which_nothing_is_left_is_an_error(tmp_path, monkeypatch):
 def test_a_template_without_the_problem_is_an_error(prompt):
     with pytest.raises(ValueError, match="`prompt`"):
         to_prompts(Dataset.from_list([{"id": "0", "problem": "P", "answer": "1"}]), prompt)
+
+
+def test_several_sets_are_one_without_what_they_share(hub):
+    hub("MATH-3to5")
+    hub("MATH-train")
+    hub("DAPO-Math-17k")
+    rows = resolve_dataset("DAPO-Math-17k + MATH-train+MATH-train", prompt="Solve: {problem}")["train"]
+    assert [(row["id"], row["problem"], row["solution"]) for row in rows] == [
+        ("0", "P\n\nin two parts", "34"),
+        ("1", "easy", "1"),
+    ]
+    assert rows[1]["prompt"] == [{"role": "user", "content": "Solve: easy"}]
+    with pytest.raises(ValueError, match="no problem set `MATH-trian`; did you mean `MATH-train`"):
+        resolve_dataset("DAPO-Math-17k+MATH-trian")
+
+
+def test_where_a_set_is_on_the_hub(tmp_path):
+    assert hub_dataset("MATH-500") == "HuggingFaceH4/MATH-500" and hub_dataset("owner/set") == "owner/set"
+    for elsewhere in ("gxpo_trl/arithmetic", "arithmetic", "DAPO-Math-17k+MATH-train", str(tmp_path / "a.json"), None):
+        assert hub_dataset(elsewhere) is None

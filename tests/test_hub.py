@@ -17,6 +17,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gxpo_trl.reporting.card import MARKER, write_card
+from gxpo_trl.scripts import train as train_script
 from gxpo_trl.scripts.recipe import as_recipe, parse_recipe
 from gxpo_trl.scripts.train import write_recipe
 
@@ -75,6 +76,8 @@ def test_every_strategy_leaves_the_whole_run_on_the_hub(hub, tmp_path):
         name: sum(f"me/{name}" == repo and "progress" in text for repo, text, _ in hub.commits) for name in strategies
     }
     assert in_progress["end"] == 0 and all(in_progress[name] for name in strategies if name != "end")
+    on_the_way = [paths for repo, text, paths in hub.commits if repo == "me/every_save" and "progress" in text]
+    assert all({"trainer_state.json", "README.md", "adapter_model.safetensors"} <= set(paths) for paths in on_the_way)
     assert any(path.startswith("last-checkpoint/") for path in hub.files["me/checkpoint"])
     assert any(path.startswith("checkpoint-2/") for path in hub.files["me/all_checkpoints"])
     for name in strategies:
@@ -88,7 +91,7 @@ def test_a_push_that_fails_costs_nothing_but_the_push(hub, tmp_path):
     during = into(tmp_path, "during", *options)
     atlast = into(tmp_path, "atlast", "--save_strategy", "no", *LORA)
     ends, said = run(hub, during, atlast, ["push", str(tmp_path / "atlast"), "--repo_id", "me/atlast"])
-    assert ends[0] == "done" and "Training goes on" in said
+    assert ends[0] == "done" and said.count("Training goes on") == 2  # each failure is said, and said once
     assert [text for repo, text, _ in hub.commits if repo == "me/during"] == ["End of training"]
     assert ends[1].startswith("error: the run is over and is in") and "gxpo push" in ends[1]
     assert ends[2] == "done"
@@ -127,6 +130,16 @@ def test_a_run_is_pushed_afterwards_whole_or_merged_and_loads_from_there(hub, tm
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+def test_both_parts_of_a_loop_go_to_one_repository(tmp_path, monkeypatch):
+    """Named after the loop, not after `before` and `after`, unless it has a name."""
+    found = []
+    monkeypatch.setattr(train_script, "build_trainer", lambda part: found.append(part.training.hub_model_id))
+    monkeypatch.setattr(train_script, "train", lambda *arguments: None)
+    for named in ([], ["--hub_model_id", "me/named"]):
+        train_script._train_part(["--config", "gxpo:tiny/next.yaml", *named], tmp_path / "mine" / "before", 4)
+    assert found == ["mine", "me/named"]
+
+
 # ---- The card
 
 
@@ -154,7 +167,8 @@ def test_the_card_holds_what_was_measured_and_how_to_do_it_again(tmp_path):
     for citation in ("swapnil2026gxpo", "shao2024deepseekmath", "vonwerra2020trl"):
         assert citation in card.text
     assert "huggingface.co/None" not in card.text and 'model="None"' not in card.text
-    assert (tmp_path / "curves.png").stat().st_size > 5000 and "![" in card.text
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert re.search(r"!\[arithmetic, accuracy against rollouts.*\]\(curves.png\)", card.text)
 
 
 def test_the_card_cites_what_was_used(tmp_path):

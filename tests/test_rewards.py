@@ -96,3 +96,12 @@ def test_the_trainer_leaves_undecided_answers_out(tmp_path):
     trainer.train()
     assert logged(trainer, "rewards/reward/mean") == [1.0]
     assert all(math.isfinite(value) for value in logged(trainer, "loss"))
+
+
+def test_an_overlong_completion_costs_what_its_length_says():
+    """DAPO's soft punishment: nothing up to 3 tokens, all from 5 on, linearly between."""
+    reward = resolve_reward("get_soft_overlong_punishment(5, 2)")
+    assert reward(completion_ids=[[0] * n for n in (3, 4, 5, 6)]) == [0.0, -0.5, -1.0, -1]
+    for nonsense in ("get_soft_overlong_punishment(5, 5)", "get_soft_overlong_punishment(5, 0)"):
+        with pytest.raises(ValueError, match="takes the longest completion"):
+            resolve_reward(nonsense)

@@ -87,6 +87,13 @@ def test_a_recipe_without_its_essentials_is_refused(tmp_path, missing, message):
         build_trainer(parse_recipe(["--config", str(path)]))
 
 
+def test_an_evaluation_split_that_the_data_lacks_is_named():
+    """Problem sets have problems to train on and no other split."""
+    arguments = [*recipe("gxpo"), "--dataset_name", "arithmetic", "--eval_strategy", "steps"]
+    with pytest.raises(ValueError, match="split `test`, and the data has train.*`eval_benchmarks`"):
+        build_trainer(parse_recipe(arguments))
+
+
 def gxpo(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "gxpo_trl.scripts.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
