@@ -103,3 +103,13 @@ def test_benchmarks_are_scored_at_the_start_without_an_evaluation_dataset(tmp_pa
     entries = [entry for entry in trainer.state.log_history if "eval/arithmetic/avg@2" in entry]
     assert [entry["step"] for entry in entries] == [0, 2, 4]
     assert trainer.evaluate()["eval/arithmetic/avg@2"] > 0
+
+
+def test_a_resumed_run_does_not_score_its_start_again(tmp_path):
+    settings = {**SCORED, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_on_start": True}
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(tmp_path, **settings)
+        trainer.eval_dataset = None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        entries = [entry for entry in trainer.state.log_history if "eval/arithmetic/avg@2" in entry]
+        assert [entry["step"] for entry in entries] == [0, 2, 4]

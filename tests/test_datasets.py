@@ -218,7 +218,10 @@ def test_several_sets_are_one_without_what_they_share(hub):
         resolve_dataset("DAPO-Math-17k+MATH-trian")
 
 
-def test_where_a_set_is_on_the_hub(tmp_path):
+def test_where_a_set_is_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "folder").mkdir(parents=True)
+    assert hub_dataset("data/folder") is None
     assert hub_dataset("MATH-500") == "HuggingFaceH4/MATH-500" and hub_dataset("owner/set") == "owner/set"
-    for elsewhere in ("gxpo_trl/arithmetic", "arithmetic", "DAPO-Math-17k+MATH-train", str(tmp_path / "a.json"), None):
+    for elsewhere in ("gxpo_trl/arithmetic", "arithmetic", "DAPO-Math-17k+MATH-train", "data/mine.jsonl", None):
         assert hub_dataset(elsewhere) is None

@@ -16,10 +16,11 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gxpo_trl import GXPORLOOConfig, GXPORLOOTrainer
 from gxpo_trl.reporting.card import MARKER, write_card
 from gxpo_trl.scripts import train as train_script
+from gxpo_trl.scripts.push import gather, model_folder
 from gxpo_trl.scripts.recipe import as_recipe, parse_recipe
-from gxpo_trl.scripts.train import write_recipe
 
 
 SCRIPT = Path(__file__).parent / "pushing_script.py"
@@ -77,7 +78,7 @@ def test_every_strategy_leaves_the_whole_run_on_the_hub(hub, tmp_path):
     }
     assert in_progress["end"] == 0 and all(in_progress[name] for name in strategies if name != "end")
     on_the_way = [paths for repo, text, paths in hub.commits if repo == "me/every_save" and "progress" in text]
-    assert all({"trainer_state.json", "README.md", "adapter_model.safetensors"} <= set(paths) for paths in on_the_way)
+    assert all({"log.jsonl", "README.md", "recipe.yaml"} <= set(paths) for paths in on_the_way)
     assert any(path.startswith("last-checkpoint/") for path in hub.files["me/checkpoint"])
     assert any(path.startswith("checkpoint-2/") for path in hub.files["me/all_checkpoints"])
     for name in strategies:
@@ -136,8 +137,17 @@ def test_both_parts_of_a_loop_go_to_one_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(train_script, "build_trainer", lambda part: found.append(part.training.hub_model_id))
     monkeypatch.setattr(train_script, "train", lambda *arguments: None)
     for named in ([], ["--hub_model_id", "me/named"]):
-        train_script._train_part(["--config", "gxpo:tiny/next.yaml", *named], tmp_path / "mine" / "before", 4)
+        train_script._train_part(["--config", "gxpo:tiny/next.yaml", *named], tmp_path / "mine" / "before", 4, "")
     assert found == ["mine", "me/named"]
+
+
+def test_a_push_that_fails_between_the_parts_of_a_loop_does_not_end_it(tmp_path, monkeypatch, capsys):
+    parts = iter([("first", "error: the Hub was away"), ("second", None)])
+    monkeypatch.setattr(train_script, "_train_part", lambda *arguments: next(parts))
+    monkeypatch.setattr(train_script, "extrapolate", lambda settings: None)
+    arguments = ["--config", "gxpo:tiny/next.yaml", "--output_dir", str(tmp_path)]
+    assert train_script.train_around_extrapolation(arguments, parse_recipe(arguments), "") == ("second", None)
+    assert "the Hub was away" in capsys.readouterr().out
 
 
 # ---- The card
@@ -156,11 +166,9 @@ def test_the_card_holds_what_was_measured_and_how_to_do_it_again(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.count(MARKER) == card.text.count("## Settings") == 1
     found = {(r.dataset_type, r.metric_type): r.metric_value for r in card.data.eval_results}
-    last = trainer.state.log_history[-1] if "eval/arithmetic/avg@2" in trainer.state.log_history[-1] else None
     scores = [
         entry["eval/arithmetic/avg@2"] for entry in trainer.state.log_history if "eval/arithmetic/avg@2" in entry
     ]
-    assert last is None or scores
     assert found[("gxpo_trl/arithmetic", "avg@2")] == pytest.approx(scores[-1], abs=1e-4)
     assert found[("HuggingFaceH4/MATH-500", "avg@4")] == 0.25 and found[("HuggingFaceH4/MATH-500", "pass@4")] == 0.5
     assert "| MATH-500 | avg@4 | 0.250 |" in card.text
@@ -186,7 +194,56 @@ def test_a_results_file_that_is_not_there_is_named(tmp_path):
         write_card(tmp_path, evaluation=tmp_path)
 
 
+def test_a_checkpoint_knows_nothing_of_what_came_later(tmp_path):
+    """Its card has its own score, and the run's folder stays as it was."""
+    scored = {"scripted": False, "eval_benchmarks": ["arithmetic"], "eval_samples": 2, "eval_steps": 1}
+    trainer = train(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=3, **scored)
+    scores = [
+        entry["eval/arithmetic/avg@2"] for entry in trainer.state.log_history if "eval/arithmetic/avg@2" in entry
+    ]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    gather(tmp_path / "run" / "checkpoint-2", tmp_path / "sent", merge=False, evaluation=None)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    card = ModelCard.load(tmp_path / "sent" / "README.md")
+    assert card.data.eval_results[0].metric_value == pytest.approx(scores[1], abs=1e-4)
+    assert "2 optimizer steps" in card.text and "the run had not ended yet" in card.text
+
+
+def test_a_run_that_broke_off_sends_its_newest_checkpoint(tmp_path):
+    """Where a push on the way has left older weights in the run's own folder."""
+    for i, place in enumerate((".", "checkpoint-2", "checkpoint-4")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        path = tmp_path / place / "adapter_model.safetensors"
+        path.write_bytes(place.encode())
+        os.utime(path, (i, i))
+    assert model_folder(tmp_path) == tmp_path / "checkpoint-4"
+    os.utime(tmp_path / "adapter_model.safetensors", (9, 9))  # the run has ended
+    assert model_folder(tmp_path) == tmp_path
+
+
+def test_the_card_of_rloo_speaks_of_rloo(tmp_path):
+    trainer = make_trainer(tmp_path, GXPORLOOTrainer, GXPORLOOConfig, scripted=False, update_rule="grpo")
+    trainer.create_model_card("mine")
+    card = (tmp_path / "README.md").read_text()
+    assert "RLOO: one step on each batch" in card and "ahmadian2024back" in card and "shao2024deepseekmath" not in card
+
+
 # ---- The recipe that stays with a run
+
+
+def test_no_secret_is_left_with_a_run(tmp_path):
+    (tmp_path / "r.yaml").write_text("env: {GXPO_TEST: hf_one}\nhub_token: hf_two\nuse_cpu: true\nbf16: false\n")
+    arguments = ["--config", str(tmp_path / "r.yaml"), "--hub_token", "hf_three", "--output_dir", str(tmp_path)]
+    assert "hf_" not in as_recipe(arguments, parse_recipe(arguments))
+
+
+def test_settings_that_become_objects_are_written_as_a_file_would_say_them(tmp_path):
+    options = ["--accelerator_config", '{"split_batches": false}', "--debug", "underflow_overflow"]
+    arguments = ["--config", "gxpo:tiny/gxpo.yaml", "--output_dir", str(tmp_path), *options]
+    said = parse_recipe(arguments)
+    train_script.leave_recipe(as_recipe(arguments, said), tmp_path)
+    again = parse_recipe(["--config", str(tmp_path / "recipe.yaml")]).training
+    assert not again.accelerator_config.split_batches and again.debug == said.training.debug != []
 
 
 @pytest.mark.parametrize(
@@ -201,7 +258,7 @@ def test_a_results_file_that_is_not_there_is_named(tmp_path):
 def test_one_file_says_what_recipe_and_command_line_say(tmp_path, options):
     arguments = ["--config", "gxpo:tiny/gxpo.yaml", "--output_dir", str(tmp_path), *options]
     said = parse_recipe(arguments)
-    write_recipe(arguments, said, [tmp_path])
+    train_script.leave_recipe(as_recipe(arguments, said), tmp_path)
     again = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
     assert not again.rehearsal.dry_run
     for one, other in zip(said[:-1], again[:-1], strict=True):

@@ -14,7 +14,7 @@ from gxpo_trl import SFPOConfig, SFPOTrainer
 from gxpo_trl.evaluation.sampling import load_tokenizer
 from gxpo_trl.reporting.statistics import icer
 from gxpo_trl.scripts.recipe import parse_recipe
-from gxpo_trl.scripts.train import build_trainer, main
+from gxpo_trl.scripts.train import build_trainer, check_loop, main
 from gxpo_trl.trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer
 from gxpo_trl.trajectory.checkpoints import ADAPTER_WEIGHTS, load_trajectory
 from gxpo_trl.trajectory.extrapolation import extrapolate
@@ -195,3 +195,13 @@ def test_icer_is_that_of_the_papers_tables():
     assert icer(250, 0.191, 0.231) == pytest.approx(62.5, abs=0.05)
     assert icer(400, 0.191, 0.240) == pytest.approx(81.6, abs=0.05)
     assert icer(250, 0.2, 0.2) == icer(250, 0.2, 0.1) == float("inf")
+
+
+def test_a_loop_that_never_began_holds_nobody_up(tmp_path):
+    recipe = parse_recipe(["--config", "gxpo:tiny/next.yaml", "--output_dir", str(tmp_path)])
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "recipe.yaml").write_text("")
+    check_loop(recipe)
+    (tmp_path / "before" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        check_loop(recipe)

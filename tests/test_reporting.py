@@ -536,3 +536,11 @@ def test_a_browser_opens_the_page_without_errors(tmp_path, runs, width):
         assert ("CONSOLE" in process.stderr) == errors
         with_request = page.read_text().replace("<h1>", '<img src="https://example.org/x.png"><h1>', 1)
         (tmp_path / "other.html").write_text(with_request)
+
+
+def test_one_recipe_on_other_numbers_of_gpus_is_one_arm(tmp_path):
+    for i, (prompts, steps) in enumerate(((16, 2), (16, 4), (None, 2), (None, 4))):
+        settings = {**GXPO, "prompts_per_step": prompts, "gradient_accumulation_steps": steps}
+        write_run(tmp_path / str(i), curve([0.1, 0.2]), settings)
+    labels = [run.label for run in load_runs([f"{tmp_path}/{i}" for i in range(4)])]
+    assert labels[0] == labels[1] and len(set(labels)) == 3

@@ -6,12 +6,14 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gxpo_trl.scripts.recipes import recipe_path
+from gxpo_trl.trainer.tracking import TrackerRecorder
 
 
 OPTIONS = ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--eval_on_start", "false"]
@@ -95,3 +97,9 @@ def test_the_next_run_of_a_process_is_another_one(tmp_path, monkeypatch):
     assert (os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"]) == ("first", "allow")
     trainer.forget_wandb_variables()
     assert "WANDB_RUN_ID" not in os.environ
+
+
+def test_processes_without_trackers_ask_them_nothing(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.tracker_names = lambda: pytest.fail("trackers run on the first process alone")
+    TrackerRecorder(trainer).on_train_begin(trainer.args, SimpleNamespace(is_world_process_zero=False), None)

@@ -7,6 +7,7 @@ evaluation.
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ GRPO = """@article{shao2024deepseekmath,
     year         = 2024,
     eprint       = {arXiv:2402.03300},
 }"""
+RLOO = """@inproceedings{ahmadian2024back,
+    title        = {{Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in
+                    LLMs}},
+    author       = {Arash Ahmadian and Chris Cremer and Matthias Gallé and Marzieh Fadaee and Julia Kreutzer and
+                    Olivier Pietquin and Ahmet Üstün and Sara Hooker},
+    year         = 2024,
+    booktitle    = {Annual Meeting of the Association for Computational Linguistics},
+}"""
 NEXT = """@article{chen2026next,
     title        = {{Low-rank Optimization Trajectories Modeling for LLM RLVR Acceleration}},
     author       = {Zhipeng Chen and Tao Qian and Wayne Xin Zhao and Ji-Rong Wen},
@@ -49,32 +58,44 @@ NEXT = """@article{chen2026next,
 }"""
 
 
-def write_card(folder: Path, about: dict[str, Any] | None = None, evaluation: Path | None = None) -> None:
-    """Adds to the card in a run's folder, or writes one, with the picture that it shows.
+def write_card(
+    folder: Path,
+    about: dict[str, Any] | None = None,
+    evaluation: Path | None = None,
+    step: int | None = None,
+    into: Path | None = None,
+) -> None:
+    """Adds to the card of a run, or writes one, with the picture that it shows.
 
     Args:
         folder (`Path`): Of the run.
         about (`dict`, *optional*): As in `run.json`; unset to read it from there.
         evaluation (`Path`, *optional*): A folder of `gxpo eval` with the `results.json` of this model.
+        step (`int`, *optional*): Of the checkpoint that the card is for, which knows nothing of what came later.
+        into (`Path`, *optional*): Where it is written; unset for the run's folder.
 
     Raises:
-        ValueError: If there is no `results.json`, or it is of no such form.
+        ValueError: If there is no `results.json`.
     """
+    into = into or folder
     try:
         run = load_run(folder)
     except ValueError:  # nothing is logged yet
         run = Run(folder, "", [])
-    run = Run(folder, run.method, run.log, run.finished, about or run.about)
+    if step is not None and step < run.steps:
+        run = replace(run, log=[entry for entry in run.log if entry["step"] <= step], finished=False)
+    about = about or run.about
+    run = replace(run, label=replace(run, about=about).method, about=about)
     results = [*_of_training(run), *(_of_evaluation(evaluation) if evaluation else [])]
     card = _trl_card(folder, run)
     card.data.eval_results = results or None
     card.data.tags = sorted(card.data.tags or [])  # TRL's come in another order each time
     card.data.model_name = card.data.model_name or folder.resolve().name
     known = card.text.split(MARKER)[0].rstrip()
-    card.text = "\n".join([known, "", MARKER, "", *_sections(run, results)])
-    partial = folder / f"{CARD_NAME}.partial"
+    card.text = "\n".join([known, "", MARKER, "", *_sections(run, results, into)])
+    partial = into / f"{CARD_NAME}.partial"
     partial.write_text(str(card), encoding="utf-8")
-    os.replace(partial, folder / CARD_NAME)
+    os.replace(partial, into / CARD_NAME)
 
 
 def _trl_card(folder: Path, run: Run) -> ModelCard:
@@ -135,13 +156,13 @@ def _of_evaluation(folder: Path) -> Iterator[EvalResult]:
 # ---- What the card says
 
 
-def _sections(run: Run, results: list[EvalResult]) -> Iterator[str]:
-    settings = run.settings
+def _sections(run: Run, results: list[EvalResult], into: Path) -> Iterator[str]:
+    settings, loss = run.settings, "RLOO" if "RLOO" in run.about.get("trainer", "") else "GRPO"
     if rule := METHODS.get(settings.get("update_rule")):
-        yield from ("## The update", "", rule, "")
+        yield from ("## The update", "", f"{rule.replace('GRPO', loss)} The loss is that of {loss}.", "")
     yield from (_spent(run), "")
     if picture := _curve(run):
-        picture.figure.savefig(run.folder / CURVES_NAME, dpi=150)
+        picture.figure.savefig(into / CURVES_NAME, dpi=150)
         yield from (f"![{picture.caption}]({CURVES_NAME})", "")
     if results:
         rows = [(r.dataset_name, r.metric_name, number(r.metric_value)) for r in results]
@@ -150,7 +171,8 @@ def _sections(run: Run, results: list[EvalResult]) -> Iterator[str]:
         yield from ("## Settings", "", *_table(("setting", "value"), _settings(run)), "")
     if (run.folder / RECIPE_NAME).is_file():
         yield from (f"To train it again: `gxpo train --config {RECIPE_NAME}`.", "")
-    yield from ("## Further citations", "", "```bibtex", GRPO, *([NEXT] if _has_trajectory(run) else []), "```", "")
+    citations = [RLOO if loss == "RLOO" else GRPO, *([NEXT] if _has_trajectory(run) else [])]
+    yield from ("## Further citations", "", "```bibtex", *citations, "```", "")
 
 
 def _spent(run: Run) -> str:

@@ -138,7 +138,10 @@ class Run:
 
     def arm(self) -> dict[str, Any]:
         """The settings that runs of one arm share."""
-        return {name: value for name, value in self.settings.items() if not name.startswith(NO_PART_OF_AN_ARM)}
+        left_out = NO_PART_OF_AN_ARM
+        if self.settings.get("prompts_per_step"):  # then the accumulation follows from the number of devices
+            left_out = (*left_out, "gradient_accumulation_steps", "steps_per_generation")
+        return {name: value for name, value in self.settings.items() if not name.startswith(left_out)}
 
 
 def is_number(value: Any) -> bool:

@@ -5,28 +5,40 @@ through the same functions, with the embedded model in place of its model and th
 problems, for a few small steps: two with the lookahead, one without, an extrapolation where the recipe has one.
 """
 
+import argparse
 import itertools
 import math
 import shutil
 from pathlib import Path
 
 import torch
+import yaml
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.hf_argparser import string_to_bool
 from trl import get_peft_config
 
 from ..tasks.datasets import EMBEDDED_DATASET
 from ..tasks.names import EMBEDDED_MODEL, resolve_model
 from ..tasks.tiny_model import TINY_MODEL_PATH
-from .recipe import Recipe, parse_recipe
+from .recipe import Recipe, find_config, parse_recipe
 
 
-FLAGS = ("--dry-run", "--dry_run")
+SUFFIX = "-dry-run"
+"""Of the folder of a rehearsal, beside that of the run."""
 DEVICES = (1, 2, 4, 8)
 
 
 def is_dry_run(arguments: list[str]) -> bool:
-    return any(word in FLAGS for word in arguments)
+    """Whether recipe and command line ask for one. To be known before they are parsed, which may take a GPU."""
+    words = find_config(arguments)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--dry_run", "--dry-run", nargs="?", const=True, type=string_to_bool)
+    known, _ = parser.parse_known_args(words)
+    if known.dry_run is None and known.config is not None:
+        return bool((yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}).get("dry_run", False))
+    return bool(known.dry_run)
 
 
 def rehearse(arguments: list[str], prog: str | None = None) -> list[str]:
@@ -49,7 +61,7 @@ def rehearse(arguments: list[str], prog: str | None = None) -> list[str]:
 def conclude(recipe: Recipe, trainer) -> str:
     """What the rehearsal came to. Its folder is removed."""
     trainer.accelerator.wait_for_everyone()
-    if trainer.accelerator.is_main_process:
+    if trainer.accelerator.is_main_process and recipe.training.output_dir.endswith(SUFFIX):
         shutil.rmtree(recipe.training.output_dir)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in steps):
@@ -189,7 +201,7 @@ def _describe_sampling_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
 
 
 def _folder(recipe: Recipe) -> Path:
-    return Path(f"{recipe.training.output_dir}-dry-run")
+    return Path(f"{recipe.training.output_dir.rstrip('/')}{SUFFIX}")
 
 
 def in_small(recipe: Recipe) -> list[str]:
@@ -203,7 +215,8 @@ def in_small(recipe: Recipe) -> list[str]:
         "max_steps": 3,
         "max_active_steps": 2,
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 3,
+        "load_best_model_at_end": False,
         "logging_steps": 1,
         "log_completions": False,
         "report_to": "none",
@@ -233,6 +246,11 @@ def in_small(recipe: Recipe) -> list[str]:
         small["resume_adapter"] = ""
     if args.resume_from_checkpoint is not None:
         small["resume_from_checkpoint"] = "last"  # of which there is none
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(recipe.model, name):
+            small[name] = False
+    if recipe.script.reward_model_name_or_path is not None:
+        small |= {"reward_model_name_or_path": "", "reward_funcs": "arithmetic_reward"}
     if recipe.model.attn_implementation is not None:
         small["attn_implementation"] = "sdpa"
     if recipe.model.use_peft:

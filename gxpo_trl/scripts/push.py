@@ -5,10 +5,11 @@
     gxpo push out/run/checkpoint-200                                        # a checkpoint; so is out/run, broken off
     gxpo push out/run/extrapolated/next/alpha-1.5                           # what `gxpo extrapolate` wrote
 
-Nothing in the run's folder is changed but its model card.
+Nothing in the run's folder is changed.
 """
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -25,26 +26,26 @@ from ..trajectory.writing import merge_adapter
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 OF_THE_RUN = (CARD_NAME, CURVES_NAME, RECIPE_NAME, "run.json", "log.jsonl")
 NOT_OF_A_MODEL = ("optimizer*", "scheduler*", "rng_state*", "*.partial", "checkpoint-*", "_*", "global_step*")
-NOT_OF_A_MODEL += ("training_args.bin", "trajectory", "extrapolated")
+NOT_OF_A_MODEL += ("training_args.bin", "trajectory", "extrapolated", "runs", "pytorch_model_fsdp*", "latest")
+NOT_OF_A_MODEL += ("zero_to_fp32.py",)
 """What a folder holds beside the model: for going on with training, and models of their own."""
 
 
 def model_folder(run: Path) -> Path:
-    """The folder with the model: the run's own, or that of its newest checkpoint, if the run broke off.
+    """The folder with the model: the run's own, or that of its newest checkpoint where the run broke off after it.
 
     Raises:
         ValueError: If there is none.
     """
     if not run.is_dir():
         raise ValueError(f"There is no folder {run}.")
-    if any((run / name).is_file() for name in WEIGHTS):
-        return run
-    checkpoint = get_last_checkpoint(run)
-    if checkpoint is None:
+    places = [run, *(Path(name) for name in [get_last_checkpoint(run)] if name is not None)]
+    saved = {place: path.stat().st_mtime for place in places for name in WEIGHTS if (path := place / name).is_file()}
+    if not saved:
         raise ValueError(
             f"{run} holds no model and no checkpoint. Name the output folder of a run that has saved one."
         )
-    return Path(checkpoint)
+    return max(saved, key=saved.get)
 
 
 def gather(run: Path, folder: Path, merge: bool, evaluation: Path | None) -> None:
@@ -54,29 +55,44 @@ def gather(run: Path, folder: Path, merge: bool, evaluation: Path | None) -> Non
         ValueError: If there is no model, or `merge` finds no adapter.
     """
     model = model_folder(run)
-    home = run if run.name[:11] != "checkpoint-" else run.parent
+    checkpoint = re.fullmatch(r"checkpoint-(\d+)", model.name)
+    home = model.parent if checkpoint else run
     if merge and not (model / WEIGHTS[0]).is_file():
         raise ValueError(f"`--merge` merges an adapter, and {model} holds whole weights. Leave it out.")
-    if (home / "log.jsonl").is_file() or (home / "trainer_state.json").is_file():
-        write_card(home, evaluation=evaluation)
-    elif evaluation is not None:
+    is_run = any((place / name).is_file() for place in (home, model) for name in ("log.jsonl", "trainer_state.json"))
+    if evaluation is not None and not is_run:
         raise ValueError(f"{run} is no run, and its card takes no `--evaluation`. Leave it out.")
     shutil.copytree(model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_OF_A_MODEL))
     for name in OF_THE_RUN:
         if (home / name).is_file():
             shutil.copy(home / name, folder)
+    if is_run:
+        write_card(home, evaluation=evaluation, step=int(checkpoint[1]) if checkpoint else None, into=folder)
     if merge:
         merge_adapter(folder)
 
 
-def push(run: Path, repo_id: str | None, merge: bool, private: bool, evaluation: Path | None) -> str:
-    """Sends it, in one commit, and returns its address."""
+def send(folder: Path, repo_id: str, private: bool) -> str:
+    """Sends a folder in one commit, and returns its address."""
     api = HfApi()
+    repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
+    api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="gxpo push")
+    return str(repo)
+
+
+def push(run: Path, repo_id: str | None, merge: bool, private: bool, evaluation: Path | None) -> str:
+    """Sends a run, and returns its address.
+
+    Raises:
+        ValueError: If there is nothing to send, or the Hub does not take it.
+    """
+    run = run.resolve()
     with tempfile.TemporaryDirectory() as folder:
         gather(run, Path(folder), merge, evaluation)
-        repo = api.create_repo(repo_id or run.resolve().name, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=f"gxpo push {run.name}")
-    return str(repo)
+        try:
+            return send(Path(folder), repo_id or run.name, private)
+        except PUSH_ERRORS as error:
+            raise ValueError(f"the Hub did not take it: {error}\nNothing is lost: the run is in {run}.") from error
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
@@ -93,10 +109,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         address = push(options.run, options.repo_id, options.merge, options.private, options.evaluation)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except PUSH_ERRORS as error:
-        sys.exit(f"error: the Hub did not take it: {error}\nNothing is lost: the run is in {options.run}, as it was.")
     print(f"Pushed to {address}")
 
 

@@ -132,22 +132,34 @@ def find_config(arguments: list[str]) -> list[str]:
     return words
 
 
+NOT_OF_A_RUN = ("dry_run", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "env")
+"""Keys of one call, or nobody's business."""
+
+
+def _as_yaml(value: Any) -> Any:
+    """What a file would say of a setting that was made into an object."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [_as_yaml(item) for item in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
 def as_recipe(arguments: list[str], recipe: Recipe) -> str:
     """One file that says what the command line says: its recipe, with the keys that it overrides."""
     words = find_config(arguments)
     settings: dict[str, Any] = {}
     if "--config" in words:
-        settings = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8")) or {}
     parsed = {f.name: getattr(part, f.name) for part in recipe for f in dataclasses.fields(part)}
     for word in words:
         key = word.removeprefix("--").split("=")[0].replace("-", "_")
         key = key if key in parsed else key.removeprefix("no_")
         if word.startswith("--") and key in parsed:
-            value = parsed[key]
-            settings[key] = value.value if isinstance(value, Enum) else value
+            settings[key] = _as_yaml(parsed[key])
     if settings.get("report_to") == []:
         settings["report_to"] = "none"
-    for name in ("dry_run", "resume_from_checkpoint"):  # of one call, not of the run
+    for name in NOT_OF_A_RUN:
         settings.pop(name, None)
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 

@@ -59,6 +59,8 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
         ValueError: If the recipe names no dataset, no model or no reward, or one that does not exist.
     """
     script_args, training_args, model_args, dataset_args, problem_args, loop_args, _ = recipe
+    if recipe.rehearsal.dry_run:
+        dataset_args.datasets = []  # the embedded task stands for them
     if not script_args.dataset_name and not dataset_args.datasets:
         raise ValueError("The recipe names no data. Set `dataset_name` or `datasets`.")
     if not model_args.model_name_or_path:
@@ -135,8 +137,8 @@ def load_adapter(
     return PeftModel.from_pretrained(base, adapter, is_trainable=True)
 
 
-def train(trainer: LookaheadTrainer, recipe: Recipe) -> None:
-    """Trains, saves model, state and model card, and pushes when asked."""
+def train(trainer: LookaheadTrainer, recipe: Recipe) -> str | None:
+    """Trains, saves model, state and model card, and pushes when asked. Returns what became of a push that failed."""
     script_args, training_args = recipe.script, recipe.training
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint == "last":
@@ -151,21 +153,19 @@ def train(trainer: LookaheadTrainer, recipe: Recipe) -> None:
         try:
             trainer.push_to_hub(dataset_name=dataset)
         except PUSH_ERRORS as error:
-            sys.exit(
+            return (
                 f"error: the run is over and is in {training_args.output_dir}, but the Hub did not take it: {error}\n"
                 f"`gxpo push {training_args.output_dir} --repo_id {trainer.hub_model_id}` tries again."
             )
+    return None
 
 
-def write_recipe(arguments: list[str], recipe: Recipe, folders: list[Path]) -> None:
-    """Leaves the recipe with the run, command line and all."""
-    if not PartialState().is_main_process:
-        return
-    text = as_recipe(arguments, recipe)
-    for path in (folder / RECIPE_NAME for folder in folders):
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+def leave_recipe(text: str, folder: str | Path) -> None:
+    """Keeps the recipe with the run."""
+    path = Path(folder) / RECIPE_NAME
+    if PartialState().is_main_process and not (path.is_file() and path.read_text(encoding="utf-8") == text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 # ---- NExt in one recipe
@@ -197,14 +197,15 @@ def check_loop(recipe: Recipe) -> None:
         )
     if args.resume_from_checkpoint is None:
         for name in LOOP_FOLDERS:
-            if (Path(args.output_dir) / name).exists():
+            folder = Path(args.output_dir) / name
+            if folder.is_dir() and any(path.name != RECIPE_NAME for path in folder.iterdir()):
                 raise ValueError(
                     f"{args.output_dir} holds an earlier run. Go on with it (`--resume_from_checkpoint last`), or "
                     "choose another `output_dir`."
                 )
 
 
-def train_around_extrapolation(arguments: list[str], recipe: Recipe) -> LookaheadTrainer:
+def train_around_extrapolation(arguments: list[str], recipe: Recipe, text: str) -> tuple[LookaheadTrainer, str | None]:
     """Trains for `extrapolate_after` steps, extrapolates, and trains from there for the rest of `max_steps`.
 
     The second run has an optimizer and a schedule of its own, and the next seed, so that its prompts come in another
@@ -213,16 +214,20 @@ def train_around_extrapolation(arguments: list[str], recipe: Recipe) -> Lookahea
     Args:
         arguments (`list[str]`): The command line.
         recipe (`Recipe`): What it says.
+        text (`str`): The same in one file.
 
     Returns:
-        `LookaheadTrainer`: Of the second run.
+        `tuple[LookaheadTrainer, str | None]`: Of the second run, and what became of a push that failed. Of one after
+            the first run there is a line.
     """
     args, loop = recipe.training, recipe.loop
     before, between, after = (Path(args.output_dir) / name for name in LOOP_FOLDERS)
     steps = loop.extrapolate_after
-    write_recipe(arguments, recipe, [Path(args.output_dir), before, after])
     if not (before / TRAINER_STATE_NAME).is_file():  # written when all of it is done
-        _train_part(arguments, before, steps)
+        _, failed_push = _train_part(arguments, before, steps, text)
+        if failed_push is not None:
+            print(failed_push)
+    leave_recipe(text, args.output_dir)
     settings = ExtrapolationArguments(
         run=str(before),
         method=loop.extrapolate_method,
@@ -235,23 +240,28 @@ def train_around_extrapolation(arguments: list[str], recipe: Recipe) -> Lookahea
         extrapolate(settings)
     PartialState().wait_for_everyone()
     rest = ["--resume_adapter", str(adapter), "--seed", str(args.seed + 1)]
-    return _train_part([*arguments, *rest], after, args.max_steps - steps)
+    return _train_part([*arguments, *rest], after, args.max_steps - steps, text)
 
 
-def _train_part(arguments: list[str], folder: Path, steps: int) -> LookaheadTrainer:
-    part = parse_recipe([*arguments, "--output_dir", str(folder), "--max_steps", str(steps)])
-    part.training.hub_model_id = part.training.hub_model_id or folder.resolve().parent.name
-    trainer = build_trainer(part)
-    train(trainer, part)
-    return trainer
+def _train_part(arguments: list[str], folder: Path, steps: int, text: str) -> tuple[LookaheadTrainer, str | None]:
+    try:
+        part = parse_recipe([*arguments, "--output_dir", str(folder), "--max_steps", str(steps)])
+        part.training.hub_model_id = part.training.hub_model_id or folder.resolve().parent.name
+        trainer = build_trainer(part)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    leave_recipe(text, folder)
+    return trainer, train(trainer, part)
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if is_dry_run(arguments):
+        rehearses = is_dry_run(arguments)
+        if rehearses:
             arguments = rehearse(arguments, prog)
         recipe = parse_recipe(arguments, prog)
+        text = as_recipe(arguments, recipe)
         if recipe.model.model_name_or_path == EMBEDDED_MODEL:
             torch.set_num_threads(1)  # it is too small to share
         is_loop = recipe.loop.extrapolate_after is not None
@@ -259,15 +269,18 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if is_loop:
-        trainer = train_around_extrapolation(arguments, recipe)
+        PartialState().wait_for_everyone()  # all have found the folder as it was
+        trainer, failed_push = train_around_extrapolation(arguments, recipe, text)
     else:
-        write_recipe(arguments, recipe, [Path(recipe.training.output_dir)])
-        train(trainer, recipe)
-    if recipe.rehearsal.dry_run:
+        leave_recipe(text, recipe.training.output_dir)
+        failed_push = train(trainer, recipe)
+    if rehearses:
         trainer.accelerator.print(conclude(recipe, trainer))
-    else:
+    elif failed_push is None:
         trainer.accelerator.print(f"Done. The model is in {trainer.args.output_dir}.")
     trainer.end()
+    if failed_push is not None:
+        sys.exit(failed_push)
 
 
 if __name__ == "__main__":

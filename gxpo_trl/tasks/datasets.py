@@ -225,7 +225,9 @@ def hub_dataset(name: str | None) -> str | None:
     """Where a dataset is on the Hub, for links; `None` for what is not there, and for several at once."""
     if name in PROBLEM_SETS:
         name = PROBLEM_SETS[name].path
-    return name if name and name != EMBEDDED_DATASET and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    if name is None or name == EMBEDDED_DATASET or Path(name).exists() or Path(name).suffix in FILE_TYPES:
+        return None
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
 def _joined(sets: list[Dataset]) -> Dataset:

@@ -22,9 +22,13 @@ class BenchmarkCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.resumes = args.eval_on_start and state.global_step > 0
         # Without an evaluation dataset, the training loop's own first call of `evaluate` does it.
         if args.eval_on_start and state.global_step == 0 and self.trainer.eval_dataset is not None:
             self.trainer.score_benchmarks()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.resumes = False
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % state.eval_steps == 0:
@@ -36,6 +40,7 @@ class BenchmarkMixin:
 
     def _set_up_benchmarks(self) -> None:
         args = self.args
+        self.resumes = False  # whether a resumed run is about to begin, which has scored its start long ago
         if args.eval_benchmarks and (reason := self._why_no_benchmarks()):
             raise ValueError(f"`eval_benchmarks` would not be sampled as training is: {reason}. Leave it out.")
         self._benchmarks = [
@@ -53,7 +58,7 @@ class BenchmarkMixin:
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if self._benchmarks and eval_dataset is None and self.eval_dataset is None:
-            return self.score_benchmarks()
+            return {} if self.resumes else self.score_benchmarks()
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _report_overlap(self, benchmark: Benchmark) -> None:

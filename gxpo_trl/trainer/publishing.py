@@ -1,6 +1,5 @@
 """What goes to the Hub: the card of the run, its state, and that a push which fails costs nothing but the push."""
 
-import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import httpx
 from accelerate.logging import get_logger
 from huggingface_hub.errors import HfHubHTTPError
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..reporting.card import write_card
 
@@ -43,8 +41,6 @@ class PublishingMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._report_failed_pushes()
-        if self.is_world_process_zero():
-            shutil.copy(Path(checkpoint_folder) / TRAINER_STATE_NAME, self.args.output_dir)
         try:
             super()._push_from_checkpoint(checkpoint_folder)
         except PUSH_ERRORS as error:

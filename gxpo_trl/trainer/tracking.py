@@ -21,8 +21,7 @@ class TrackerRecorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.forget_wandb_variables()
-        names = self.trainer.tracker_names()
-        if state.is_world_process_zero and names:
+        if state.is_world_process_zero and (names := self.trainer.tracker_names()):  # trackers run on that one alone
             (Path(args.output_dir) / TRACKERS_NAME).write_text(json.dumps(names, indent=2) + "\n")
 
 
