@@ -186,6 +186,7 @@ def test_a_prompt_count_that_does_not_come_out_even_is_refused_with_one_that_doe
 
 QWEN = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
 QWEN |= {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+FROZEN = 1_543_714_304  # what Qwen2.5-1.5B has
 TRAINED = 28 * 128 * 2 * ((1536 + 1536) + (1536 + 256))  # q and o, k and v: two thin matrices of rank 128 each
 
 
@@ -205,7 +206,8 @@ def test_the_plan_says_what_a_run_takes(tmp_path):
     assert "128 on 1, 64 on 2, 32 on 4, 16 on 8 devices" in text
     assert f"{51 * 3 + 249} to {300 * 3} backward passes in all; GRPO has 300" in text  # the gate opens after 50 steps
     assert "192,000 completions, at most 589.8 million tokens" in text
-    assert f"{TRAINED / 1e6:.1f} million trained" in text
+    assert f"{(FROZEN + TRAINED) / 1e6:,.1f} million parameters, {TRAINED / 1e6:.1f} million trained" in text
+    assert f"frozen weights {2 * FROZEN / 2**30:.1f} GiB" in text
     moments = copies = f"{mib(8 * TRAINED)}"
     assert f"gradients {mib(4 * TRAINED)}, Adam's moments {moments}, copies of an active step {copies}\n" in text
     logits = 5 * 3072 * 151936 * 4 / 2**30
@@ -304,6 +306,13 @@ def test_a_rehearsal_leaves_the_runs_folder_alone_however_it_is_asked_for(flag, 
     arguments = ["--config", str(path), "--output_dir", str(tmp_path / "mine"), "--eval_strategy", "no", *flag]
     train.main([*arguments, "--eval_on_start", "false"])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "notes.txt", "r.yaml"]
+
+
+def test_a_folder_in_the_way_of_a_rehearsal_is_not_removed(tmp_path):
+    (tmp_path / "run-dry-run").mkdir()
+    with pytest.raises(SystemExit, match="run-dry-run is in the way"):
+        train.main(["--config", "gxpo:tiny/grpo.yaml", "--dry-run", "--output_dir", f"{tmp_path}/run/"])
+    assert (tmp_path / "run-dry-run").is_dir()
 
 
 def test_what_is_no_rehearsal_is_none(tmp_path):

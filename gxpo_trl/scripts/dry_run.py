@@ -45,15 +45,16 @@ def rehearse(arguments: list[str], prog: str | None = None) -> list[str]:
     """Prints the plan of a recipe, and returns the command line that carries it out in small.
 
     Raises:
-        ValueError: If the recipe itself is refused.
+        ValueError: If the recipe itself is refused, or a folder is where the rehearsal would be.
     """
     if not torch.accelerator.is_available():
         if not any(word.startswith(("--use_cpu", "--use-cpu")) for word in arguments):
             arguments = [*arguments, "--use_cpu", "true"]  # a plan can be made anywhere
     recipe = parse_recipe(arguments, prog)
+    if (folder := _folder(recipe)).exists():
+        raise ValueError(f"{folder} is in the way, left by a rehearsal that broke off. Remove it.")
     if recipe.training.process_index == 0:
         print(describe_plan(recipe))
-        shutil.rmtree(_folder(recipe), ignore_errors=True)
     recipe.training.distributed_state.wait_for_everyone()
     return [*arguments, *in_small(recipe)]
 
