@@ -64,3 +64,9 @@ def test_one_version_is_meant_everywhere():
     assert f"\n## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     assert citation["repository-code"] == head["tool"]["uv"]["sources"]["gxpo_trl"]["git"] == repository
+
+
+def test_listing_recipes_loads_no_torch():
+    code = "import sys; from gxpo_trl.scripts.cli import main; main(['recipes']); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.stdout.splitlines()[-1] == "False", run.stderr
