@@ -4,7 +4,7 @@ import glob
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -81,7 +81,7 @@ class Run:
     def points(self) -> dict[str, tuple[Point, ...]]:
         """The evaluations, by benchmark."""
         found: dict[str, dict[int, Point]] = {}
-        spending = _Spending(self.about.get("completions_per_step"))
+        spending = _Spending(self._rollouts_at)
         matches = {name: re.fullmatch(r"eval/([^/]+)/avg@\d+|(eval_reward)", name) for name in self._columns}
         benchmarks = {name: match[1] or HELD_OUT for name, match in matches.items() if match}
         for entry in self.log:
@@ -90,6 +90,16 @@ class Run:
                 if is_number(entry.get(name)):
                     found.setdefault(benchmark, {})[entry["step"]] = spending.point(entry, entry[name])
         return {benchmark: tuple(of_it[step] for step in sorted(of_it)) for benchmark, of_it in found.items()}
+
+    def _rollouts_at(self, step: int) -> int | None:
+        """Completions sampled until then: those of a generation batch serve several steps, several times over."""
+        completions = self.about.get("completions_per_step")
+        if completions is None:
+            return None
+        accumulation = self.settings.get("gradient_accumulation_steps") or 1
+        per_generation = self.settings.get("steps_per_generation") or accumulation
+        uses = per_generation * self.settings.get("num_iterations", 1)
+        return math.ceil(step * accumulation / uses) * per_generation * completions // accumulation
 
     @property
     def metrics(self) -> list[str]:
@@ -152,8 +162,8 @@ def is_number(value: Any) -> bool:
 class _Spending:
     """Adds up what was spent while the log is read."""
 
-    def __init__(self, completions_per_step: int | None):
-        self.completions_per_step = completions_per_step
+    def __init__(self, rollouts_at: Callable[[int], int | None]):
+        self.rollouts_at = rollouts_at
         self.passes: int | None = None
         self.passes_step = 0
         self.seconds: float | None = None
@@ -172,8 +182,8 @@ class _Spending:
 
     def point(self, entry: dict[str, Any], value: float) -> Point:
         step, rollouts = entry["step"], entry.get("eval/rollouts")
-        if rollouts is None and self.completions_per_step is not None:
-            rollouts = step * self.completions_per_step
+        if rollouts is None:
+            rollouts = self.rollouts_at(step)
         passes = entry.get("eval/backward_passes")
         if passes is None:  # plain TRL makes one pass a step, and so does a step that is not logged yet
             passes = step if self.passes is None else self.passes + step - self.passes_step

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import t as student
@@ -53,16 +53,27 @@ def peak(points: Sequence[Point]) -> Point:
     return max(points, key=lambda point: (point.value, -point.step))
 
 
+def area(points: Sequence[Point]) -> float:
+    """The area under the curve over steps, of a run's whole length 1: its mean on straight lines."""
+    pairs = list(zip(points, points[1:], strict=False))
+    if not pairs:
+        return final(points)
+    whole = sum((b.step - a.step) * (a.value + b.value) / 2 for a, b in pairs)
+    return whole / (points[-1].step - points[0].step)
+
+
 def by_seed(arm: Arm, benchmark: str) -> dict[int, tuple[Point, ...]]:
     """The evaluations of each run, by its seed; of runs without a known seed, by their place."""
     curves = [(run, run.points[benchmark]) for run in arm.runs if benchmark in run.points]
     return {i if run.seed is None else run.seed: points for i, (run, points) in enumerate(curves)}
 
 
-def paired_difference(arm: Arm, baseline: Arm, benchmark: str) -> Mean | None:
-    """The difference of final values, seed by seed; `None` without a common seed."""
+def paired_difference(
+    arm: Arm, baseline: Arm, benchmark: str, measure: Callable[[Sequence[Point]], float] = final
+) -> Mean | None:
+    """The difference of final values, or of another measure of curves, seed by seed; `None` without a common seed."""
     ours, theirs = by_seed(arm, benchmark), by_seed(baseline, benchmark)
-    return mean_of([final(ours[seed]) - final(theirs[seed]) for seed in ours if seed in theirs])
+    return mean_of([measure(ours[seed]) - measure(theirs[seed]) for seed in ours if seed in theirs])
 
 
 @dataclass(frozen=True)

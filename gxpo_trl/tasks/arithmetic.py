@@ -11,6 +11,7 @@ no test expression ever occurs in the training split, whatever the names and ite
 import hashlib
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +20,7 @@ from trl.rewards import accuracy_reward
 
 
 LARGEST_VALUE = 20
+OPERATIONS = (2, 3, 4)
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Eva", "Max", "Zoe")
 ITEMS = ("apples", "books", "coins", "pens", "cards", "shells", "stamps", "eggs")
 ADDITIONS = (
@@ -60,13 +62,13 @@ def apply_operation(value: int, operator: str, operand: int) -> int:
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
 
 
-def sample_problem(rng: random.Random) -> Problem:
-    """Draws one problem of either split."""
+def sample_problem(rng: random.Random, operations: Sequence[int] = OPERATIONS) -> Problem:
+    """Draws one problem of either split, with one of these numbers of operations."""
     value = rng.randint(2, 15)
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
     sentences, steps, expression = [f"{name} has {value} {item}."], [], str(value)
-    for _ in range(rng.choice((2, 3, 4))):
+    for _ in range(rng.choice(operations)):
         operator, operand = _sample_operation(rng, value)
         result = apply_operation(value, operator, operand)
         template = {"+": rng.choice(ADDITIONS), "-": rng.choice(SUBTRACTIONS), "*": DOUBLING}[operator]
@@ -92,25 +94,28 @@ def _sample_operation(rng: random.Random, value: int) -> tuple[str, int]:
     return operator, rng.randint(1, min(9, LARGEST_VALUE - value if operator == "+" else value))
 
 
-def sample_problems(count: int, split: str, seed: int) -> list[Problem]:
+def sample_problems(count: int, split: str, seed: int, operations: Sequence[int] = OPERATIONS) -> list[Problem]:
     """Draws `count` problems with distinct questions from one split.
 
     Args:
         count (`int`): How many.
         split (`str`): `"train"` or `"test"`.
         seed (`int`): Same seed, same problems.
+        operations (`Sequence[int]`): How many operations a problem may have. The embedded model knows 2 to 4.
     """
     rng = random.Random(f"{split}-{seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        problem = sample_problem(rng)
+        problem = sample_problem(rng, operations)
         if problem.held_out == (split == "test"):
             problems.setdefault(problem.question, problem)
     return list(problems.values())
 
 
-def load_arithmetic(train_size: int = 4000, test_size: int = 200, seed: int = 0) -> DatasetDict:
-    """The task as a dataset in TRL's conversational prompt format.
+def load_arithmetic(
+    train_size: int = 4000, test_size: int = 200, seed: int = 0, operations: Sequence[int] = OPERATIONS
+) -> DatasetDict:
+    """The task as a dataset in TRL's conversational prompt format; the arguments are those of `sample_problems`.
 
     Returns:
         `datasets.DatasetDict` with splits `train` and `test` and the columns `prompt` (a list of one user message),
@@ -126,7 +131,7 @@ def load_arithmetic(train_size: int = 4000, test_size: int = 200, seed: int = 0)
                         "solution": f"\\boxed{{{problem.answer}}}",
                         "expression": problem.expression,
                     }
-                    for problem in sample_problems(size, split, seed)
+                    for problem in sample_problems(size, split, seed, operations)
                 ]
             )
             for split, size in sizes.items()

@@ -12,6 +12,7 @@ import argparse
 import math
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .arithmetic import LARGEST_VALUE, Problem, apply_operation, sample_problem
+from .arithmetic import LARGEST_VALUE, OPERATIONS, Problem, apply_operation, sample_problem
 
 
 TINY_MODEL_PATH = Path(__file__).parent / "tiny"
@@ -90,9 +91,9 @@ def worked_answer(steps: tuple[str, ...], answer: int) -> str:
     return f" {' '.join(steps)} \\boxed{{{answer}}}"
 
 
-def mixed_demonstration(problem: Problem, rng: random.Random) -> str:
+def mixed_demonstration(problem: Problem, rng: random.Random, bare_fraction: float = BARE_FRACTION) -> str:
     """What the mixed demonstrator writes: often the bare answer, sometimes a chain with one slip carried through."""
-    if rng.random() < BARE_FRACTION:
+    if rng.random() < bare_fraction:
         return f" \\boxed{{{problem.answer}}}"
     if rng.random() >= SLIP_FRACTION:
         return worked_answer(problem.steps, problem.answer)
@@ -121,8 +122,18 @@ def collate(prompts: list[list[int]], completions: list[list[int]], pad_token_id
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int = 1000, seed: int = 0) -> None:
-    """Trains the model on demonstrations, in place: batch 64, fresh data, AdamW with warm-up and cosine decay."""
+def warm_start(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int = 1000,
+    seed: int = 0,
+    operations: Sequence[int] = OPERATIONS,
+    bare_fraction: float = BARE_FRACTION,
+) -> None:
+    """Trains the model on demonstrations, in place: batch 64, fresh data, AdamW with warm-up and cosine decay.
+
+    More operations, or a larger part of mixed demonstrations that show the bare answer, make a harder task.
+    """
     rng = random.Random(seed)
     peak_learning_rate, warmup = 4e-3, max(1, steps // 20)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -135,12 +146,12 @@ def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, step
     for step in range(steps):
         problems = []
         while len(problems) < 64:
-            if not (problem := sample_problem(rng)).held_out:
+            if not (problem := sample_problem(rng, operations)).held_out:
                 problems.append(problem)
         if step < CLEAN_FRACTION * steps:
             answers = [worked_answer(problem.steps, problem.answer) for problem in problems]
         else:
-            answers = [mixed_demonstration(problem, rng) for problem in problems]
+            answers = [mixed_demonstration(problem, rng, bare_fraction) for problem in problems]
         batch = collate(
             tokenizer([prompt_text(problem) for problem in problems])["input_ids"],
             tokenizer([answer + tokenizer.eos_token for answer in answers])["input_ids"],

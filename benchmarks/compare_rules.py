@@ -1,0 +1,440 @@
+"""GRPO, SFPO, GXPO and NExt's peers over seeds: what a lookahead is worth, at equal and at tuned learning rates.
+
+    python benchmarks/compare_rules.py                     # all parts, two runs at a time: under two hours
+    python benchmarks/compare_rules.py --parts equal lora  # some of them
+    python benchmarks/compare_rules.py --quick             # few batches, two seeds: minutes, to see that it runs
+
+All arms of a part start from one warm start and see the same prompts, seed by seed, and as many rollouts. A lookahead
+moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal` has
+every rule and variant at one learning rate beside GRPO at multiples of it, and `tuned` has each at its own best, found
+on other seeds with equal budget. `lora` and `harder` are `tuned` with adapters and with longer problems; `precision`
+measures the noise under the retention ratio and the true error of the lookahead.
+
+What has been trained is not trained again; `--out` holds the runs. Each part leaves `results/compare_rules/PART.json`
+and the report of its runs. Seconds are of CPU time, so that a busy machine matters less.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from common import RESULTS, describe_machine
+from transformers import PrinterCallback
+
+from gxpo_trl.reporting.page import write_report
+from gxpo_trl.reporting.runs import HELD_OUT, Run, load_run
+from gxpo_trl.reporting.runs import Arm as ArmOfRuns
+from gxpo_trl.reporting.sections import make_sections
+from gxpo_trl.reporting.statistics import Mean, area, final, match_peak, mean_of, paired_difference, peak
+from gxpo_trl.scripts.demo import quieten
+from gxpo_trl.scripts.recipe import parse_recipe
+from gxpo_trl.scripts.train import build_trainer
+from gxpo_trl.tasks.arithmetic import OPERATIONS, load_arithmetic
+from gxpo_trl.tasks.names import EMBEDDED_MODEL
+from gxpo_trl.tasks.tiny_model import build_model, build_tokenizer, warm_start
+from gxpo_trl.trainer import recording
+from gxpo_trl.update import extrapolation, step
+
+
+Settings = dict[str, Any]
+TUNING_SEEDS = (100, 101)
+HELD_OUT_PROBLEMS, SAMPLES = 64, 16
+HARDER_OPERATIONS = (5, 6, 7)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of the comparison.
+
+    Attributes:
+        label (`str`): What tables and figures call it.
+        settings (`Settings`): Where its recipe differs from that of GRPO.
+        ratio_per_matrix (`bool`): Whether one retention ratio, by least squares, stands for all of a parameter.
+    """
+
+    label: str
+    settings: Settings = field(default_factory=dict)
+    ratio_per_matrix: bool = False
+
+
+def gxpo(label: str, steps: int = 5, alpha: float = 1.0, **settings: Any) -> Arm:
+    """An arm of GXPO whose gate never closes, unless the settings say otherwise."""
+    rule = {"update_rule": "gxpo", "lookahead_steps": steps, "reposition_alpha": alpha, "gate_signal": "never"}
+    return Arm(label, rule | settings)
+
+
+def sfpo(steps: int) -> Arm:
+    rule = {"update_rule": "sfpo", "lookahead_steps": steps, "reposition_alpha": 0.8, "gate_signal": "never"}
+    return Arm(f"SFPO K {steps}", rule)
+
+
+GRPO = Arm("GRPO")
+TWO_ITERATIONS = Arm("GRPO, 2 iterations", {"num_iterations": 2})
+THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3})
+GXPO = gxpo("GXPO K 5 α 1")
+TWO_PROBES = gxpo("scale 1, α 1", scale_max=1.0)
+LINEAR = gxpo("scale K/2, K 5 α 1", scale_min=2.5, scale_max=2.5)
+UPDATE = gxpo("GXPO K 5 α 1, update retention", retention="update")
+ROLLBACK = gxpo("GXPO K 5 α 1, rollback", probe_optimizer_state="rollback")
+PER_MATRIX = replace(gxpo("GXPO K 5 α 1, ratio per matrix"), ratio_per_matrix=True)
+RELATIVE = gxpo("GXPO K 5 α 1, relative threshold 0.1", active_threshold_relative=0.1)
+GATE = {"gate_signal": "grad_norm", "gate_threshold": 0.5, "gate_window": 10, "gate_warmup_steps": 10}
+GATED = gxpo("GXPO K 5 α 1, gate", **GATE)
+
+EQUAL = (
+    *(GRPO, TWO_ITERATIONS, THREE_ITERATIONS, sfpo(3), sfpo(5)),
+    *(gxpo("GXPO K 5 α 0.1", alpha=0.1), gxpo("GXPO K 5 α 0.5", alpha=0.5), GXPO),
+    *(gxpo("GXPO K 3 α 1", steps=3), gxpo("GXPO K 10 α 1", steps=10), gxpo("GXPO K 5 α 1.5", alpha=1.5)),
+    *(TWO_PROBES, LINEAR, UPDATE, ROLLBACK, PER_MATRIX, RELATIVE, GATED),
+)
+TUNED = (
+    *(GRPO, THREE_ITERATIONS, sfpo(3), gxpo("GXPO K 5 α 0.5", alpha=0.5), GXPO),
+    *(gxpo("GXPO K 10 α 1", steps=10), LINEAR, UPDATE, ROLLBACK, PER_MATRIX),
+)
+SCHEDULED = (GATED, gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12))
+"""At the learning rate found for `GXPO`: when to stop looking ahead."""
+LORA = {
+    **{"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arms that are compared with each other.
+
+    Attributes:
+        name (`str`): Of its file and folder.
+        arms (`tuple[Arm, ...]`): The first is what others are compared with.
+        learning_rates (`tuple[float, ...]`): Of several, each arm has the best of its own; a single one is everyone's.
+        settings (`Settings`): Of all its arms.
+        seeds (`int`): Runs of an arm.
+        batches (`int`): Of rollouts, in a run.
+        every (`int`): Batches between evaluations.
+        extends (`bool`): Whether learning rates beyond the given ones are tried where the last is the best.
+    """
+
+    name: str
+    arms: tuple[Arm, ...]
+    learning_rates: tuple[float, ...]
+    settings: Settings = field(default_factory=dict)
+    seeds: int = 8
+    batches: int = 48
+    every: int = 6
+    extends: bool = True
+
+
+PARTS = (
+    Part("tuned", TUNED, (5e-5, 1e-4, 2e-4, 4e-4)),
+    Part("equal", EQUAL, (3e-5,)),
+    Part("lora", (GRPO, sfpo(3), GXPO, LINEAR), (5e-4, 1e-3, 2e-3, 4e-3), LORA),
+    Part("harder", (GRPO, sfpo(3), GXPO, LINEAR), (1e-4, 2e-4, 4e-4), {"max_completion_length": 48}),
+)
+
+
+# ---- One run
+
+
+def start_worker() -> None:
+    """A process that trains runs one after the other, on one thread."""
+    warnings.simplefilter("ignore")
+    quieten()
+    torch.set_num_threads(1)  # the model is too small to share
+    recording.time = SimpleNamespace(perf_counter=time.process_time)
+
+
+def train_run(arm: Arm, folder: Path, settings: Settings) -> Path:
+    """Trains one run, unless its folder holds it whole."""
+    if not (folder / "trainer_state.json").is_file():
+        arguments = [f"--{name}={value}" for name, value in settings.items() if not isinstance(value, list)]
+        lists = [text for name, value in settings.items() if isinstance(value, list) for text in (f"--{name}", *value)]
+        fixed = ["--config", "gxpo:tiny/grpo.yaml", "--disable_tqdm", "true", "--log_level", "error"]
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            trainer = build_trainer(parse_recipe([*fixed, "--output_dir", str(folder), *arguments, *lists]))
+            trainer.remove_callback(PrinterCallback)
+            with one_ratio_per_matrix() if arm.ratio_per_matrix else contextlib.nullcontext():
+                trainer.train()
+            trainer.save_state()
+    return folder
+
+
+@contextlib.contextmanager
+def one_ratio_per_matrix() -> Iterator[None]:
+    """GXPO with ⟨g0, g1⟩ / ‖g0‖² of each parameter in place of the ratios of its coordinates."""
+
+    def of_matrix(first, second, rule, threshold):
+        ratio = torch.sum(first * second) / first.square().sum()
+        retention, scale, _ = extrapolation.retention_and_scale(
+            torch.ones_like(first), ratio.expand_as(first), rule, threshold=0.0
+        )
+        return retention, scale, first.abs() > threshold
+
+    step.retention_and_scale = of_matrix
+    try:
+        yield
+    finally:
+        step.retention_and_scale = extrapolation.retention_and_scale
+
+
+# ---- Many runs
+
+
+@dataclass
+class Bench:
+    """Where runs are trained and kept.
+
+    Attributes:
+        folder (`Path`): Of all runs.
+        pool (`ProcessPoolExecutor`): Trains them.
+    """
+
+    folder: Path
+    pool: ProcessPoolExecutor
+
+    def train(self, part: Part, arms: Sequence[tuple[Arm, float]], seeds: Sequence[int]) -> dict[tuple, list[Run]]:
+        """The runs of arms at their learning rates, one a seed; says of each arm when it is done."""
+        jobs = {}
+        for seed in seeds:
+            for arm, rate in arms:
+                folder = self.folder / part.name / f"{arm.label}, lr {rate:g}".replace(" ", "_").replace("/", "-")
+                settings = self._settings(part, arm, rate, seed)
+                jobs[self.pool.submit(train_run, arm, folder / f"seed-{seed}", settings)] = (arm.label, rate)
+        found: dict[tuple, list[Run]] = {}
+        for job in as_completed(jobs):
+            label, rate = jobs[job]
+            runs = found.setdefault((label, rate), [])
+            runs.append(load_run(job.result(), label))
+            if len(runs) == len(seeds):
+                runs.sort(key=lambda run: run.seed)
+                curves = [run.points[HELD_OUT] for run in runs]
+                auc, end = (statistics.fmean(map(value, curves)) for value in (area, final))
+                print(f"  {label}, lr {rate:g}: AUC {auc:.3f}, final {end:.3f}, {len(runs)} seeds", flush=True)
+        return found
+
+    def _settings(self, part: Part, arm: Arm, rate: float, seed: int) -> Settings:
+        iterations = arm.settings.get("num_iterations", 1)  # TRL counts optimizer steps
+        task = self.folder / ("task-harder" if part.name == "harder" else "task")
+        return {
+            "dataset_name": task / "data",
+            "model_name_or_path": task / "model" if part.name == "harder" else EMBEDDED_MODEL,
+            "max_steps": part.batches * iterations,
+            "eval_steps": part.every * iterations,
+            "num_generations_eval": SAMPLES,
+            "per_device_eval_batch_size": HELD_OUT_PROBLEMS * SAMPLES,
+            "learning_rate": rate,
+            "seed": seed,
+            **part.settings,
+            **arm.settings,
+        }
+
+
+def make_tasks(folder: Path, harder: bool) -> None:
+    """The embedded task, and one of longer problems with a warm start of its own, as files."""
+    tasks = {"task": OPERATIONS} | ({"task-harder": HARDER_OPERATIONS} if harder else {})
+    for name, operations in tasks.items():
+        if (folder / name / "data").is_dir():
+            continue
+        if operations == HARDER_OPERATIONS:
+            print("warm start on longer problems: about three minutes", flush=True)
+            tokenizer = build_tokenizer()
+            model = build_model(tokenizer)
+            warm_start(model, tokenizer, operations=operations, bare_fraction=0.9)
+            model.save_pretrained(folder / name / "model")
+            tokenizer.save_pretrained(folder / name / "model")
+        for split, rows in load_arithmetic(test_size=HELD_OUT_PROBLEMS, operations=operations).items():
+            rows.to_json(folder / name / "data" / f"{split}.jsonl")
+
+
+def tune(bench: Bench, part: Part) -> tuple[list[tuple[Arm, float]], dict[str, dict[str, float]]]:
+    """The learning rate of the best mean AUC for each arm, and what was tried.
+
+    An arm that is best at the end of the grid is tried beyond it, by the grid's own factor, until it is not.
+    """
+    tried: dict[str, dict[float, float]] = {arm.label: {} for arm in part.arms}
+    factor = part.learning_rates[1] / part.learning_rates[0]
+    missing = [(arm, rate) for arm in part.arms for rate in part.learning_rates]
+    while missing:
+        for (label, rate), runs in bench.train(part, missing, TUNING_SEEDS).items():
+            tried[label][rate] = statistics.fmean(area(run.points[HELD_OUT]) for run in runs)
+        missing = []
+        for arm in part.arms:
+            rates = tried[arm.label]
+            best = max(rates, key=rates.get)
+            beyond = best * factor if best == max(rates) else best / factor
+            if best in (max(rates), min(rates)) and part.extends:
+                missing.append((arm, float(f"{beyond:.3g}")))
+    chosen = [(arm, max(tried[arm.label], key=tried[arm.label].get)) for arm in part.arms]
+    return chosen, {label: {f"{r:g}": auc for r, auc in sorted(rates.items())} for label, rates in tried.items()}
+
+
+def run_part(bench: Bench, part: Part) -> tuple[list[Run], dict]:
+    """Its runs, and what is to be known beside them."""
+    seeds = range(part.seeds)
+    if len(part.learning_rates) > 1:
+        arms, tried = tune(bench, part)
+        if part.name == "tuned":
+            rate = next(rate for arm, rate in arms if arm is GXPO)
+            arms += [(arm, rate) for arm in SCHEDULED]
+        about = {"tuned_on_seeds": TUNING_SEEDS, "tried": tried}
+        found = bench.train(part, arms, seeds)
+    else:
+        (rate,) = part.learning_rates
+        arms = [(arm, rate) for arm in part.arms]
+        arms += [(Arm(f"GRPO, lr × {times}"), float(f"{times * rate:.3g}")) for times in (2, 3)]
+        found = bench.train(part, arms, seeds)
+        times = effective_steps(found[(GXPO.label, rate)])
+        same_reach = (Arm(f"GRPO, lr × {times:.1f}, the reach of {GXPO.label}"), float(f"{times * rate:.3g}"))
+        arms.append(same_reach)
+        found |= bench.train(part, [same_reach], seeds)
+        about = {"effective_steps": times}
+    return [run for arm, rate in arms for run in found[(arm.label, rate)]], about
+
+
+def effective_steps(runs: Sequence[Run]) -> float:
+    """Steps that one lookahead step is as long as: the reposition in units of its two probes, and the correction."""
+    return 1 + 2 * statistics.median(v for run in runs for v in run.series("lookahead/effective_multiplier")[1])
+
+
+# ---- What came of it
+
+DIAGNOSTICS = (
+    "retention_mean",
+    "retention_std",
+    "scale_mean",
+    "effective_multiplier",
+    "cos_0_slow",
+    "inactive_fraction",
+)
+ERRORS = ("true_error", "true_error_linear", "true_error_two_step", "true_cosine", "noise_cos", "noise_retention_std")
+
+
+def summarise(arm: ArmOfRuns, baseline: ArmOfRuns) -> dict:
+    """One arm in figures: means with 95 % intervals over seeds, differences to the baseline seed by seed."""
+    curves = arm.curves(HELD_OUT)
+    matched = match_peak(arm, baseline, HELD_OUT)
+    measures = {"auc": area, "final": final, "peak": lambda points: peak(points).value}
+    return {
+        "arm": arm.label,
+        "learning_rate": arm.runs[0].settings["learning_rate"],
+        "seeds": len(arm.runs),
+        **{name: triple(mean_of(list(map(value, curves)))) for name, value in measures.items()},
+        **{f"{name}_ahead": triple(paired_difference(arm, baseline, HELD_OUT, measures[name])) for name in measures},
+        "to_baselines_peak": {"matched": matched.matched, "spent": matched.spent, "speedup": matched.speedup},
+        "backward_passes": statistics.fmean(points[-1].backward_passes for points in curves),
+        "cpu_seconds": statistics.median(points[-1].hours * 3600 for points in curves),
+        "shutoff_steps": [run.shutoff_step for run in arm.runs if run.shutoff_step is not None],
+        "diagnostics": medians(arm.runs, (*DIAGNOSTICS, *ERRORS)),
+        "runs": [
+            {"seed": run.seed, "curve": [[p.rollouts, p.value, p.backward_passes] for p in run.points[HELD_OUT]]}
+            for run in arm.runs
+        ],
+    }
+
+
+def triple(mean: Mean) -> list[float | None]:
+    return [mean.value, mean.low, mean.high]
+
+
+def medians(runs: Sequence[Run], names: Sequence[str]) -> dict[str, float]:
+    values = {name: [v for run in runs for v in run.series(f"lookahead/{name}")[1]] for name in names}
+    return {name: statistics.median(found) for name, found in values.items() if found}
+
+
+def show(rows: Sequence[dict]) -> None:
+    columns = ("arm", "learning rate", "AUC", "ahead of the first", "final", "ahead of the first", "passes", "seconds")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        cells = [row["arm"], f"{row['learning_rate']:g}"]
+        for name in ("auc", "final"):
+            cells += [f"{row[name][0]:.3f}", "" if row is rows[0] else around(row[f"{name}_ahead"])]
+        cells += [f"{row['backward_passes']:.0f}", f"{row['cpu_seconds']:.1f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def around(triple: Sequence[float | None]) -> str:
+    mean, low, high = triple
+    return f"{mean:+.3f}" if low is None else f"{mean:+.3f} ± {(high - low) / 2:.3f}"
+
+
+def precision(bench: Bench, seeds: int, batches: int) -> list[dict]:
+    """The noise under the retention ratio, and what the lookahead missed K real steps by, in each precision."""
+    cells = [("full", "fp32", 3), ("full", "fp32", 10)]
+    cells += [(tuning, dtype, 5) for tuning in ("full", "LoRA") for dtype in ("fp32", "bf16")]
+    rows = []
+    for tuning, dtype, k in cells:
+        arm = gxpo(f"{tuning}, {dtype}, K {k}", steps=k, lookahead_diagnostics_steps=4, bf16=dtype == "bf16")
+        part = Part("precision", (arm,), (), LORA if tuning == "LoRA" else {}, seeds, batches, batches)
+        rate = 1e-3 if tuning == "LoRA" else 1e-4
+        (runs,) = bench.train(part, [(arm, rate)], range(seeds)).values()
+        measured = medians(runs, (*DIAGNOSTICS, *ERRORS))
+        rows.append({"arm": arm.label, "learning_rate": rate, "seeds": seeds, "diagnostics": measured})
+    columns = ("retention_mean", "retention_std", "noise_retention_std", *ERRORS[:3])
+    print(f"| arm | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for row in rows:
+        cells = [f"{row['diagnostics'][name]:.4f}" for name in columns]
+        print(f"| {row['arm']} | {' | '.join(cells)} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*(part.name for part in PARTS), "precision"]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names)
+    parser.add_argument("--quick", action="store_true", help="few batches, two seeds; leaves no results")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/compare_rules"), help="where runs are kept")
+    options = parser.parse_args()
+    folder = (options.out / "quick" if options.quick else options.out).resolve()
+    results = folder / "results" if options.quick else RESULTS / "compare_rules"
+    results.mkdir(parents=True, exist_ok=True)
+    quieten()
+    make_tasks(folder, harder="harder" in options.parts)
+    machine = describe_machine(threads=1)
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, start_worker) as pool:
+        bench = Bench(folder, pool)
+        for part in [part for part in PARTS if part.name in options.parts]:
+            if options.quick:
+                rates = part.learning_rates[1:3] or part.learning_rates
+                part = replace(part, learning_rates=rates, extends=False, seeds=2, batches=6, every=3)
+            print(f"\n{part.name}", flush=True)
+            runs, about = run_part(bench, part)
+            arms = [ArmOfRuns(label, tuple(of_it)) for label, of_it in by_label(runs).items()]
+            rows = [summarise(arm, arms[0]) for arm in arms]
+            show(rows)
+            write_report(runs, make_sections(runs, arms[0].label), results / part.name)
+            save(results, part.name, {**about, "batches": part.batches, "rows": rows, **machine})
+        if "precision" in options.parts:
+            print("\nprecision", flush=True)
+            rows = precision(bench, *((1, 5) if options.quick else (3, 24)))
+            save(results, "precision", {"rows": rows, **machine})
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.label, []).append(run)
+    return found
+
+
+def save(folder: Path, name: str, result: dict) -> None:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
