@@ -5,10 +5,10 @@
     python benchmarks/compare_rules.py --quick             # few batches, two seeds: minutes, to see that it runs
 
 All arms of a part start from one warm start and see the same prompts, seed by seed, and as many rollouts. A lookahead
-moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal` has
-every rule and variant at one learning rate beside GRPO at multiples of it, and `tuned` has each at its own best, found
-on other seeds with equal budget. `lora` and `harder` are `tuned` with adapters and with longer problems; `precision`
-measures the noise under the retention ratio and the true error of the lookahead.
+moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal`
+has every rule and variant at one learning rate beside GRPO at multiples of it, and `tuned` has each at its own best,
+found on other seeds with equal budget. `lora` and `harder` are `tuned` with adapters and with longer problems;
+`precision` measures the noise under the retention ratio and the true error of the lookahead.
 
 What has been trained is not trained again; `--out` holds the runs. Each part leaves `results/compare_rules/PART.json`
 and the report of its runs. Seconds are of CPU time, so that a busy machine matters less.
@@ -34,14 +34,15 @@ from common import RESULTS, describe_machine
 from transformers import PrinterCallback
 
 from gxpo_trl.reporting.page import write_report
-from gxpo_trl.reporting.runs import HELD_OUT, Run, load_run
 from gxpo_trl.reporting.runs import Arm as ArmOfRuns
+from gxpo_trl.reporting.runs import Run, load_run
 from gxpo_trl.reporting.sections import make_sections
 from gxpo_trl.reporting.statistics import Mean, area, final, match_peak, mean_of, paired_difference, peak
 from gxpo_trl.scripts.demo import quieten
 from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.train import build_trainer
 from gxpo_trl.tasks.arithmetic import OPERATIONS, load_arithmetic
+from gxpo_trl.tasks.datasets import PROBLEM_SETS, ProblemSet
 from gxpo_trl.tasks.names import EMBEDDED_MODEL
 from gxpo_trl.tasks.tiny_model import build_model, build_tokenizer, warm_start
 from gxpo_trl.trainer import recording
@@ -50,7 +51,7 @@ from gxpo_trl.update import extrapolation, step
 
 Settings = dict[str, Any]
 TUNING_SEEDS = (100, 101)
-HELD_OUT_PROBLEMS, SAMPLES = 64, 16
+HELD_OUT, HELD_OUT_PROBLEMS, SAMPLES = "held-out", 64, 16
 HARDER_OPERATIONS = (5, 6, 7)
 
 
@@ -158,6 +159,10 @@ def start_worker() -> None:
 def train_run(arm: Arm, folder: Path, settings: Settings) -> Path:
     """Trains one run, unless its folder holds it whole."""
     if not (folder / "trainer_state.json").is_file():
+        problems = str(settings["dataset_name"].with_name("held-out.json"))
+        PROBLEM_SETS[HELD_OUT] = ProblemSet(
+            "json", "problem", "answer", split="train", kind="arithmetic", data_files=problems
+        )
         arguments = [f"--{name}={value}" for name, value in settings.items() if not isinstance(value, list)]
         lists = [text for name, value in settings.items() if isinstance(value, list) for text in (f"--{name}", *value)]
         fixed = ["--config", "gxpo:tiny/grpo.yaml", "--disable_tqdm", "true", "--log_level", "error"]
@@ -230,8 +235,10 @@ class Bench:
             "dataset_name": task / "data",
             "model_name_or_path": task / "model" if part.name == "harder" else EMBEDDED_MODEL,
             "max_steps": part.batches * iterations,
+            "eval_strategy": "no",
             "eval_steps": part.every * iterations,
-            "num_generations_eval": SAMPLES,
+            "eval_benchmarks": HELD_OUT,
+            "eval_samples": SAMPLES,
             "per_device_eval_batch_size": HELD_OUT_PROBLEMS * SAMPLES,
             "learning_rate": rate,
             "seed": seed,
@@ -253,8 +260,10 @@ def make_tasks(folder: Path, harder: bool) -> None:
             warm_start(model, tokenizer, operations=operations, bare_fraction=0.9)
             model.save_pretrained(folder / name / "model")
             tokenizer.save_pretrained(folder / name / "model")
-        for split, rows in load_arithmetic(test_size=HELD_OUT_PROBLEMS, operations=operations).items():
-            rows.to_json(folder / name / "data" / f"{split}.jsonl")
+        rows = load_arithmetic(test_size=HELD_OUT_PROBLEMS, operations=operations)
+        rows["train"].to_json(folder / name / "data" / "train.jsonl")
+        problems = [{"problem": row["prompt"][-1]["content"], "answer": row["solution"]} for row in rows["test"]]
+        (folder / name / "held-out.json").write_text(json.dumps(problems, indent=1) + "\n")
 
 
 def tune(bench: Bench, part: Part) -> tuple[list[tuple[Arm, float]], dict[str, dict[str, float]]]:
@@ -309,14 +318,8 @@ def effective_steps(runs: Sequence[Run]) -> float:
 
 # ---- What came of it
 
-DIAGNOSTICS = (
-    "retention_mean",
-    "retention_std",
-    "scale_mean",
-    "effective_multiplier",
-    "cos_0_slow",
-    "inactive_fraction",
-)
+DIAGNOSTICS = ("retention_mean", "retention_std", "scale_mean", "effective_multiplier", "cos_0_slow")
+DIAGNOSTICS += ("inactive_fraction", "gate_z")
 ERRORS = ("true_error", "true_error_linear", "true_error_two_step", "true_cosine", "noise_cos", "noise_retention_std")
 
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from gxpo_trl.scripts import recipes, train
-from gxpo_trl.scripts.dry_run import describe_plan, in_small, is_dry_run
+from gxpo_trl.scripts.dry_run import in_small, is_dry_run
+from gxpo_trl.scripts.plan import describe_plan
 from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.recipes import recipe_names, recipe_path
 from gxpo_trl.tasks import resolve_reward
@@ -221,6 +222,12 @@ def test_the_plan_says_what_a_run_takes(tmp_path):
         (["--max_active_steps", "60"], f"{51 * 3 + 249} to {60 * 3 + 240} backward passes"),
         (["--update_rule", "sfpo", "--lookahead_steps", "3"], f"{51 * 4 + 249} to 1,200 backward passes"),
         (["--update_rule", "grpo"], "1 a step: 300 backward passes in all"),
+        (["--gate_warmup_steps", "0"], f"{3 * 3 + 297} to 900 backward passes"),  # the third has two to compare with
+        (["--lookahead_diagnostics_steps", "5"], "(and 5 in every 5th active step for diagnostics"),
+        (["--dtype", "float32"], f"frozen weights {4 * FROZEN / 2**30:.1f} GiB"),
+        (["--dtype", "auto"], f"frozen weights {4 * FROZEN / 2**30:.1f} GiB"),  # the configuration names none
+        (["--load_in_8bit", "true"], f"frozen weights {FROZEN / 2**30:.1f} GiB"),
+        (["--load_in_4bit", "true"], f"frozen weights {mib(FROZEN / 2)}"),
         (["--num_iterations", "2"], "96,000 completions, at most 294.9 million tokens"),
         (["--probe_optimizer_state", "rollback"], f"copies of an active step {mib(16 * TRAINED)}"),
         (["--snapshot_dtype", "bfloat16"], f"copies of an active step {mib(6 * TRAINED)}"),

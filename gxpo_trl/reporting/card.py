@@ -6,7 +6,7 @@ evaluation.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.benchmark import slug
 from ..tasks.datasets import PROBLEM_SETS
 from .figures import Picture, curve_pictures, metric_picture
-from .runs import Arm, Run, load_run
-from .tables import number
+from .runs import NO_PART_OF_AN_ARM, Arm, Run, holds_run, load_run
+from .tables import Table, number
 
 
 CARD_NAME, CURVES_NAME, RECIPE_NAME = "README.md", "curves.png", "recipe.yaml"
@@ -33,8 +33,6 @@ SHOWN = ("update_rule", "lookahead_steps", "reposition_alpha", "gate_signal", "g
 SHOWN += ("max_steps", "loss_type", "beta", "epsilon", "num_generations", "temperature", "max_completion_length")
 SHOWN += ("max_grad_norm", "seed")
 """Settings that a card names even where they are the defaults."""
-NO_PART_OF_A_CARD = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "log_", "disable_tqdm")
-NO_PART_OF_A_CARD += ("save_", "eval_", "per_device_eval", "num_generations_eval", "dataloader_", "use_cpu", "project")
 GRPO = """@article{shao2024deepseekmath,
     title        = {{DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models}},
     author       = {Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and Mingchuan Zhang and
@@ -42,13 +40,17 @@ GRPO = """@article{shao2024deepseekmath,
     year         = 2024,
     eprint       = {arXiv:2402.03300},
 }"""
-RLOO = """@inproceedings{ahmadian2024back,
+RLOO = r"""@inproceedings{ahmadian2024back,
     title        = {{Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in
                     LLMs}},
-    author       = {Arash Ahmadian and Chris Cremer and Matthias Gallé and Marzieh Fadaee and Julia Kreutzer and
-                    Olivier Pietquin and Ahmet Üstün and Sara Hooker},
+    author       = {Arash Ahmadian and Chris Cremer and Matthias Gall{\'{e}} and Marzieh Fadaee and Julia Kreutzer and
+                    Olivier Pietquin and Ahmet {\"{U}}st{\"{u}}n and Sara Hooker},
     year         = 2024,
-    booktitle    = {Annual Meeting of the Association for Computational Linguistics},
+    booktitle    = {Proceedings of the 62nd Annual Meeting of the Association for Computational Linguistics (Volume 1:
+                    Long Papers), {ACL} 2024, Bangkok, Thailand, August 11-16, 2024},
+    pages        = {12248--12267},
+    publisher    = {Association for Computational Linguistics},
+    editor       = {Lun{-}Wei Ku and Andre Martins and Vivek Srikumar},
 }"""
 NEXT = """@article{chen2026next,
     title        = {{Low-rank Optimization Trajectories Modeling for LLM RLVR Acceleration}},
@@ -78,21 +80,18 @@ def write_card(
         ValueError: If there is no `results.json`.
     """
     into = into or folder
-    try:
-        run = load_run(folder)
-    except ValueError:  # nothing is logged yet
-        run = Run(folder, "", [])
+    run = load_run(folder) if holds_run(folder) else Run(folder, "", [])  # of which nothing is logged yet
     if step is not None and step < run.steps:
         run = replace(run, log=[entry for entry in run.log if entry["step"] <= step], finished=False)
-    about = about or run.about
-    run = replace(run, label=replace(run, about=about).method, about=about)
+    run = replace(run, about=about or run.about)
+    run = replace(run, label=run.method)
     results = [*_of_training(run), *(_of_evaluation(evaluation) if evaluation else [])]
     card = _trl_card(folder, run)
     card.data.eval_results = results or None
     card.data.tags = sorted(card.data.tags or [])  # TRL's come in another order each time
     card.data.model_name = card.data.model_name or folder.resolve().name
     known = card.text.split(MARKER)[0].rstrip()
-    card.text = "\n".join([known, "", MARKER, "", *_sections(run, results, into)])
+    card.text = "\n".join([known, "", MARKER, "", *_sections(run, results, into, known)])
     partial = into / f"{CARD_NAME}.partial"
     partial.write_text(str(card), encoding="utf-8")
     os.replace(partial, into / CARD_NAME)
@@ -156,7 +155,7 @@ def _of_evaluation(folder: Path) -> Iterator[EvalResult]:
 # ---- What the card says
 
 
-def _sections(run: Run, results: list[EvalResult], into: Path) -> Iterator[str]:
+def _sections(run: Run, results: list[EvalResult], into: Path, known: str) -> Iterator[str]:
     settings, loss = run.settings, "RLOO" if "RLOO" in run.about.get("trainer", "") else "GRPO"
     if rule := METHODS.get(settings.get("update_rule")):
         yield from ("## The update", "", f"{rule.replace('GRPO', loss)} The loss is that of {loss}.", "")
@@ -166,13 +165,14 @@ def _sections(run: Run, results: list[EvalResult], into: Path) -> Iterator[str]:
         yield from (f"![{picture.caption}]({CURVES_NAME})", "")
     if results:
         rows = [(r.dataset_name, r.metric_name, number(r.metric_value)) for r in results]
-        yield from ("## Evaluation", "", *_table(("benchmark", "metric", "value"), rows), "")
+        yield from ("## Evaluation", "", Table("", "", ("benchmark", "metric", "value"), rows).markdown(), "")
     if settings:
-        yield from ("## Settings", "", *_table(("setting", "value"), _settings(run)), "")
+        yield from ("## Settings", "", Table("", "", ("setting", "value"), _settings(run)).markdown(), "")
     if (run.folder / RECIPE_NAME).is_file():
         yield from (f"To train it again: `gxpo train --config {RECIPE_NAME}`.", "")
     citations = [RLOO if loss == "RLOO" else GRPO, *([NEXT] if _has_trajectory(run) else [])]
-    yield from ("## Further citations", "", "```bibtex", *citations, "```", "")
+    if citations := [entry for entry in citations if entry.partition(",")[0] not in known]:  # TRL's card has its own
+        yield from ("## Further citations", "", "```bibtex", *citations, "```", "")
 
 
 def _spent(run: Run) -> str:
@@ -196,17 +196,12 @@ def _curve(run: Run) -> Picture | None:
     return metric_picture(arms, {"reward": "reward"}, "curve", "Mean reward of the rollouts", "reward")
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for row in (columns, ["---"] * len(columns), *rows):
-        yield f"| {' | '.join(row)} |"
-
-
 def _settings(run: Run) -> list[tuple[str, str]]:
     names = dict.fromkeys([*SHOWN, *run.about.get("changed", {})])
     rows = [
         (f"`{name}`", str(run.settings[name]).replace("|", "\\|"))
         for name in names
-        if name in run.settings and not name.startswith(NO_PART_OF_A_CARD)
+        if name in run.settings and (name in SHOWN or not name.startswith(NO_PART_OF_AN_ARM))
     ]
     adapter = run.about.get("adapter") or {}
     rows += [(f"LoRA `{name}`", str(adapter[name])) for name in ("r", "lora_alpha", "lora_dropout") if name in adapter]

@@ -192,6 +192,14 @@ class _Spending:
         return Point(step, value, None if rollouts is None else int(rollouts), int(passes), hours)
 
 
+LOGS = ("log.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json")
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether something has been logged there, so that `load_run` can read it."""
+    return any(path.is_file() for name in LOGS for path in Path(folder).glob(name))
+
+
 def load_run(folder: str | Path, label: str | None = None) -> Run:
     """Reads a run's folder: its `log.jsonl`, or the `trainer_state.json` of a finished run or of its last checkpoint.
 

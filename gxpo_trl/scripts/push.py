@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..reporting.card import CARD_NAME, CURVES_NAME, RECIPE_NAME, write_card
+from ..reporting.runs import holds_run
 from ..trainer.publishing import PUSH_ERRORS
 from ..trajectory.writing import merge_adapter
 
@@ -59,7 +60,7 @@ def gather(run: Path, folder: Path, merge: bool, evaluation: Path | None) -> Non
     home = model.parent if checkpoint else run
     if merge and not (model / WEIGHTS[0]).is_file():
         raise ValueError(f"`--merge` merges an adapter, and {model} holds whole weights. Leave it out.")
-    is_run = any((place / name).is_file() for place in (home, model) for name in ("log.jsonl", "trainer_state.json"))
+    is_run = holds_run(home) or holds_run(model)
     if evaluation is not None and not is_run:
         raise ValueError(f"{run} is no run, and its card takes no `--evaluation`. Leave it out.")
     shutil.copytree(model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_OF_A_MODEL))

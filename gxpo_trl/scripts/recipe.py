@@ -10,7 +10,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
-from ..tasks.spelling import nearest
+from ..spelling import nearest
 from ..trainer.gxpo import GXPOConfig
 from ..trainer.lookahead_config import LookaheadConfig
 from ..trainer.sfpo import SFPOConfig

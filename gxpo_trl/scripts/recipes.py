@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ..tasks.spelling import nearest
+from ..spelling import nearest
 
 
 PACKAGE = Path(__file__).parents[1]

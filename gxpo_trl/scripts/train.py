@@ -21,11 +21,13 @@ says what a recipe would take and carries it out in small (`dry_run.py`).
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -58,34 +60,12 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
     Raises:
         ValueError: If the recipe names no dataset, no model or no reward, or one that does not exist.
     """
-    script_args, training_args, model_args, dataset_args, problem_args, loop_args, _ = recipe
-    if recipe.rehearsal.dry_run:
-        dataset_args.datasets = []  # the embedded task stands for them
-    if not script_args.dataset_name and not dataset_args.datasets:
-        raise ValueError("The recipe names no data. Set `dataset_name` or `datasets`.")
-    if not model_args.model_name_or_path:
-        raise ValueError("The recipe names no model. Set `model_name_or_path`.")
-    reward_funcs = [resolve_reward(name) for name in script_args.reward_funcs or []]
-    if script_args.reward_model_name_or_path:
-        reward_funcs.append(script_args.reward_model_name_or_path)
-    if not reward_funcs:
-        raise ValueError("The recipe names no reward. Set `reward_funcs` or `reward_model_name_or_path`.")
-    if dataset_args.datasets:
-        given = [name for name, value in dataclasses.asdict(problem_args).items() if value is not None]
-        if given:
-            raise ValueError(f"`datasets` mixes datasets with prompts of their own. Leave out `{'`, `'.join(given)}`.")
-        dataset = get_dataset(dataset_args)
-    else:
-        dataset = resolve_dataset(
-            script_args.dataset_name,
-            script_args.dataset_config,
-            script_args.dataset_streaming,
-            script_args.dataset_train_split,
-            **dataclasses.asdict(problem_args),
-        )
+    script_args, training_args, model_args, loop_args = recipe.script, recipe.training, recipe.model, recipe.loop
+    _check_names(recipe)
+    rewards, dataset = _load_rewards(recipe), _load_data(recipe)
     for name in ("prompt", "system_prompt"):  # benchmarks ask as the training data does, unless told otherwise
         if getattr(training_args, f"eval_{name}") is None:
-            setattr(training_args, f"eval_{name}", getattr(problem_args, name))
+            setattr(training_args, f"eval_{name}", getattr(recipe.problems, name))
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -93,13 +73,6 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
         "trust_remote_code": training_args.trust_remote_code,
         **(training_args.model_init_kwargs or {}),
     }
-    evaluates = training_args.eval_strategy != "no"
-    if evaluates and script_args.dataset_test_split not in dataset:
-        raise ValueError(
-            f"`eval_strategy: {training_args.eval_strategy.value}` evaluates on the split "
-            f"`{script_args.dataset_test_split}`, and the data has {', '.join(dataset)}. Name another "
-            '`dataset_test_split`, or set `eval_strategy: "no"` and `eval_benchmarks`.'
-        )
     model, peft_config = resolve_model(model_args.model_name_or_path), get_peft_config(model_args)
     quantization_config = get_quantization_config(model_args)
     if loop_args.resume_adapter:
@@ -107,10 +80,10 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
         training_args.model_init_kwargs = peft_config = quantization_config = None
     trainer = TRAINERS[training_args.update_rule](
         model=model,
-        reward_funcs=reward_funcs,
+        reward_funcs=rewards,
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
         callbacks=callbacks,
         quantization_config=quantization_config,
         peft_config=peft_config,
@@ -119,6 +92,53 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _load_data(recipe: Recipe) -> DatasetDict | IterableDatasetDict:
+    """The splits that the recipe names; with `dry_run` those of the embedded task alone."""
+    script_args, training_args, mixture = recipe.script, recipe.training, recipe.mixture
+    if mixture.datasets and not recipe.rehearsal.dry_run:
+        given = [name for name, value in dataclasses.asdict(recipe.problems).items() if value is not None]
+        if given:
+            raise ValueError(f"`datasets` mixes datasets with prompts of their own. Leave out `{'`, `'.join(given)}`.")
+        dataset = get_dataset(mixture)
+    else:
+        dataset = resolve_dataset(
+            script_args.dataset_name,
+            script_args.dataset_config,
+            script_args.dataset_streaming,
+            script_args.dataset_train_split,
+            **dataclasses.asdict(recipe.problems),
+        )
+    if training_args.eval_strategy != "no" and script_args.dataset_test_split not in dataset:
+        raise ValueError(
+            f"`eval_strategy: {training_args.eval_strategy.value}` evaluates on the split "
+            f"`{script_args.dataset_test_split}`, and the data has {', '.join(dataset)}. Name another "
+            '`dataset_test_split`, or set `eval_strategy: "no"` and `eval_benchmarks`.'
+        )
+    return dataset
+
+
+def _load_rewards(recipe: Recipe) -> list[Callable | str]:
+    """Functions, and the name of a reward model."""
+    rewards = [resolve_reward(name) for name in recipe.script.reward_funcs or []]
+    model = recipe.script.reward_model_name_or_path
+    return [*rewards, model] if model else rewards
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuses a recipe that leaves out what can't be left out, before anything is loaded.
+
+    Raises:
+        ValueError: Names the setting.
+    """
+    script_args = recipe.script
+    if not script_args.dataset_name and not recipe.mixture.datasets:
+        raise ValueError("The recipe names no data. Set `dataset_name` or `datasets`.")
+    if not recipe.model.model_name_or_path:
+        raise ValueError("The recipe names no model. Set `model_name_or_path`.")
+    if not script_args.reward_funcs and not script_args.reward_model_name_or_path:
+        raise ValueError("The recipe names no reward. Set `reward_funcs` or `reward_model_name_or_path`.")
 
 
 def load_adapter(

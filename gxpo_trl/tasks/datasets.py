@@ -15,11 +15,11 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from ..spelling import nearest
 from .arithmetic import load_arithmetic
 from .choice import LETTERS, format_choices
 from .maths import final_answer
 from .rewards import KINDS
-from .spelling import nearest
 
 
 Row = dict[str, Any]

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import trl.rewards
 
+from ..spelling import nearest
 from .arithmetic import arithmetic_reward
 from .code import check_permission, code_reward
 from .rewards import boxed_format_reward, choice_reward, maths_reward
-from .spelling import nearest
 from .tiny_model import TINY_MODEL_PATH
 
 

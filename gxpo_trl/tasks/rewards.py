@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..spelling import nearest
 from .arithmetic import arithmetic_reward, last_boxed_number
 from .choice import choose
 from .maths import Verdict
-from .spelling import nearest
 from .verifier import shared_pool
 
 

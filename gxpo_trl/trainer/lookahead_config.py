@@ -412,6 +412,19 @@ class LookaheadArguments:
                 f"{self.world_size}. Start it with `accelerate launch` or `torchrun`, or set "
                 "`gradient_accumulation_steps` instead."
             )
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+        if self.reposition_alpha > 1:
+            warnings.warn(
+                f"`reposition_alpha` is {self.reposition_alpha}: it moves beyond the lookahead point, where the "
+                "papers stay at or before it (α ≤ 1).",
+                stacklevel=2,
+            )
+        if self.update_rule != "grpo":
+            self._check_precision_and_optimizer()
+
+    def _check_choices(self) -> None:
         self._check_choice("update_rule", UPDATE_RULES)
         self._check_choice("retention", ("gradient", "update"))
         self._check_choice("probe_optimizer_state", ("carry", "rollback"))
@@ -421,35 +434,19 @@ class LookaheadArguments:
         self._check_choice("generation_backend", ("auto", "grouped", "transformers"))
         self._check_choice("snapshot_device", ("model", "cpu"))
         self._check_choice("snapshot_dtype", (None, "float32", "bfloat16"))
+
+    def _check_numbers(self) -> None:
         self._check_at_least("lookahead_steps", 1 if self.update_rule == "sfpo" else 2)
         for name in ("reposition_alpha", "active_threshold", "active_threshold_relative"):
             self._check_at_least(name, 0.0)
         for name in ("gate_warmup_steps", "alpha_decay_steps", "lookahead_diagnostics_steps"):
             self._check_at_least(name, 0)
-        for name in ("gate_patience", "gate_cooldown_steps"):
+        for name in ("gate_patience", "gate_cooldown_steps", "eval_samples"):
             self._check_at_least(name, 1)
         self._check_at_least("gate_window", 2)
-        if self.max_tokens_per_micro_batch is not None:
-            self._check_at_least("max_tokens_per_micro_batch", 1)
-            if not self.compact_batches:
-                raise ValueError(
-                    "`max_tokens_per_micro_batch` packs rows anew, and `compact_batches: false` forbids that. Set "
-                    "`compact_batches: true`, or leave the bound out."
-                )
-        if self.max_active_steps is not None:
-            self._check_at_least("max_active_steps", 1)
-        self._check_at_least("eval_samples", 1)
-        if self.trajectory_steps is not None:
-            self._check_at_least("trajectory_steps", 1)
-        if self.eval_benchmarks and not self.eval_steps:
-            raise ValueError("`eval_benchmarks` needs to know when: set `eval_steps`.")
-        if self.generation_token_budget is not None:
-            self._check_at_least("generation_token_budget", 1)
-        if self.old_logps_from_sampling and self.ratio_anchor == "current":
-            raise ValueError(
-                "`old_logps_from_sampling: true` fixes what `ratio_anchor: current` moves, the old log-probabilities. "
-                "Leave one of them out."
-            )
+        for name in ("max_tokens_per_micro_batch", "max_active_steps", "trajectory_steps", "generation_token_budget"):
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 1)
         if not self.gate_threshold > 0:
             raise ValueError(
                 f"`gate_threshold` must be above 0, got {self.gate_threshold}. To keep the active phase for the whole "
@@ -457,14 +454,20 @@ class LookaheadArguments:
             )
         self._check_bounds("retention_min", self.retention_min, "retention_max", self.retention_max)
         self._check_bounds("scale_min", self.scale_min, "scale_max", self._resolved_scale_max)
-        if self.reposition_alpha > 1:
-            warnings.warn(
-                f"`reposition_alpha` is {self.reposition_alpha}: it moves beyond the lookahead point, where the "
-                "papers stay at or before it (α ≤ 1).",
-                stacklevel=2,
+
+    def _check_combinations(self) -> None:
+        if self.max_tokens_per_micro_batch is not None and not self.compact_batches:
+            raise ValueError(
+                "`max_tokens_per_micro_batch` packs rows anew, and `compact_batches: false` forbids that. Set "
+                "`compact_batches: true`, or leave the bound out."
             )
-        if self.update_rule != "grpo":
-            self._check_precision_and_optimizer()
+        if self.eval_benchmarks and not self.eval_steps:
+            raise ValueError("`eval_benchmarks` needs to know when: set `eval_steps`.")
+        if self.old_logps_from_sampling and self.ratio_anchor == "current":
+            raise ValueError(
+                "`old_logps_from_sampling: true` fixes what `ratio_anchor: current` moves, the old log-probabilities. "
+                "Leave one of them out."
+            )
 
     def _set_accumulation(self) -> None:
         self._check_at_least("prompts_per_step", 1)
