@@ -8,30 +8,24 @@ All arms of a part start from one warm start and see the same prompts, seed by s
 moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal`
 has every rule and variant at one learning rate beside GRPO at multiples of it, and `tuned` has each at its own best,
 found on other seeds with equal budget. `lora` and `harder` are `tuned` with adapters and with longer problems;
-`precision` measures the noise under the retention ratio and the true error of the lookahead.
+`precision` measures the noise under the retention ratio and the true error of the lookahead, `next` what NExt adds.
 
 What has been trained is not trained again; `--out` holds the runs. Each part leaves `results/compare_rules/PART.json`
 and the report of its runs. Seconds are of CPU time, so that a busy machine matters less.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
-import os
 import statistics
-import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from common import RESULTS, describe_machine
-from transformers import PrinterCallback
+from training import HELD_OUT, Settings, start_worker, train_loop, train_run
 
 from gxpo_trl.reporting.page import write_report
 from gxpo_trl.reporting.runs import Arm as ArmOfRuns
@@ -39,19 +33,13 @@ from gxpo_trl.reporting.runs import Run, load_run
 from gxpo_trl.reporting.sections import make_sections
 from gxpo_trl.reporting.statistics import Mean, area, final, match_peak, mean_of, paired_difference, peak
 from gxpo_trl.scripts.demo import quieten
-from gxpo_trl.scripts.recipe import parse_recipe
-from gxpo_trl.scripts.train import build_trainer
 from gxpo_trl.tasks.arithmetic import OPERATIONS, load_arithmetic
-from gxpo_trl.tasks.datasets import PROBLEM_SETS, ProblemSet
 from gxpo_trl.tasks.names import EMBEDDED_MODEL
 from gxpo_trl.tasks.tiny_model import build_model, build_tokenizer, warm_start
-from gxpo_trl.trainer import recording
-from gxpo_trl.update import extrapolation, step
 
 
-Settings = dict[str, Any]
 TUNING_SEEDS = (100, 101)
-HELD_OUT, HELD_OUT_PROBLEMS, SAMPLES = "held-out", 64, 16
+HELD_OUT_PROBLEMS, SAMPLES = 64, 16
 HARDER_OPERATIONS = (5, 6, 7)
 
 
@@ -98,7 +86,7 @@ EQUAL = (
     *(GRPO, TWO_ITERATIONS, THREE_ITERATIONS, sfpo(3), sfpo(5)),
     *(gxpo("GXPO K 5 α 0.1", alpha=0.1), gxpo("GXPO K 5 α 0.5", alpha=0.5), GXPO),
     *(gxpo("GXPO K 3 α 1", steps=3), gxpo("GXPO K 10 α 1", steps=10), gxpo("GXPO K 5 α 1.5", alpha=1.5)),
-    *(TWO_PROBES, LINEAR, UPDATE, ROLLBACK, PER_MATRIX, RELATIVE, GATED),
+    *(TWO_PROBES, LINEAR, UPDATE, ROLLBACK, RELATIVE, GATED),
 )
 TUNED = (
     *(GRPO, THREE_ITERATIONS, sfpo(3), gxpo("GXPO K 5 α 0.5", alpha=0.5), GXPO),
@@ -139,58 +127,10 @@ class Part:
 
 PARTS = (
     Part("tuned", TUNED, (5e-5, 1e-4, 2e-4, 4e-4)),
-    Part("equal", EQUAL, (3e-5,)),
-    Part("lora", (GRPO, sfpo(3), GXPO, LINEAR), (5e-4, 1e-3, 2e-3, 4e-3), LORA),
-    Part("harder", (GRPO, sfpo(3), GXPO, LINEAR), (1e-4, 2e-4, 4e-4), {"max_completion_length": 48}),
+    Part("equal", EQUAL, (3e-5,), batches=36),
+    Part("lora", (GRPO, sfpo(3), GXPO), (5e-4, 1e-3, 2e-3, 4e-3), LORA),
+    Part("harder", (GRPO, sfpo(3), GXPO), (1e-4, 2e-4, 4e-4), {"max_completion_length": 48}),
 )
-
-
-# ---- One run
-
-
-def start_worker() -> None:
-    """A process that trains runs one after the other, on one thread."""
-    warnings.simplefilter("ignore")
-    quieten()
-    torch.set_num_threads(1)  # the model is too small to share
-    recording.time = SimpleNamespace(perf_counter=time.process_time)
-
-
-def train_run(arm: Arm, folder: Path, settings: Settings) -> Path:
-    """Trains one run, unless its folder holds it whole."""
-    if not (folder / "trainer_state.json").is_file():
-        problems = str(settings["dataset_name"].with_name("held-out.json"))
-        PROBLEM_SETS[HELD_OUT] = ProblemSet(
-            "json", "problem", "answer", split="train", kind="arithmetic", data_files=problems
-        )
-        arguments = [f"--{name}={value}" for name, value in settings.items() if not isinstance(value, list)]
-        lists = [text for name, value in settings.items() if isinstance(value, list) for text in (f"--{name}", *value)]
-        fixed = ["--config", "gxpo:tiny/grpo.yaml", "--disable_tqdm", "true", "--log_level", "error"]
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            trainer = build_trainer(parse_recipe([*fixed, "--output_dir", str(folder), *arguments, *lists]))
-            trainer.remove_callback(PrinterCallback)
-            with one_ratio_per_matrix() if arm.ratio_per_matrix else contextlib.nullcontext():
-                trainer.train()
-            trainer.save_state()
-    return folder
-
-
-@contextlib.contextmanager
-def one_ratio_per_matrix() -> Iterator[None]:
-    """GXPO with ⟨g0, g1⟩ / ‖g0‖² of each parameter in place of the ratios of its coordinates."""
-
-    def of_matrix(first, second, rule, threshold):
-        ratio = torch.sum(first * second) / first.square().sum()
-        retention, scale, _ = extrapolation.retention_and_scale(
-            torch.ones_like(first), ratio.expand_as(first), rule, threshold=0.0
-        )
-        return retention, scale, first.abs() > threshold
-
-    step.retention_and_scale = of_matrix
-    try:
-        yield
-    finally:
-        step.retention_and_scale = extrapolation.retention_and_scale
 
 
 # ---- Many runs
@@ -214,8 +154,9 @@ class Bench:
         for seed in seeds:
             for arm, rate in arms:
                 folder = self.folder / part.name / f"{arm.label}, lr {rate:g}".replace(" ", "_").replace("/", "-")
-                settings = self._settings(part, arm, rate, seed)
-                jobs[self.pool.submit(train_run, arm, folder / f"seed-{seed}", settings)] = (arm.label, rate)
+                settings = self.settings(part, arm, rate, seed)
+                place = folder / f"seed-{seed}"
+                jobs[self.pool.submit(train_run, place, settings, arm.ratio_per_matrix)] = (arm.label, rate)
         found: dict[tuple, list[Run]] = {}
         for job in as_completed(jobs):
             label, rate = jobs[job]
@@ -228,7 +169,8 @@ class Bench:
                 print(f"  {label}, lr {rate:g}: AUC {auc:.3f}, final {end:.3f}, {len(runs)} seeds", flush=True)
         return found
 
-    def _settings(self, part: Part, arm: Arm, rate: float, seed: int) -> Settings:
+    def settings(self, part: Part, arm: Arm, rate: float, seed: int) -> Settings:
+        """Where a run's recipe differs from `recipes/tiny/grpo.yaml`."""
         iterations = arm.settings.get("num_iterations", 1)  # TRL counts optimizer steps
         task = self.folder / ("task-harder" if part.name == "harder" else "task")
         return {
@@ -391,9 +333,42 @@ def precision(bench: Bench, seeds: int, batches: int) -> list[dict]:
     return rows
 
 
+def extrapolated(bench: Bench, seeds: int, batches: int) -> list[dict]:
+    """NExt in two thirds of a LoRA run, after GRPO and after GXPO; its control begins anew as well, where it was."""
+    spacing = max(batches // 18, 1)
+    loop = {"trajectory_steps": spacing, "extrapolate_after": 12 * spacing, "extrapolate_steps_ahead": 4 * spacing}
+    part = Part("next", (GRPO, GXPO), (3e-4,), LORA | loop, seeds, 18 * spacing, 2 * spacing)
+    jobs = {}
+    for arm in part.arms:
+        for seed in range(seeds):
+            settings = bench.settings(part, arm, part.learning_rates[0], seed)
+            folder = bench.folder / part.name / arm.label.replace(" ", "_") / f"seed-{seed}"
+            jobs[(arm.label, seed)] = bench.pool.submit(train_loop, folder, settings, (0.0, 1.0))
+    rows = []
+    print("| arm | before | right after | at the end | ahead of beginning anew |\n|---|---|---|---|---|")
+    for arm in part.arms:
+        loops = [jobs[(arm.label, seed)].result() for seed in range(seeds)]
+        anew = [final(load_run(loop[0.0] / "after").points[HELD_OUT]) for loop in loops]
+        for alpha, name in ((0.0, "begun anew"), (1.0, "NExt, α 1")):
+            before = [final(load_run(loop[alpha] / "before").points[HELD_OUT]) for loop in loops]
+            after = [load_run(loop[alpha] / "after").points[HELD_OUT] for loop in loops]
+            values = {"before": before, "right_after": [points[0].value for points in after]}
+            values |= {"end": [final(points) for points in after]}
+            values["ahead"] = [end - other for end, other in zip(values["end"], anew, strict=True)]
+            row = {"arm": f"{arm.label}, {name}", "learning_rate": part.learning_rates[0], "seeds": seeds}
+            rows.append(row | {key: triple(mean_of(of_it)) for key, of_it in values.items()} | {"runs": values})
+            cells = [f"{rows[-1][key][0]:.3f}" for key in ("before", "right_after", "end")]
+            print(f"| {row['arm']} | {' | '.join(cells)} | {around(rows[-1]['ahead']) if alpha else ''} |", flush=True)
+    return rows
+
+
+OTHER_PARTS = {"next": (extrapolated, 8, 72), "precision": (precision, 3, 20)}
+"""What measures them, with how many seeds and batches."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*(part.name for part in PARTS), "precision"]
+    names = [*(part.name for part in PARTS), *OTHER_PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few batches, two seeds; leaves no results")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
@@ -420,10 +395,11 @@ def main() -> None:
             show(rows)
             write_report(runs, make_sections(runs, arms[0].label), results / part.name)
             save(results, part.name, {**about, "batches": part.batches, "rows": rows, **machine})
-        if "precision" in options.parts:
-            print("\nprecision", flush=True)
-            rows = precision(bench, *((1, 5) if options.quick else (3, 24)))
-            save(results, "precision", {"rows": rows, **machine})
+        for name, (measure, seeds, batches) in OTHER_PARTS.items():
+            if name in options.parts:
+                print(f"\n{name}", flush=True)
+                rows = measure(bench, *((2, batches // 4) if options.quick else (seeds, batches)))
+                save(results, name, {"rows": rows, **machine})
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -40,7 +40,7 @@ from gxpo_trl.reporting.sections import (
     next_section,
     sweep_section,
 )
-from gxpo_trl.reporting.statistics import match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
+from gxpo_trl.reporting.statistics import area, match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
 from gxpo_trl.reporting.tables import Table, interval, number
 from gxpo_trl.scripts import extrapolate, report
 from gxpo_trl.scripts.watch import make_server
@@ -189,19 +189,41 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     found = paired_difference(gxpo, grpo, HELD_OUT)
     assert found.value == pytest.approx(0.1) and found.n == 3 and found.excludes_zero
     (row,) = difference_table([grpo, gxpo], grpo).rows
-    assert row[1:] == ["GXPO", "+0.100 [+0.100, +0.100]", "3", "higher"]
+    assert row[1:4] == ["GXPO", "+0.100 [+0.100, +0.100]", "higher"] and row[4].startswith("+0.050") and row[6] == "3"
 
 
 def test_what_is_within_the_noise_is_no_winner(tmp_path):
     grpo, gxpo = arms_of(tmp_path, grpo=[[0, 0.5], [0, 0.7]], gxpo=[[0, 0.8], [0, 0.6]])
-    assert difference_table([grpo, gxpo], grpo).rows[0][-1] == "within noise"
+    assert difference_table([grpo, gxpo], grpo).rows[0][3] == "within noise"
     grpo, gxpo = arms_of(tmp_path / "one", grpo=[[0, 0.5]], gxpo=[[0, 0.8]])
-    assert difference_table([grpo, gxpo], grpo).rows[0][-2:] == ["1", "one seed: not known"]
+    assert difference_table([grpo, gxpo], grpo).rows[0][-2:] == ["one seed: not known", "1"]
 
 
 def test_what_is_lower_beyond_the_noise_is_said_to_be(tmp_path):
     grpo, gxpo = arms_of(tmp_path, grpo=[[0, 0.5], [0, 0.7], [0, 0.9]], gxpo=[[0, 0.4], [0, 0.6], [0, 0.8]])
-    assert difference_table([grpo, gxpo], grpo).rows[0][-1] == "lower"
+    assert difference_table([grpo, gxpo], grpo).rows[0][3] == "lower"
+
+
+def test_an_arm_that_only_learns_earlier_is_ahead_in_its_area(tmp_path):
+    grpo, gxpo = arms_of(tmp_path, grpo=[[0, 0.2, 0.6], [0, 0.3, 0.7]], gxpo=[[0, 0.5, 0.6], [0, 0.6, 0.7]])
+    row = difference_table([grpo, gxpo], grpo).rows[0]
+    assert row[2:4] == ["+0.000 [+0.000, +0.000]", "within noise"] and row[4:6] == [
+        "+0.150 [+0.150, +0.150]",
+        "higher",
+    ]
+
+
+def test_the_area_weighs_intervals_by_their_length():
+    points = [Point(step, value, None, step, None) for step, value in ((0, 0.0), (10, 0.4), (40, 0.8))]
+    assert area(points) == pytest.approx((10 * 0.2 + 30 * 0.6) / 40) and area(points[:1]) == 0.0
+
+
+def test_rollouts_that_are_used_again_are_counted_once(tmp_path):
+    """Two iterations over batches of two steps each: sampled before steps 1 and 5."""
+    settings = GRPO | {"num_iterations": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+    log = [{"step": step, "eval_reward": 0.5} for step in (0, 1, 4, 5, 8)]
+    points = load_run(write_run(tmp_path, log, settings)).points[HELD_OUT]
+    assert [point.rollouts for point in points] == [0, 32, 32, 64, 64]
 
 
 def test_a_peak_is_the_first_of_equal_ones():
@@ -240,7 +262,8 @@ def test_equal_spending_is_what_all_have_spent(tmp_path):
 
 def test_the_results_are_those_of_the_papers_first_table(tmp_path):
     (arm,) = arms_of(tmp_path, gxpo=[[0.1, 0.9, 0.8], [0.1, 0.7, 0.6]])
-    assert results_table([arm]).rows == [["GXPO", "2", "0.700 [-0.571, 1.971]", "0.800 [-0.471, 2.071]"]]
+    ends = ["0.700 [-0.571, 1.971]", "0.800 [-0.471, 2.071]", "0.600 [-0.353, 1.553]"]
+    assert results_table([arm]).rows == [["GXPO", "2", *ends]]
 
 
 def test_the_baseline_is_grpo_or_the_one_that_is_named(tmp_path):

@@ -11,7 +11,8 @@ from matplotlib.image import imread
 
 from gxpo_trl import GXPOTrainer, LookaheadTrainer, SFPOTrainer
 from gxpo_trl.scripts import demo
-from gxpo_trl.scripts.recipe import parse_recipe
+from gxpo_trl.scripts import train as train_script
+from gxpo_trl.scripts.recipe import as_recipe, parse_recipe
 from gxpo_trl.scripts.train import build_trainer
 
 
@@ -136,3 +137,45 @@ def test_the_commands_explain_themselves():
         assert finished.returncode == 0, finished.stderr
         assert "usage: gxpo" in finished.stdout
     assert "lookahead_steps" in gxpo("train", "--help").stdout
+
+
+# ---- The recipe that stays with a run
+
+
+def test_no_secret_is_left_with_a_run(tmp_path):
+    (tmp_path / "r.yaml").write_text("env: {GXPO_TEST: hf_one}\nhub_token: hf_two\nuse_cpu: true\nbf16: false\n")
+    arguments = ["--config", str(tmp_path / "r.yaml"), "--hub_token", "hf_three", "--output_dir", str(tmp_path)]
+    assert "hf_" not in as_recipe(arguments, parse_recipe(arguments))
+
+
+def test_settings_that_become_objects_are_written_as_a_file_would_say_them(tmp_path):
+    options = ["--accelerator_config", '{"split_batches": false}', "--debug", "underflow_overflow"]
+    arguments = ["--config", "gxpo:tiny/gxpo.yaml", "--output_dir", str(tmp_path), *options]
+    said = parse_recipe(arguments)
+    train_script.leave_recipe(as_recipe(arguments, said), tmp_path)
+    again = parse_recipe(["--config", str(tmp_path / "recipe.yaml")]).training
+    assert not again.accelerator_config.split_batches and again.debug == said.training.debug != []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--learning_rate", "3e-5", "--scale_max", "inf", "--eval_strategy", "steps", "--report_to", "none"],
+        ["--eval-benchmarks", "arithmetic", "--reward_funcs", "arithmetic_reward", "boxed_format_reward"],
+        ["--use_peft", "--lora_target_modules=all-linear", "--no_prune_zero_advantage", "--max_active_steps", "3"],
+        ["--prompts_per_step", "8", "--gradient_accumulation_steps", "2", "--dry-run"],
+    ],
+)
+def test_one_file_says_what_recipe_and_command_line_say(tmp_path, options):
+    arguments = ["--config", "gxpo:tiny/gxpo.yaml", "--output_dir", str(tmp_path), *options]
+    said = parse_recipe(arguments)
+    train_script.leave_recipe(as_recipe(arguments, said), tmp_path)
+    again = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+    assert not again.rehearsal.dry_run
+    for one, other in zip(said[:-1], again[:-1], strict=True):
+        first, second = vars(one), vars(other)
+        moved = {"logging_dir", "run_name", "distributed_state"}
+        assert {k: str(v) for k, v in first.items() if k not in moved} == {
+            k: str(v) for k, v in second.items() if k not in moved
+        }
+    assert as_recipe(["--config", str(tmp_path / "recipe.yaml")], again) == (tmp_path / "recipe.yaml").read_text()

@@ -9,6 +9,8 @@ from .figures import COLORS, Picture, curve_pictures, draw_curves, frontier_pict
 from .runs import HELD_OUT, Arm, Run, benchmarks_of, group_arms
 from .statistics import (
     BUDGETS,
+    Mean,
+    area,
     final,
     match_peak,
     matched_amounts,
@@ -35,9 +37,10 @@ def find_baseline(arms: Sequence[Arm], label: str | None = None) -> Arm | None:
 
 
 def results_table(arms: Sequence[Arm]) -> Table:
-    """Final and peak of each benchmark (GXPO, table 1)."""
+    """Final, peak and mean of each benchmark (GXPO, table 1)."""
     benchmarks = benchmarks_of([run for arm in arms for run in arm.runs])
-    columns = ["arm", "seeds", *(f"{benchmark}, {what}" for benchmark in benchmarks for what in ("final", "peak"))]
+    measures = ("final", "peak", "AUC")
+    columns = ["arm", "seeds", *(f"{benchmark}, {what}" for benchmark in benchmarks for what in measures)]
     if len(benchmarks) > 1:
         columns.append("average, final")
     rows = []
@@ -47,6 +50,7 @@ def results_table(arms: Sequence[Arm]) -> Table:
             curves = arm.curves(benchmark)
             row += [interval(mean_of([final(points) for points in curves]))]
             row += [interval(mean_of([peak(points).value for points in curves]))]
+            row += [interval(mean_of([area(points) for points in curves]))]
         if len(benchmarks) > 1:
             whole = [run for run in arm.runs if all(benchmark in run.points for benchmark in benchmarks)]
             averages = [sum(final(run.points[b]) for b in benchmarks) / len(benchmarks) for run in whole]
@@ -54,7 +58,7 @@ def results_table(arms: Sequence[Arm]) -> Table:
         rows.append(row)
     note = (
         "Mean over seeds [95 % interval, Student's t]; a single seed has none. A peak is picked after the fact, and "
-        "flatters noise."
+        "flatters noise. AUC: the area under the curve over steps, of a run's whole length 1."
     )
     return Table("results", "Final and peak accuracy", columns, rows, note)
 
@@ -114,22 +118,31 @@ def budget_table(arms: Sequence[Arm], benchmark: str, budget: str, slug: str) ->
 
 
 def difference_table(arms: Sequence[Arm], baseline: Arm) -> Table:
-    """Whether an arm ends elsewhere than the baseline does, seed by seed."""
+    """Whether an arm ends elsewhere than the baseline does, or learns elsewhere on the way, seed by seed."""
     rows = []
     for benchmark in benchmarks_of(baseline.runs):
         for arm in arms:
             if arm is baseline:
                 continue
-            found = paired_difference(arm, baseline, benchmark)
-            verdict = "no common seed"
-            if found is not None:
-                verdict = "one seed: not known" if found.n == 1 else "within noise"
-                if found.excludes_zero:
-                    verdict = "higher" if found.value > 0 else "lower"
-            rows.append([benchmark, arm.label, interval(found, sign=True), str(found.n if found else 0), verdict])
-    columns = ["benchmark", "arm", f"difference to {baseline.label}", "pairs", "at 95 %"]
-    note = "Final values, paired by seed; interval by Student's t, not corrected for the number of comparisons."
+            row = [benchmark, arm.label]
+            for measure in (final, area):
+                found = paired_difference(arm, baseline, benchmark, measure)
+                row += [interval(found, sign=True), _verdict(found)]
+            rows.append([*row, str(found.n if found else 0)])
+    columns = ["benchmark", "arm", f"final, to {baseline.label}", "at 95 %", f"AUC, to {baseline.label}", "at 95 %"]
+    columns.append("pairs")
+    note = "Differences, paired by seed; interval by Student's t, not corrected for the number of comparisons."
     return Table("differences", "Differences", columns, rows, note)
+
+
+def _verdict(difference: Mean | None) -> str:
+    if difference is None:
+        return "no common seed"
+    if difference.n == 1:
+        return "one seed: not known"
+    if not difference.excludes_zero:
+        return "within noise"
+    return "higher" if difference.value > 0 else "lower"
 
 
 def compare(runs: Sequence[Run], baseline_label: str | None = None) -> tuple[list[Table], list[Picture]]:

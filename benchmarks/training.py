@@ -1,0 +1,101 @@
+"""Runs of the embedded task for comparisons, one after the other in a process on one thread."""
+
+import contextlib
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import PrinterCallback
+
+from gxpo_trl.scripts.demo import quieten
+from gxpo_trl.scripts.recipe import parse_recipe
+from gxpo_trl.scripts.train import build_trainer, train_around_extrapolation
+from gxpo_trl.tasks.datasets import PROBLEM_SETS, ProblemSet
+from gxpo_trl.trainer import recording
+from gxpo_trl.update import extrapolation, step
+
+
+Settings = dict[str, Any]
+"""Where a run differs from `recipes/tiny/grpo.yaml`, by name."""
+HELD_OUT = "held-out"
+"""The benchmark of these runs: the file `held-out.json` beside their data."""
+
+
+def start_worker() -> None:
+    """Prepares a process for runs. Their clocks count CPU time, so that a busy machine matters less."""
+    warnings.simplefilter("ignore")
+    quieten()
+    torch.set_num_threads(1)  # the model is too small to share
+    recording.time = SimpleNamespace(perf_counter=time.process_time)
+
+
+def train_run(folder: Path, settings: Settings, ratio_per_matrix: bool = False) -> Path:
+    """Trains one run, unless its folder holds it whole."""
+    if not (folder / "trainer_state.json").is_file():
+        with _silence():
+            trainer = build_trainer(parse_recipe(_command_line(folder, settings)))
+            trainer.remove_callback(PrinterCallback)
+            with one_ratio_per_matrix() if ratio_per_matrix else contextlib.nullcontext():
+                trainer.train()
+            trainer.save_state()
+    return folder
+
+
+def train_loop(folder: Path, settings: Settings, alphas: Sequence[float]) -> dict[float, Path]:
+    """A run that is extrapolated on its way, once for each α, from one run up to there.
+
+    Returns:
+        `dict[float, Path]`: By α, a folder with `before` and `after`.
+    """
+    before = {name: value for name, value in settings.items() if not name.startswith("extrapolate_")}
+    train_run(folder / "common" / "before", before | {"max_steps": settings["extrapolate_after"]})
+    found = {}
+    for alpha in alphas:
+        found[alpha] = place = folder / f"alpha-{alpha:g}"
+        if not (place / "after" / "trainer_state.json").is_file():
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(folder / "common", place)
+            goes_on = {"extrapolate_alpha": alpha, "resume_from_checkpoint": "last"}
+            arguments = _command_line(place, settings | goes_on)
+            with _silence():
+                train_around_extrapolation(arguments, parse_recipe(arguments), text="")
+    return found
+
+
+def _command_line(folder: Path, settings: Settings) -> list[str]:
+    problems = str(settings["dataset_name"].with_name("held-out.json"))
+    PROBLEM_SETS[HELD_OUT] = ProblemSet("json", split="train", kind="arithmetic", data_files=problems)
+    words = ["--config", "gxpo:tiny/grpo.yaml", "--disable_tqdm", "true", "--log_level", "error"]
+    for name, value in {**settings, "output_dir": folder}.items():
+        words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    return words
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def one_ratio_per_matrix() -> Iterator[None]:
+    """GXPO with ⟨g0, g1⟩ / ‖g0‖² of each parameter in place of the ratios of its coordinates."""
+
+    def of_matrix(first, second, rule, threshold):
+        ratio = torch.sum(first * second) / first.square().sum()
+        retention, scale, _ = extrapolation.retention_and_scale(
+            torch.ones_like(first), ratio.expand_as(first), rule, threshold=0.0
+        )
+        return retention, scale, first.abs() > threshold
+
+    step.retention_and_scale = of_matrix
+    try:
+        yield
+    finally:
+        step.retention_and_scale = extrapolation.retention_and_scale
