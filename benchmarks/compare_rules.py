@@ -50,12 +50,12 @@ class Arm:
     Attributes:
         label (`str`): What tables and figures call it.
         settings (`Settings`): Where its recipe differs from that of GRPO.
-        ratio_per_matrix (`bool`): Whether one retention ratio, by least squares, stands for all of a parameter.
+        hooks (`tuple[str, ...]`): Of `training.HOOKS`.
     """
 
     label: str
     settings: Settings = field(default_factory=dict)
-    ratio_per_matrix: bool = False
+    hooks: tuple[str, ...] = ()
 
 
 def gxpo(label: str, steps: int = 5, alpha: float = 1.0, **settings: Any) -> Arm:
@@ -77,7 +77,7 @@ TWO_PROBES = gxpo("scale 1, α 1", scale_max=1.0)
 LINEAR = gxpo("scale K/2, K 5 α 1", scale_min=2.5, scale_max=2.5)
 UPDATE = gxpo("GXPO K 5 α 1, update retention", retention="update")
 ROLLBACK = gxpo("GXPO K 5 α 1, rollback", probe_optimizer_state="rollback")
-PER_MATRIX = replace(gxpo("GXPO K 5 α 1, ratio per matrix"), ratio_per_matrix=True)
+PER_MATRIX = replace(gxpo("GXPO K 5 α 1, ratio per matrix"), hooks=("ratio per matrix",))
 RELATIVE = gxpo("GXPO K 5 α 1, relative threshold 0.1", active_threshold_relative=0.1)
 GATE = {"gate_signal": "grad_norm", "gate_threshold": 0.5, "gate_window": 10, "gate_warmup_steps": 10}
 GATED = gxpo("GXPO K 5 α 1, gate", **GATE)
@@ -156,7 +156,7 @@ class Bench:
                 folder = self.folder / part.name / f"{arm.label}, lr {rate:g}".replace(" ", "_").replace("/", "-")
                 settings = self.settings(part, arm, rate, seed)
                 place = folder / f"seed-{seed}"
-                jobs[self.pool.submit(train_run, place, settings, arm.ratio_per_matrix)] = (arm.label, rate)
+                jobs[self.pool.submit(train_run, place, settings, arm.hooks)] = (arm.label, rate)
         found: dict[tuple, list[Run]] = {}
         for job in as_completed(jobs):
             label, rate = jobs[job]
@@ -320,6 +320,7 @@ def precision(bench: Bench, seeds: int, batches: int) -> list[dict]:
     rows = []
     for tuning, dtype, k in cells:
         arm = gxpo(f"{tuning}, {dtype}, K {k}", steps=k, lookahead_diagnostics_steps=4, bf16=dtype == "bf16")
+        arm = replace(arm, hooks=("noise of rounding",))
         part = Part("precision", (arm,), (), LORA if tuning == "LoRA" else {}, seeds, batches, batches)
         rate = 1e-3 if tuning == "LoRA" else 1e-4
         (runs,) = bench.train(part, [(arm, rate)], range(seeds)).values()

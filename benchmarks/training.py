@@ -1,6 +1,7 @@
 """Runs of the embedded task for comparisons, one after the other in a process on one thread."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import time
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
+from gxpo_trl.rollout.window import RolloutWindow
 from gxpo_trl.scripts.demo import quieten
 from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.train import build_trainer, train_around_extrapolation
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, ProblemSet
 from gxpo_trl.trainer import recording
-from gxpo_trl.update import extrapolation, step
+from gxpo_trl.update import diagnostics, extrapolation, step
 
 
 Settings = dict[str, Any]
@@ -35,14 +37,15 @@ def start_worker() -> None:
     recording.time = SimpleNamespace(perf_counter=time.process_time)
 
 
-def train_run(folder: Path, settings: Settings, ratio_per_matrix: bool = False) -> Path:
-    """Trains one run, unless its folder holds it whole."""
+def train_run(folder: Path, settings: Settings, hooks: Sequence[str] = ()) -> Path:
+    """Trains one run, with some of `HOOKS`, unless its folder holds it whole."""
     if not (folder / "trainer_state.json").is_file():
-        with _silence():
+        with _silence(), contextlib.ExitStack() as stack:
+            for hook in hooks:
+                stack.enter_context(HOOKS[hook]())
             trainer = build_trainer(parse_recipe(_command_line(folder, settings)))
             trainer.remove_callback(PrinterCallback)
-            with one_ratio_per_matrix() if ratio_per_matrix else contextlib.nullcontext():
-                trainer.train()
+            trainer.train()
             trainer.save_state()
     return folder
 
@@ -83,6 +86,9 @@ def _silence() -> Iterator[None]:
         yield
 
 
+# ---- What is no setting of the package
+
+
 @contextlib.contextmanager
 def one_ratio_per_matrix() -> Iterator[None]:
     """GXPO with ⟨g0, g1⟩ / ‖g0‖² of each parameter in place of the ratios of its coordinates."""
@@ -99,3 +105,46 @@ def one_ratio_per_matrix() -> Iterator[None]:
         yield
     finally:
         step.retention_and_scale = extrapolation.retention_and_scale
+
+
+@contextlib.contextmanager
+def noise_of_rounding() -> Iterator[None]:
+    """The diagnostics compute g0 again with the rows of each micro-batch in reverse.
+
+    A CPU repeats itself bit for bit, and the noise under the retention ratio is then none.
+    """
+
+    def measure(engine, replay, rule):
+        passes = itertools.count()
+
+        def one_pass():
+            with _rows_in_reverse() if next(passes) == 0 else contextlib.nullcontext():
+                replay()
+
+        return diagnostics.measure_truth(engine, one_pass, rule)
+
+    step.measure_truth = measure
+    try:
+        yield
+    finally:
+        step.measure_truth = diagnostics.measure_truth
+
+
+@contextlib.contextmanager
+def _rows_in_reverse() -> Iterator[None]:
+    in_order = RolloutWindow.replay
+
+    def replay(window):
+        for inputs, is_last in in_order(window):
+            rows = len(inputs["completion_ids"])
+            reverse = {n: v.flip(0) for n, v in inputs.items() if torch.is_tensor(v) and v.dim() and len(v) == rows}
+            yield {**inputs, **reverse}, is_last
+
+    RolloutWindow.replay = replay
+    try:
+        yield
+    finally:
+        RolloutWindow.replay = in_order
+
+
+HOOKS = {"ratio per matrix": one_ratio_per_matrix, "noise of rounding": noise_of_rounding}
