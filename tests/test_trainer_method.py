@@ -24,7 +24,7 @@ from reference import run_reference
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
-from gxpo_trl import GXPOConfig, GXPOTrainer
+from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer
 from gxpo_trl.rollout.window import MicroBatch
 from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
 from gxpo_trl.update.snapshot import Origin
@@ -88,6 +88,26 @@ def test_the_reference_with_a_recomputed_anchor_ends_elsewhere(tmp_path, float64
     with pytest.raises(AssertionError):
         assert_close_parameters(parameters(frozen), recomputed, atol=1e-9)
     assert max(logged(current, "lookahead/clip_ratio_slow")) == 0.0  # every ratio is 1
+
+
+def test_without_extrapolation_a_step_is_three_iterations_of_grpo(tmp_path, float64):
+    """Two probes and a correction from where they led, on the optimizer's own state, are three steps on one batch."""
+    settings = {"model": double_model(), **METHOD}
+    probes = train(tmp_path, max_steps=2, gate_signal="never", scale_max=1.0, reposition_alpha=1.0, **settings)
+    settings["model"] = double_model()
+    rule = {"update_rule": "grpo", "num_iterations": 3}
+    grpo = train(tmp_path, LookaheadTrainer, LookaheadConfig, max_steps=6, **rule, **settings)
+    assert_close_parameters(parameters(probes), parameters(grpo), atol=1e-9)
+
+
+def test_one_scale_for_all_is_another_alpha(tmp_path, float64):
+    """K/2 for every coordinate: what is left of the extrapolation is how far it goes."""
+    linear = {"lookahead_steps": 5, "scale_min": 2.5, "scale_max": 2.5, "reposition_alpha": 0.4}
+    scaled, probes = (
+        train(tmp_path, model=double_model(), gate_signal="never", **rule, **METHOD)
+        for rule in (linear, {"scale_max": 1.0, "reposition_alpha": 1.0})
+    )
+    assert_close_parameters(parameters(scaled), parameters(probes), atol=1e-9)
 
 
 def test_passes_two_and_three_use_the_log_probabilities_of_pass_one(tmp_path):
