@@ -29,7 +29,7 @@ from training import HELD_OUT, Settings, start_worker, train_loop, train_run
 
 from gxpo_trl.reporting.page import write_report
 from gxpo_trl.reporting.runs import Arm as ArmOfRuns
-from gxpo_trl.reporting.runs import Run, load_run
+from gxpo_trl.reporting.runs import Run, group_arms, load_run
 from gxpo_trl.reporting.sections import make_sections
 from gxpo_trl.reporting.statistics import Mean, area, final, match_peak, mean_of, paired_difference, peak
 from gxpo_trl.scripts.demo import quieten
@@ -391,7 +391,7 @@ def main() -> None:
                 part = replace(part, learning_rates=rates, extends=False, seeds=2, batches=6, every=3)
             print(f"\n{part.name}", flush=True)
             runs, about = run_part(bench, part)
-            arms = [ArmOfRuns(label, tuple(of_it)) for label, of_it in by_label(runs).items()]
+            arms = group_arms(runs)
             rows = [summarise(arm, arms[0]) for arm in arms]
             show(rows)
             write_report(runs, make_sections(runs, arms[0].label), results / part.name)
@@ -401,13 +401,6 @@ def main() -> None:
                 print(f"\n{name}", flush=True)
                 rows = measure(bench, *((2, batches // 4) if options.quick else (seeds, batches)))
                 save(results, name, {"rows": rows, **machine})
-
-
-def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.label, []).append(run)
-    return found
 
 
 def save(folder: Path, name: str, result: dict) -> None:
