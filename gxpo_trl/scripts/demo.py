@@ -62,15 +62,8 @@ class ProgressBar(TrainerCallback):
 
 def run_arm(label: str, output_dir: Path, overrides: list[str]) -> Run:
     """Trains one recipe and reads back what its folder says."""
-    arguments = [
-        "--config",
-        f"gxpo:tiny/{label.lower()}.yaml",
-        "--output_dir",
-        str(output_dir),
-        "--disable_tqdm",
-        "true",
-    ]
-    recipe = parse_recipe([*arguments, "--log_level", "error", *overrides])
+    arguments = ["--config", f"gxpo:tiny/{label.lower()}.yaml", "--output_dir", str(output_dir)]
+    recipe = parse_recipe([*arguments, "--disable_tqdm", "true", "--log_level", "error", *overrides])
     trainer = build_trainer(recipe, callbacks=[ProgressBar()])
     trainer.remove_callback(PrinterCallback)
     train(trainer, recipe)
