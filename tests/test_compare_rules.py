@@ -1,4 +1,4 @@
-"""The comparison of the update rules, in small: it replaces functions of the package, and would not notice their going."""
+"""The comparison of the update rules, in small: it replaces functions of the package, and would not see them go."""
 
 import json
 import subprocess
