@@ -1,4 +1,4 @@
-"""GRPO, SFPO, GXPO and NExt's peers over seeds: what a lookahead is worth, at equal and at tuned learning rates.
+"""GRPO, SFPO, GXPO and NExt over seeds: what a lookahead is worth, at equal and at tuned learning rates.
 
     python benchmarks/compare_rules.py                     # all parts, two runs at a time: under two hours
     python benchmarks/compare_rules.py --parts equal lora  # some of them
@@ -7,8 +7,9 @@
 All arms of a part start from one warm start and see the same prompts, seed by seed, and as many rollouts. A lookahead
 moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal`
 has every rule and variant at one learning rate beside GRPO at multiples of it, and `tuned` has each at its own best,
-found on other seeds with equal budget. `lora` and `harder` are `tuned` with adapters and with longer problems;
-`precision` measures the noise under the retention ratio and the true error of the lookahead, `next` what NExt adds.
+found on other seeds with equal budget. `lora`, `decay` and `harder` are `tuned` with adapters, with a learning rate
+that falls to 0, and with longer problems; `precision` measures the noise under the retention ratio and the true error
+of the lookahead, `next` what NExt adds.
 
 What has been trained is not trained again; `--out` holds the runs. Each part leaves `results/compare_rules/PART.json`
 and the report of its runs. Seconds are of CPU time, so that a busy machine matters less.
@@ -92,7 +93,8 @@ TUNED = (
     *(GRPO, THREE_ITERATIONS, sfpo(3), gxpo("GXPO K 5 α 0.5", alpha=0.5), GXPO),
     *(gxpo("GXPO K 10 α 1", steps=10), LINEAR, UPDATE, ROLLBACK, PER_MATRIX),
 )
-SCHEDULED = (GATED, gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12))
+FIRST_STEPS = gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12)
+SCHEDULED = (GATED, FIRST_STEPS)
 """At the learning rate found for `GXPO`: when to stop looking ahead."""
 LORA = {
     **{"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
@@ -129,6 +131,7 @@ PARTS = (
     Part("tuned", TUNED, (5e-5, 1e-4, 2e-4, 4e-4)),
     Part("equal", EQUAL, (3e-5,), batches=36),
     Part("lora", (GRPO, sfpo(3), GXPO), (5e-4, 1e-3, 2e-3, 4e-3), LORA),
+    Part("decay", (GRPO, GXPO, FIRST_STEPS), (1e-4, 2e-4, 4e-4, 8e-4), {"lr_scheduler_type": "linear"}),
     Part("harder", (GRPO, sfpo(3), GXPO), (1e-4, 2e-4, 4e-4), {"max_completion_length": 48}),
 )
 
