@@ -12,12 +12,13 @@ that falls to 0, and with longer problems; `precision` measures the noise under 
 of the lookahead, `next` what NExt adds.
 
 What has been trained is not trained again; `--out` holds the runs. Each part leaves `results/compare_rules/PART.json`
-and the report of its runs. Seconds are of CPU time, so that a busy machine matters less.
+and the report of its runs beside it. Seconds are of CPU time, so that a busy machine matters less.
 """
 
 import argparse
 import json
 import multiprocessing
+import shutil
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, describe_machine
+from matplotlib.figure import Figure
 from training import HELD_OUT, Settings, start_worker, train_loop, train_run
 
+from gxpo_trl.reporting.figures import COLORS
 from gxpo_trl.reporting.page import write_report
 from gxpo_trl.reporting.runs import Arm as ArmOfRuns
 from gxpo_trl.reporting.runs import Run, group_arms, load_run
@@ -78,6 +81,10 @@ TWO_PROBES = gxpo("scale 1, α 1", scale_max=1.0)
 LINEAR = gxpo("scale K/2, K 5 α 1", scale_min=2.5, scale_max=2.5)
 UPDATE = gxpo("GXPO K 5 α 1, update retention", retention="update")
 ROLLBACK = gxpo("GXPO K 5 α 1, rollback", probe_optimizer_state="rollback")
+FASTER = {"adam_beta1": 0.9**3, "adam_beta2": 0.999**3}
+"""AdamW forgets in one step what its defaults forget in three, which the passes of a batch are where probes carry."""
+FASTER_ADAM = Arm("GRPO, AdamW betas cubed", FASTER)
+FASTER_ROLLBACK = gxpo("GXPO K 5 α 1, rollback, AdamW betas cubed", probe_optimizer_state="rollback", **FASTER)
 PER_MATRIX = replace(gxpo("GXPO K 5 α 1, ratio per matrix"), hooks=("ratio per matrix",))
 RELATIVE = gxpo("GXPO K 5 α 1, relative threshold 0.1", active_threshold_relative=0.1)
 GATE = {"gate_signal": "grad_norm", "gate_threshold": 0.5, "gate_window": 10, "gate_warmup_steps": 10}
@@ -91,7 +98,7 @@ EQUAL = (
 )
 TUNED = (
     *(GRPO, THREE_ITERATIONS, sfpo(3), gxpo("GXPO K 5 α 0.5", alpha=0.5), GXPO),
-    *(gxpo("GXPO K 10 α 1", steps=10), LINEAR, UPDATE, ROLLBACK, PER_MATRIX),
+    *(gxpo("GXPO K 10 α 1", steps=10), LINEAR, UPDATE, ROLLBACK, PER_MATRIX, FASTER_ADAM, FASTER_ROLLBACK),
 )
 FIRST_STEPS = gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12)
 SCHEDULED = (GATED, FIRST_STEPS)
@@ -108,6 +115,7 @@ class Part:
 
     Attributes:
         name (`str`): Of its file and folder.
+        title (`str`): Of its panel.
         arms (`tuple[Arm, ...]`): The first is what others are compared with.
         learning_rates (`tuple[float, ...]`): Of several, each arm has the best of its own; a single one is everyone's.
         settings (`Settings`): Of all its arms.
@@ -118,6 +126,7 @@ class Part:
     """
 
     name: str
+    title: str
     arms: tuple[Arm, ...]
     learning_rates: tuple[float, ...]
     settings: Settings = field(default_factory=dict)
@@ -127,12 +136,14 @@ class Part:
     extends: bool = True
 
 
+RATES = (1e-4, 2e-4, 4e-4)
+FALLING, LONGER = {"lr_scheduler_type": "linear"}, {"max_completion_length": 48}
 PARTS = (
-    Part("tuned", TUNED, (5e-5, 1e-4, 2e-4, 4e-4)),
-    Part("equal", EQUAL, (3e-5,), batches=36),
-    Part("lora", (GRPO, sfpo(3), GXPO), (5e-4, 1e-3, 2e-3, 4e-3), LORA),
-    Part("decay", (GRPO, GXPO, FIRST_STEPS), (1e-4, 2e-4, 4e-4, 8e-4), {"lr_scheduler_type": "linear"}),
-    Part("harder", (GRPO, sfpo(3), GXPO), (1e-4, 2e-4, 4e-4), {"max_completion_length": 48}),
+    Part("tuned", "Full fine-tuning, constant learning rate", TUNED, (5e-5, *RATES)),
+    Part("equal", "One learning rate for all", EQUAL, (3e-5,), batches=36),
+    Part("lora", "LoRA of rank 8", (GRPO, sfpo(3), GXPO), (5e-4, 1e-3, 2e-3, 4e-3), LORA),
+    Part("decay", "A learning rate that falls to 0", (GRPO, GXPO, FIRST_STEPS), (*RATES, 8e-4), FALLING),
+    Part("harder", "Longer problems, a weaker start", (GRPO, sfpo(3), GXPO), RATES, LONGER),
 )
 
 
@@ -324,7 +335,7 @@ def precision(bench: Bench, seeds: int, batches: int) -> list[dict]:
     for tuning, dtype, k in cells:
         arm = gxpo(f"{tuning}, {dtype}, K {k}", steps=k, lookahead_diagnostics_steps=4, bf16=dtype == "bf16")
         arm = replace(arm, hooks=("noise of rounding",))
-        part = Part("precision", (arm,), (), LORA if tuning == "LoRA" else {}, seeds, batches, batches)
+        part = Part("precision", "", (arm,), (), LORA if tuning == "LoRA" else {}, seeds, batches, batches)
         rate = 1e-3 if tuning == "LoRA" else 1e-4
         (runs,) = bench.train(part, [(arm, rate)], range(seeds)).values()
         measured = medians(runs, (*DIAGNOSTICS, *ERRORS))
@@ -341,7 +352,7 @@ def extrapolated(bench: Bench, seeds: int, batches: int) -> list[dict]:
     """NExt in two thirds of a LoRA run, after GRPO and after GXPO; its control begins anew as well, where it was."""
     spacing = max(batches // 18, 1)
     loop = {"trajectory_steps": spacing, "extrapolate_after": 12 * spacing, "extrapolate_steps_ahead": 4 * spacing}
-    part = Part("next", (GRPO, GXPO), (3e-4,), LORA | loop, seeds, 18 * spacing, 2 * spacing)
+    part = Part("next", "", (GRPO, GXPO), (3e-4,), LORA | loop, seeds, 18 * spacing, 2 * spacing)
     jobs = {}
     for arm in part.arms:
         for seed in range(seeds):
@@ -364,6 +375,30 @@ def extrapolated(bench: Bench, seeds: int, batches: int) -> list[dict]:
             cells = [f"{rows[-1][key][0]:.3f}" for key in ("before", "right_after", "end")]
             print(f"| {row['arm']} | {' | '.join(cells)} | {around(rows[-1]['ahead']) if alpha else ''} |", flush=True)
     return rows
+
+
+def draw(results: Path) -> Path:
+    """How far ahead of GRPO each arm is over the run, in each part that has tuned its learning rates."""
+    tuned = [part for part in PARTS if len(part.learning_rates) > 1 and (results / f"{part.name}.json").is_file()]
+    rows = {part.name: json.loads((results / f"{part.name}.json").read_text())["rows"] for part in tuned}
+    heights = [len(rows[part.name]) for part in tuned]
+    figure = Figure(figsize=(7.6, 0.27 * sum(heights) + 0.5 * len(tuned) + 0.4), layout="constrained")
+    panels = figure.subplots(len(tuned), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, part in zip(panels, tuned, strict=True):
+        axes.axvline(0, color="#888888", linewidth=1)
+        for place, row in enumerate(rows[part.name][1:]):
+            mean, low, high = row["auc_ahead"]
+            color = COLORS[next((name for name in COLORS if row["arm"].startswith(name)), "GXPO")]
+            axes.errorbar(mean, -place, xerr=[[mean - low], [high - mean]], fmt="o", markersize=5, color=color)
+        axes.set_yticks([-i for i in range(len(rows[part.name]) - 1)], [row["arm"] for row in rows[part.name][1:]])
+        axes.set_title(f"{part.title}: GRPO {rows[part.name][0]['auc'][0]:.3f}", loc="left", fontsize=9)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0, labelsize=8)
+        axes.margins(y=0.12)
+    seeds = rows[tuned[0].name][0]["seeds"]
+    panels[-1].set_xlabel(f"mean held-out pass@1 over the run, minus GRPO's ({seeds} seeds, 95 %)", fontsize=9)
+    figure.savefig(path := results / "ahead.png", dpi=160)
+    return path
 
 
 OTHER_PARTS = {"next": (extrapolated, 8, 72), "precision": (precision, 3, 20)}
@@ -397,13 +432,16 @@ def main() -> None:
             arms = group_arms(runs)
             rows = [summarise(arm, arms[0]) for arm in arms]
             show(rows)
-            write_report(runs, make_sections(runs, arms[0].label), results / part.name)
+            page = write_report(runs, make_sections(runs, arms[0].label), folder / part.name / "report")
+            shutil.copy(page, results / f"{part.name}.html")
             save(results, part.name, {**about, "batches": part.batches, "rows": rows, **machine})
         for name, (measure, seeds, batches) in OTHER_PARTS.items():
             if name in options.parts:
                 print(f"\n{name}", flush=True)
                 rows = measure(bench, *((2, batches // 4) if options.quick else (seeds, batches)))
                 save(results, name, {"rows": rows, **machine})
+    if any((results / f"{part.name}.json").is_file() for part in PARTS if len(part.learning_rates) > 1):
+        print(f"drawn in {draw(results)}")
 
 
 def save(folder: Path, name: str, result: dict) -> None:
