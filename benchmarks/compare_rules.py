@@ -102,6 +102,8 @@ TUNED = (
 )
 FIRST_STEPS = gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12)
 SCHEDULED = (GATED, FIRST_STEPS)
+ON_PAGES = [arm.label for arm in (GRPO, THREE_ITERATIONS, sfpo(3), GXPO, LINEAR, ROLLBACK, GATED, FIRST_STEPS)]
+"""Pages are of these arms: the curves of all twenty could not be told apart."""
 """At the learning rate found for `GXPO`: when to stop looking ahead."""
 LORA = {
     **{"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
@@ -432,7 +434,8 @@ def main() -> None:
             arms = group_arms(runs)
             rows = [summarise(arm, arms[0]) for arm in arms]
             show(rows)
-            page = write_report(runs, make_sections(runs, arms[0].label), folder / part.name / "report")
+            shown = [run for run in runs if run.label in ON_PAGES]
+            page = write_report(shown, make_sections(shown, arms[0].label), folder / part.name / "report")
             shutil.copy(page, results / f"{part.name}.html")
             save(results, part.name, {**about, "batches": part.batches, "rows": rows, **machine})
         for name, (measure, seeds, batches) in OTHER_PARTS.items():

@@ -30,8 +30,8 @@ from gxpo_trl.reporting.comparison import (
     matching_table,
     results_table,
 )
-from gxpo_trl.reporting.figures import COLORS, draw_curves, metric_picture, new_figure
-from gxpo_trl.reporting.runs import HELD_OUT, Point, Run, group_arms, load_run, load_runs
+from gxpo_trl.reporting.figures import COLORS, draw_curves, metric_picture, new_figure, styles_of
+from gxpo_trl.reporting.runs import HELD_OUT, Arm, Point, Run, group_arms, load_run, load_runs
 from gxpo_trl.reporting.sections import (
     comparison_section,
     cost_section,
@@ -304,6 +304,12 @@ def test_a_curve_is_the_mean_of_seeds_with_a_band_and_rings(tmp_path):
     assert [tuple(map(float, (*ring.get_xdata(), *ring.get_ydata()))) for ring in rings] == [
         (80.0, pytest.approx(0.2))
     ]
+
+
+def test_many_arms_of_a_method_have_lines_of_their_own(tmp_path):
+    run = load_run(write_run(tmp_path))
+    styles = styles_of([Arm(str(i), (run,)) for i in range(12)])
+    assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == 12
 
 
 def test_a_mean_ends_where_the_first_seed_does(tmp_path):

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
@@ -20,6 +21,8 @@ from .statistics import Mean, peak, shutoff_point
 COLORS = {"GRPO": "#5B6770", "SFPO": "#2B7BBA", "GXPO": "#C8442B"}
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 """The arms of one method, in turn."""
+SHADES = (1.0, 0.6, 0.35)
+"""Of a method's colour, when its dashes are used up."""
 AXES = {
     "step": "optimizer step",
     "rollouts": "rollouts (completions sampled)",
@@ -69,12 +72,17 @@ def new_figure(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
 
 def styles_of(arms: Sequence[Arm]) -> dict[str, dict]:
     """Colour and dashes of each arm's line."""
-    seen: dict[str, itertools.cycle] = {}
+    seen: dict[str, itertools.count] = {}
     styles = {}
     for arm in arms:
-        style = next(seen.setdefault(arm.method, itertools.cycle(STYLES)))
-        styles[arm.label] = {"color": COLORS[arm.method], "linestyle": style}
+        place = next(seen.setdefault(arm.method, itertools.count()))
+        color = _darker(COLORS[arm.method], SHADES[place // len(STYLES) % len(SHADES)])
+        styles[arm.label] = {"color": color, "linestyle": STYLES[place % len(STYLES)]}
     return styles
+
+
+def _darker(color: str, part: float) -> str:
+    return color if part == 1 else to_hex([part * channel for channel in to_rgb(color)])
 
 
 def draw_curves(arms: Sequence[Arm], benchmark: str, budget: str, axes: Axes) -> bool:
