@@ -102,9 +102,9 @@ TUNED = (
 )
 FIRST_STEPS = gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12)
 SCHEDULED = (GATED, FIRST_STEPS)
+"""At the learning rate found for `GXPO`: when to stop looking ahead."""
 ON_PAGES = [arm.label for arm in (GRPO, THREE_ITERATIONS, sfpo(3), GXPO, LINEAR, ROLLBACK, GATED, FIRST_STEPS)]
 """Pages are of these arms: the curves of all twenty could not be told apart."""
-"""At the learning rate found for `GXPO`: when to stop looking ahead."""
 LORA = {
     **{"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
