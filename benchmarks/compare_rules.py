@@ -383,7 +383,7 @@ def draw(results: Path) -> Path:
     """How far ahead of GRPO each arm is over the run, in each part that has tuned its learning rates."""
     tuned = [part for part in PARTS if len(part.learning_rates) > 1 and (results / f"{part.name}.json").is_file()]
     rows = {part.name: json.loads((results / f"{part.name}.json").read_text())["rows"] for part in tuned}
-    heights = [len(rows[part.name]) for part in tuned]
+    heights = [len(rows[part.name]) - 1 for part in tuned]
     figure = Figure(figsize=(7.6, 0.27 * sum(heights) + 0.5 * len(tuned) + 0.4), layout="constrained")
     panels = figure.subplots(len(tuned), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, part in zip(panels, tuned, strict=True):
@@ -396,7 +396,7 @@ def draw(results: Path) -> Path:
         axes.set_title(f"{part.title}: GRPO {rows[part.name][0]['auc'][0]:.3f}", loc="left", fontsize=9)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0, labelsize=8)
-        axes.margins(y=0.12)
+        axes.set_ylim(1.4 - len(rows[part.name]), 0.6)
     seeds = rows[tuned[0].name][0]["seeds"]
     panels[-1].set_xlabel(f"mean held-out pass@1 over the run, minus GRPO's ({seeds} seeds, 95 %)", fontsize=9)
     figure.savefig(path := results / "ahead.png", dpi=160)
