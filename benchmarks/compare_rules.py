@@ -403,7 +403,7 @@ def draw(results: Path) -> Path:
     return path
 
 
-OTHER_PARTS = {"next": (extrapolated, 8, 72), "precision": (precision, 3, 20)}
+OTHER_PARTS = {"precision": (precision, 3, 20), "next": (extrapolated, 4, 72)}
 """What measures them, with how many seeds and batches."""
 
 
