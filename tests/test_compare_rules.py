@@ -24,7 +24,7 @@ def test_the_comparison_runs_and_goes_on_where_it_broke_off(tmp_path):
     assert rows["GRPO, 3 iterations"]["runs"][0]["curve"][-1][0] == rows["GRPO"]["runs"][0]["curve"][-1][0]  # rollouts
     assert (results / "tuned.html").is_file() and (results / "ahead.png").is_file()
     measured = json.loads((results / "precision.json").read_text())["rows"]
-    assert all(0 < row["diagnostics"]["noise_retention_std"] < 0.1 for row in measured)
+    assert all(0 < row["diagnostics"]["noise_retention_std"] < 1 for row in measured)
     loops = {row["arm"]: row["runs"] for row in json.loads((results / "next.json").read_text())["rows"]}
     assert loops["GRPO, begun anew"]["before"] == loops["GRPO, NExt, α 1"]["before"]
     assert loops["GRPO, begun anew"]["right_after"] != loops["GRPO, NExt, α 1"]["right_after"]
