@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import PrinterCallback
@@ -100,11 +101,8 @@ def one_ratio_per_matrix() -> Iterator[None]:
         )
         return retention, scale, first.abs() > threshold
 
-    step.retention_and_scale = of_matrix
-    try:
+    with patch.object(step, "retention_and_scale", of_matrix):
         yield
-    finally:
-        step.retention_and_scale = extrapolation.retention_and_scale
 
 
 @contextlib.contextmanager
@@ -123,11 +121,8 @@ def noise_of_rounding() -> Iterator[None]:
 
         return diagnostics.measure_truth(engine, one_pass, rule)
 
-    step.measure_truth = measure
-    try:
+    with patch.object(step, "measure_truth", measure):
         yield
-    finally:
-        step.measure_truth = diagnostics.measure_truth
 
 
 @contextlib.contextmanager
@@ -140,11 +135,8 @@ def _rows_in_reverse() -> Iterator[None]:
             reverse = {n: v.flip(0) for n, v in inputs.items() if torch.is_tensor(v) and v.dim() and len(v) == rows}
             yield {**inputs, **reverse}, is_last
 
-    RolloutWindow.replay = replay
-    try:
+    with patch.object(RolloutWindow, "replay", replay):
         yield
-    finally:
-        RolloutWindow.replay = in_order
 
 
 HOOKS = {"ratio per matrix": one_ratio_per_matrix, "noise of rounding": noise_of_rounding}
