@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from helpers import AS_TRL, ON_CPU, TINY_BATCH, assert_equal_parameters, logged, make_trainer, tiny_model, train
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -16,6 +17,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -23,6 +25,7 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -38,8 +41,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from gxpo_trl import GXPOConfig, GXPORLOOConfig, GXPORLOOTrainer, GXPOTrainer
 from gxpo_trl.rollout.generation import KEEP_ROWS, _Sampler, sample_grouped, why_not_grouped
+from gxpo_trl.rollout.model_traits import cache_argument, why_not_known
 from gxpo_trl.tasks import TINY_MODEL_PATH
 
+
+INSTALLED_NAME = cache_argument(LlamaForCausalLM)
 
 VOCABULARY = 40
 NEW_TOKENS = 14
@@ -453,11 +459,32 @@ def test_a_call_that_it_cannot_serve_is_an_error(settings, message):
         grouped(model, REQUEST, **{**GREEDY, **settings})
 
 
+class Forgetful(LlamaForCausalLM):
+    """Keeps no KV cache, as transformers' layers do under gradient checkpointing."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, store: Cache | None = None, **kwargs):
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=False)
+
+    def prepare_inputs_for_generation(self, input_ids, store: Cache | None = None, **kwargs):
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
 def test_a_model_that_keeps_no_cache_is_an_error():
-    model = build(MODELS["llama"]).train()
-    model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
-        grouped(model, REQUEST, **GREEDY)
+        grouped(Forgetful(MODELS["llama"]).eval(), REQUEST, **GREEDY)
+
+
+def test_under_gradient_checkpointing_a_model_says_so_or_answers_the_same():
+    """Until transformers 5.23 its layers drop the cache in training; since then only where gradients are computed."""
+    model = build(MODELS["llama"])
+    expected = model.generate(**REQUEST, **GREEDY)
+    model.train().gradient_checkpointing_enable()
+    try:
+        completions = grouped(model, REQUEST, **GREEDY)
+    except ValueError as error:
+        assert "gradient_checkpointing_disable" in str(error)
+    else:
+        assert torch.equal(completions, expected)
 
 
 # ---- In the trainer
@@ -524,14 +551,79 @@ def test_the_transformers_backend_is_trls_own_run_bit_for_bit(tmp_path):
     assert logged(grouped_run, "reward") != logged(ours, "reward")
 
 
-def test_auto_leaves_to_generate_what_it_serves_alone_and_says_so(tmp_path, capsys):
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_auto_leaves_to_generate_what_it_serves_alone_and_warns(tmp_path, caplog):
     trainer = make_trainer(tmp_path, scripted=False, generation_kwargs={"no_repeat_ngram_size": 2})
     assert not trainer._samples_grouped
-    assert capsys.readouterr().out.count("`generate`: the setting `no_repeat_ngram_size: 2` is not served.") == 1
+    (warning,) = [text for text in warnings_of(caplog) if "sampled by" in text]
+    assert "takes longer: the setting `no_repeat_ngram_size: 2` is not served." in warning
+    caplog.clear()
     assert make_trainer(tmp_path, scripted=False)._samples_grouped
     assert not make_trainer(tmp_path, scripted=False, generation_backend="transformers")._samples_grouped
     assert not make_trainer(tmp_path, scripted=True)._samples_grouped
-    assert "sampled by" not in capsys.readouterr().out
+    assert not any("sampled by" in text for text in warnings_of(caplog))
+
+
+def take_mask(self, input_ids, attention_mask=None, cache: Cache | None = None): ...
+
+
+def take_positions(self, input_ids, attention_mask=None, position_ids=None): ...
+
+
+def take_all(self, input_ids, attention_mask=None, position_ids=None, store: Cache | None = None): ...
+
+
+def prepare(self, input_ids, next_sequence_length=None, store=None, attention_mask=None, is_first_iteration=False): ...
+
+
+@pytest.mark.parametrize(
+    "forward, prepare_inputs, missing",
+    [
+        (take_mask, LlamaForCausalLM.prepare_inputs_for_generation, "forward(position_ids)"),
+        (take_positions, LlamaForCausalLM.prepare_inputs_for_generation, "`forward` with a KV cache"),
+        (take_all, LlamaForCausalLM.prepare_inputs_for_generation, "prepare_inputs_for_generation(store)"),
+        (take_all, take_all, "prepare_inputs_for_generation(next_sequence_length)"),
+        (take_all, prepare, None),  # another name alone is no matter
+    ],
+)
+def test_what_no_decoder_has_any_more_is_said_to_be_the_librarys_doing(
+    tmp_path, monkeypatch, caplog, forward, prepare_inputs, missing
+):
+    """It would be every model of every user: a warning, and an error where grouped generation is asked for."""
+    decoder = type("Decoder", (), {"forward": forward, "prepare_inputs_for_generation": prepare_inputs})
+    monkeypatch.setattr("gxpo_trl.rollout.model_traits.LlamaForCausalLM", decoder)
+    monkeypatch.setattr("gxpo_trl.rollout.model_traits.why_not_known", why_not_known.__wrapped__)
+    trainer = make_trainer(tmp_path, scripted=False)
+    said = [text for text in warnings_of(caplog) if f"transformers {transformers.__version__} has no" in text]
+    assert trainer._samples_grouped == (missing is None) == (not said)
+    if missing is not None:
+        assert len(said) == 1 and missing in said[0]
+        with pytest.raises(ValueError, match=re.escape(missing)):
+            make_trainer(tmp_path, scripted=False, generation_backend="grouped")
+
+
+class Renamed(LlamaForCausalLM):
+    """A model of a version of transformers to come, whose KV cache goes by yet another name."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, store: Cache | None = None, **kwargs):
+        return super().forward(input_ids, attention_mask, position_ids, store, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, store: Cache | None = None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **{INSTALLED_NAME: store}, **kwargs)
+        return {"store" if name == INSTALLED_NAME else name: value for name, value in inputs.items()}
+
+
+def test_the_cache_is_found_by_its_type_whatever_its_name():
+    model = build(MODELS["llama"])
+    assert INSTALLED_NAME in ("past_key_values", "cache") and cache_argument(Renamed) == "store"
+    renamed = Renamed(model.config).eval()
+    renamed.load_state_dict(model.state_dict())
+    assert why_not_grouped(renamed, GenerationConfig(**GREEDY)) is None
+    expected = model.generate(**REQUEST, **GREEDY)
+    assert torch.equal(grouped(renamed, REQUEST, **GREEDY, token_budget=300), expected)
 
 
 @pytest.mark.parametrize(

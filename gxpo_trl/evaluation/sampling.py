@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate.logging import get_logger
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..rollout.generation import pad_left, sample_grouped, why_not_grouped
 from .settings import EvaluationArguments
+
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def transformers_sampler(
     if reason := why_not_grouped(model, config):
         if settings.token_budget is not None:
             raise ValueError(f"`token_budget` needs grouped generation, which can't be had: {reason}. Leave it out.")
-        PartialState().print(f"Completions are sampled by transformers' `generate`: {reason}.")
+        logger.warning(f"Completions are sampled by transformers' `generate`, which takes longer: {reason}.")
         options = {}
     ends = _end_tokens(model, tokenizer)
 

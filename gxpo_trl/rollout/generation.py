@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    Cache,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
@@ -33,7 +34,7 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from .model_traits import decoder_of, why_not_row_by_row
+from .model_traits import cache_argument, decoder_of, why_not_row_by_row
 
 
 KEEP_ROWS = 0.85  # finished rows are dropped once no more than this fraction of the rows is unfinished
@@ -90,10 +91,10 @@ def why_not_grouped(model: torch.nn.Module, config: GenerationConfig, in_trainin
 def _why_not_settings(config: GenerationConfig) -> str | None:
     if config.cache_implementation not in (None, "dynamic"):
         return f"`cache_implementation: {config.cache_implementation}` asks for another cache"
-    neutral = GenerationConfig._get_default_generation_params()
-    for name in sorted(GenerationConfig().to_dict().keys() - SERVED_SETTINGS):
+    neutral, default = GenerationConfig._get_default_generation_params(), GenerationConfig().to_dict()
+    for name in sorted(default.keys() - SERVED_SETTINGS):
         value = getattr(config, name, None)
-        if not name.startswith("_") and value is not None and value != neutral.get(name, False):
+        if not name.startswith("_") and value not in (None, default[name], neutral.get(name, False)):
             return f"the setting `{name}: {value}` is not served"
     return None
 
@@ -133,10 +134,10 @@ def sample_grouped(
     mask = model_kwargs.pop("attention_mask", None)
     if mask is None:
         mask = torch.ones_like(input_ids)
-    cache = model_kwargs.pop("past_key_values", None)
+    caches = {name: value for name, value in model_kwargs.items() if isinstance(value, Cache)}
     forward_arguments = {name: model_kwargs.pop(name) for name in ("logits_to_keep",) if name in model_kwargs}
-    unread = [name for name in model_kwargs if name not in ("position_ids", "use_cache")]
-    if unread or (cache is not None and cache.get_seq_length() > 0):
+    unread = [name for name in model_kwargs if name not in ("position_ids", "use_cache", *caches)]
+    if unread or any(cache.get_seq_length() > 0 for cache in caches.values()):
         raise ValueError(
             f"Grouped sampling starts from token ids alone; it can't serve {', '.join(unread) or 'a filled cache'}. "
             "Call `generate` without `custom_generate`."
@@ -245,6 +246,7 @@ class _Sampler:
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
         self.criteria = StoppingCriteriaList(criteria)
         self.token_budget, self.lockstep = token_budget, lockstep
+        self.cache_argument = cache_argument(type(model))
 
     def run(self, input_ids: torch.Tensor, mask: torch.Tensor, forward_arguments: dict[str, Any]) -> GroupedOutput:
         """Samples all completions of a request, (B, P) with its mask."""
@@ -351,11 +353,11 @@ class _Sampler:
         inputs = self.model.prepare_inputs_for_generation(
             ids,
             next_sequence_length=positions.size(1),
-            past_key_values=cache,
             attention_mask=mask,
             position_ids=positions,
             is_first_iteration=is_first_iteration,
             use_cache=True,
+            **{self.cache_argument: cache},
             **self.forward_arguments,
         )
         return self.model(**inputs, return_dict=True).logits[:, -1].float()

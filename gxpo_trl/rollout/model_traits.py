@@ -1,11 +1,13 @@
 """What a model's forward pass allows to be done to its batches, as read off its configuration."""
 
+import functools
 import inspect
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -35,6 +37,41 @@ def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def cache_argument(model_class: type) -> str | None:
+    """The name under which a model's forward pass takes the KV cache; `None` if it takes none.
+
+    It is found by its type, because the name moves: `past_key_values` until transformers 5.23, `cache` since then.
+    """
+    parameters = inspect.signature(model_class.forward).parameters.values()
+    return next((p.name for p in parameters if "Cache" in str(p.annotation)), None)
+
+
+@functools.cache
+def why_not_known() -> str | None:
+    """What this version of transformers doesn't have where decoding row by row looks for it.
+
+    A Llama stands for every plain decoder: what it lacks is the library's doing, not the model's.
+
+    Returns:
+        `str`, *optional*: The reason, to stand after a colon; `None` if all is there.
+    """
+    forward = inspect.signature(LlamaForCausalLM.forward).parameters
+    prepare = inspect.signature(LlamaForCausalLM.prepare_inputs_for_generation).parameters
+    cache = cache_argument(LlamaForCausalLM)
+    missing = [f"`forward({name})`" for name in ("attention_mask", "position_ids") if name not in forward]
+    missing += [] if cache else ["`forward` with a KV cache"]
+    needed = ("attention_mask", "next_sequence_length", "is_first_iteration", *([cache] if cache else []))
+    missing += [f"`prepare_inputs_for_generation({name})`" for name in needed if name not in prepare]
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=LlamaConfig(num_hidden_layers=1)).layers):
+        missing.append("`DynamicLayer` in a Llama's cache")
+    if not missing:
+        return None
+    return (
+        f"transformers {transformers.__version__} has no {', '.join(missing)}, which grouped sampling relies on. "
+        "Install a version of transformers that this version of gxpo_trl allows"
+    )
+
+
 def why_not_row_by_row(model: torch.nn.Module, in_training: bool) -> str | None:
     """Why the rows of a batch can't be decoded as if each were alone, and its KV cache cut and joined by rows.
 
@@ -48,17 +85,17 @@ def why_not_row_by_row(model: torch.nn.Module, in_training: bool) -> str | None:
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
     if any(adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
         return "the adapter changes the prompt"
+    if reason := why_not_known():
+        return reason
     model = decoder_of(model)
     config = model.config
     if config.is_encoder_decoder:
         return "the model is an encoder-decoder"
     if config.get_text_config(decoder=True) is not config:
         return "the model is multimodal"
-    if (
-        not {"past_key_values", "position_ids", "attention_mask"}
-        <= inspect.signature(type(model).forward).parameters.keys()
-    ):
-        return f"{type(model).__name__} takes no `past_key_values`, `position_ids` or `attention_mask`"
+    takes_positions = {"position_ids", "attention_mask"} <= inspect.signature(type(model).forward).parameters.keys()
+    if not takes_positions or cache_argument(type(model)) is None:
+        return f"{type(model).__name__} takes no KV cache, `position_ids` or `attention_mask`"
     if model.is_remote_code():
         return "the model's code is not transformers' own"
     layers = {type(layer) for layer in DynamicCache(config=config).layers}

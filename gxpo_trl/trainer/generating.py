@@ -4,11 +4,15 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from accelerate.logging import get_logger
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from ..rollout.generation import pad_left, sample_grouped, why_not_grouped
+
+
+logger = get_logger(__name__)
 
 
 class GroupedGenerationMixin:
@@ -32,7 +36,10 @@ class GroupedGenerationMixin:
         if needs := self.args.needs_grouped_generation():
             raise ValueError(f"This run can't have grouped generation: {reason}. Leave out `{'`, `'.join(needs)}`.")
         if elsewhere is None and backend == "auto":
-            self.accelerator.print(f"Completions are sampled by transformers' `generate`: {reason}.")
+            logger.warning(
+                f"Completions are sampled by transformers' `generate`, which takes longer: {reason}. Set "
+                "`generation_backend: transformers` if that is meant."
+            )
 
     def _why_not_sampled_here(self) -> str | None:
         """Why it is not TRL's call of `generate` that samples completions; `None` if it is."""
