@@ -5,31 +5,47 @@ VENV   ?= .venv
 # torch goes in first and pinned: whatever else is installed afterwards then leaves it alone. On a machine with a GPU take the
 # build of your CUDA version, for example `make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"`.
 TORCH  ?= torch==2.13.0
+# The versions of everything else. `make setup LOCK=` installs the newest that pyproject.toml allows instead.
+LOCK   ?= .ci/locked.txt
+
+# The ends of what pyproject.toml allows: `make test-lowest`, `make test-latest`.
+LOWEST_TORCH ?= torch==2.11.0
+LATEST_TORCH ?= torch==2.14.*
 
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PIP    := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED := $(if $(LOCK),--constraint $(LOCK))
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test lint format slow test-notebooks notebooks docs clean
+.PHONY: setup demo test test-lowest test-latest lint format slow test-notebooks notebooks docs lock clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(PIP) $(TORCH)
+	$(PIP) $(LOCKED) hatchling editables
+	$(PIP) $(LOCKED) --no-build-isolation --editable ".[dev]"
 	@touch $(READY)
 
 demo: $(READY)
 	$(BIN)/gxpo demo --output_dir out/demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not notebooks" --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow and not notebooks" --numprocesses 2 --dist loadfile
+
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest LOCK=.ci/lowest.txt TORCH="$(LOWEST_TORCH)"
+
+test-latest:
+	$(MAKE) test VENV=.venv-latest LOCK= TORCH="$(LATEST_TORCH)"
 
 slow: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not notebooks"
+	$(PYTEST) -m "slow and not notebooks"
 
 test-notebooks: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m notebooks
+	$(PYTEST) -m notebooks
 
 notebooks: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/run.py
@@ -45,5 +61,17 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Renews both files from pyproject.toml, for every supported Python. Torch, and what it brings, is in neither: it goes in first.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	echo "torch ; sys_platform == 'never'" > .venv-lock/without-torch.txt
+	$(RESOLVE) --resolution highest --output-file .venv-lock/locked.txt
+	$(RESOLVE) --resolution lowest-direct --output-file .venv-lock/lowest.txt
+	for file in locked.txt lowest.txt; do sed "/'never'/d" .venv-lock/$$file > .ci/$$file; done
+
+RESOLVE = .venv-lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --quiet --no-annotate \
+	--overrides .venv-lock/without-torch.txt --custom-compile-command "make lock"
+
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-latest .venv-lock out build dist *.egg-info .pytest_cache .ruff_cache

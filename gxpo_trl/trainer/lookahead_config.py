@@ -134,7 +134,7 @@ class LookaheadArguments:
         generation_backend (`str`, *optional*, defaults to `"auto"`):
             What samples completions without vLLM: `"grouped"` prefills each distinct prompt once and drops rows as
             they finish, `"transformers"` is TRL's call of `generate`. `"auto"` takes `"grouped"` where it gives the
-            same completions, and says so at the start where it doesn't.
+            same completions, and warns at the start where it doesn't.
         generation_token_budget (`int`, *optional*):
             Bounds the memory of generation: completions under way on one device, times the tokens that prompt and
             completion may come to, stay within it; further prompts are admitted as completions finish. Unset for all
@@ -346,7 +346,7 @@ class LookaheadArguments:
         metadata={
             "help": "What samples completions without vLLM: 'grouped' prefills each distinct prompt once and drops "
             "rows as they finish, 'transformers' is TRL's call of `generate`. 'auto' takes 'grouped' where it gives "
-            "the same completions, and says so at the start where it doesn't."
+            "the same completions, and warns at the start where it doesn't."
         },
     )
     generation_token_budget: int | None = field(

@@ -12,6 +12,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 
+# Torch 2.13 renamed it and warns of the old name.
+_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+
 OptimizerSnapshot = tuple[list[dict[str, Any] | None], list[dict[str, Any]]]
 
 
@@ -183,5 +186,5 @@ def _write(state: dict[str, Any], saved: dict[str, Any]) -> None:
 def gather(totals: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
     """The totals, shape (n,), of every rank of a group: (ranks, n), in one collective."""
     gathered = totals.new_empty(group.size() * len(totals))
-    torch.distributed.all_gather_single(gathered, totals, group=group)
+    _all_gather(gathered, totals, group=group)
     return gathered.view(group.size(), -1)
