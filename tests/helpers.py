@@ -1,5 +1,6 @@
 """What the tests of the trainer share: small trainers, scripted rollouts, and a look at what happened."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer, RLOOTrainer
 
-from gxpo_trl import GXPOConfig, GXPOTrainer
+from gxpo_trl import GXPOConfig, LookaheadTrainer
 from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
 
 
@@ -76,11 +77,12 @@ class RisingGate:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        observe = self._gate.observe
-        self._gate.observe = lambda value: observe(float(self._gate.observed))
+        gate = self.lookahead.gate
+        observe = gate.observe
+        gate.observe = lambda value: observe(float(gate.observed))
 
 
-class RisingGateTrainer(RisingGate, GXPOTrainer):
+class RisingGateTrainer(RisingGate, LookaheadTrainer):
     pass
 
 
@@ -145,7 +147,7 @@ def half_without_spread(prompts, completions, **kwargs) -> list[float]:
 
 def make_trainer(
     output_dir: Path,
-    trainer_class=GXPOTrainer,
+    trainer_class=LookaheadTrainer,
     config_class=GXPOConfig,
     model=None,
     scripted: bool = True,
@@ -154,16 +156,20 @@ def make_trainer(
     peft_config=None,
     callbacks=None,
     optimizers=(None, None),
+    rule=None,
     **settings,
 ):
-    """A trainer on the embedded model; with scripted rollouts, or sampled ones and the task's own reward."""
+    """A trainer on the embedded model; with scripted rollouts, or sampled ones and the task's own reward.
+
+    `rule` changes the update rule beyond what settings can.
+    """
     dataset = load_arithmetic(train_size=64, test_size=16)
     if not scripted:
         settings.setdefault("max_completion_length", 28)  # room for a worked answer, so that some are right
     settings = {**ON_CPU, **TINY_BATCH, **settings}
     if "loss_type" not in config_class.__dataclass_fields__:
         del settings["loss_type"]
-    return trainer_class(
+    trainer = trainer_class(
         model=model or tiny_model(),
         reward_funcs=reward or (text_reward if scripted else arithmetic_reward),
         args=config_class(str(output_dir), **settings),
@@ -175,6 +181,9 @@ def make_trainer(
         optimizers=optimizers,
         **({"rollout_func": rollout_func} if scripted else {}),  # RLOO has none
     )
+    if rule is not None:
+        trainer.lookahead.rule = dataclasses.replace(trainer.lookahead.rule, **rule)
+    return trainer
 
 
 def train(*args, resume_from_checkpoint=None, **kwargs):

@@ -31,16 +31,6 @@ def grpo_loss(model, window: list[dict], old_logps: list[torch.Tensor], epsilon:
     return torch.stack(losses).mean()
 
 
-def rloo_loss(model, window: list[dict], old_logps: list[torch.Tensor], epsilon: float) -> torch.Tensor:
-    """The clipped surrogate with one ratio a completion; the old log-probabilities are those of the rollouts."""
-    losses = []
-    for micro_batch in window:
-        logps = (token_logps(model, micro_batch) * micro_batch["completion_mask"]).sum(1)
-        ratio, advantage = torch.exp(logps - micro_batch["old_logps"]), micro_batch["advantages"]
-        losses.append(-torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage).mean())
-    return torch.stack(losses).mean()
-
-
 class AdamW:
     """Decoupled weight decay, as in Loshchilov & Hutter (2019)."""
 
@@ -51,18 +41,14 @@ class AdamW:
         self.t = 0
 
     def step(self, gradients):
-        """Returns the directions it moved in, without weight decay."""
         self.t += 1
         b1, b2 = self.betas
-        directions = []
         for p, g, m, v in zip(self.parameters, gradients, self.m, self.v, strict=True):
             m.copy_(b1 * m + (1 - b1) * g)
             v.copy_(b2 * v + (1 - b2) * g**2)
             if p.dim() > 1:  # norms do not decay
                 p.data -= self.lr * self.weight_decay * p.data
-            directions.append((m / (1 - b1**self.t)) / ((v / (1 - b2**self.t)).sqrt() + self.eps))
-            p.data -= self.lr * directions[-1]
-        return directions
+            p.data -= self.lr * (m / (1 - b1**self.t)) / ((v / (1 - b2**self.t)).sqrt() + self.eps)
 
 
 def old_logps(model, window: list[dict]) -> list[torch.Tensor]:
@@ -91,7 +77,6 @@ def train_gxpo(
     weight_decay=0.0,
     rollback=False,
     anchor="rollout",
-    retention="gradient",
     loss_function=grpo_loss,
 ):
     """Algorithm 1 of GXPO. Returns the norms of every pass and the step from which on the updates are single-pass."""
@@ -113,11 +98,10 @@ def train_gxpo(
             optimizer.step(g0)
             continue
         saved = copy.deepcopy((optimizer.m, optimizer.v, optimizer.t))
-        d0 = optimizer.step(g0)
+        optimizer.step(g0)
         g1 = gradient(window, old)
-        d1 = optimizer.step(g1)
-        first, second = (g0, g1) if retention == "gradient" else (d0, d1)
-        for p, p0, a, b in zip(parameters, theta_0, first, second, strict=True):
+        optimizer.step(g1)
+        for p, p0, a, b in zip(parameters, theta_0, g0, g1, strict=True):
             r = torch.where(a.abs() > 1e-8, b / a, torch.ones_like(a)).clamp(-2.0, 3.0)
             s_k, s_2 = sum(r**n for n in range(K)), 1 + r
             scale = torch.where((a.abs() > 1e-8) & (s_2.abs() > 1e-6), (s_k / s_2).clamp(1.0, K / 2 + 1), 1.0)
@@ -162,9 +146,8 @@ def run_reference(trainer, model, **overrides) -> tuple[dict[str, torch.Tensor],
         "w": args.gate_window,
         "warmup": args.gate_warmup_steps,
         "eps": args.adam_epsilon,
-        "rollback": args.probe_optimizer_state == "rollback",
+        "rollback": trainer.lookahead.rule.rollback,
         "anchor": args.ratio_anchor,
-        "retention": args.retention,
         "weight_decay": args.weight_decay,
     }
     norms, shutoff = train_gxpo(model, trainer.windows(), **{**settings, **overrides})

@@ -7,17 +7,17 @@ from helpers import ON_CPU, train
 
 from gxpo_trl import GXPOConfig, SFPOConfig
 from gxpo_trl.trainer.advice import SHORT_REACH_STEPS, Advisor
-from gxpo_trl.update.step import LookaheadReport
+from gxpo_trl.update.measurements import StepReport
 
 
-GOOD = LookaheadReport(passes=3, grad_norm_slow=1.0, retention_std=0.5, effective_multiplier=1.2)
+GOOD = StepReport(passes=3, grad_norm_slow=1.0, retention_std=0.5, effective_multiplier=1.2)
 
 
-def advice(config, reports: list[LookaheadReport], signal=None) -> list[str]:
+def advice(config, reports: list[StepReport], signal=None) -> list[str]:
     advisor, gate, said = Advisor(config), config.gate(), []
     for i, report in enumerate(reports):
         gate.observe(signal[i] if signal else 1.0)
-        said += advisor.hear(report, gate)
+        said += advisor.advise(report, gate)
     return said
 
 
@@ -49,7 +49,7 @@ def test_a_retention_ratio_inside_its_noise(config):
     assert advice(config, [quiet] * 3) == []
     said = advice(config, [quiet, noisy, noisy])
     assert len(said) == 1
-    assert "0.5" in said[0] and "active_threshold_relative" in said[0]
+    assert "0.5" in said[0] and "learning rate" in said[0]
 
 
 def test_a_learning_rate_of_zero_is_no_noise(config):

@@ -5,14 +5,12 @@ import math
 
 import pytest
 
-from gxpo_trl.update.gate import Fallback, Gate, Trigger, median_and_deviation
+from gxpo_trl.update.gate import Gate, Trigger
 
 
-PERMANENT = Fallback()
-
-
-def gate(fallback: Fallback = PERMANENT, **trigger) -> Gate:
-    return Gate(Trigger(**{"threshold": 0.5, "window": 30, "warmup_steps": 0, **trigger}), fallback)
+def gate(decay_steps: int = 0, max_active_steps: float = math.inf, **trigger) -> Gate:
+    trigger = Trigger(**{"threshold": 0.5, "window": 30, "warmup_steps": 0, **trigger})
+    return Gate(trigger, decay_steps, max_active_steps)
 
 
 def observe_all(watched: Gate, values: list[float]) -> list[float | None]:
@@ -25,7 +23,6 @@ def phases(watched: Gate, values: list[float]) -> str:
     for value in values:
         if not watched.active:
             letters += "-"
-            watched.rest()
         else:
             letters += "d" if watched.decaying else "a"
             watched.observe(value)
@@ -133,34 +130,12 @@ def test_recorded_series(series, settings, shutoff):
     assert letters == ("a" * 40 if shutoff is None else "a" * shutoff + "-" * (40 - shutoff))
 
 
-def test_a_robust_baseline_is_not_blinded_by_an_early_spike():
-    """After a spike in the warm-up the mean and deviation hide a later rise; median and MAD do not."""
-    series = [2.0, 2.1, 1.9, 40.0, 2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 3.0]
-    plain, robust = (gate(threshold=3.0, warmup_steps=10, **b) for b in ({}, {"baseline": median_and_deviation}))
-    observe_all(plain, series)
-    observe_all(robust, series)
-    assert plain.active
-    assert not robust.active
-
-
-def test_the_robust_deviation_has_a_floor():
-    assert median_and_deviation([2.0] * 10) == (2.0, 0.02)
-    assert median_and_deviation([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, pytest.approx(1.4826))
-
-
-def test_a_temporary_fallback_arms_again():
-    watched = gate(Fallback(cooldown_steps=3))
-    assert phases(watched, [1.0, 3.0, 9.0] + [2.0] * 6) == "aaa---aaa"
-    assert list(watched.values)[:2] == [1.0, 3.0]  # what tripped it is no baseline
-
-
 def test_a_budget_ends_the_phase_whatever_the_signal_does():
-    assert phases(gate(Fallback(max_active_steps=4)), [2.0] * 8) == "aaaa----"
-    assert phases(gate(Fallback(max_active_steps=4, cooldown_steps=1)), [2.0] * 8) == "aaaa----"
+    assert phases(gate(max_active_steps=4), [2.0] * 8) == "aaaa----"
 
 
 def test_alpha_decays_linearly_after_the_trip():
-    watched = gate(Fallback(decay_steps=3))
+    watched = gate(decay_steps=3)
     factors = []
     for value in [1.0, 3.0, 9.0, 50.0, 0.0, 7.0]:
         factors.append(watched.alpha_factor)
@@ -170,20 +145,27 @@ def test_alpha_decays_linearly_after_the_trip():
 
 
 def test_decaying_steps_count_against_the_budget():
-    assert phases(gate(Fallback(decay_steps=3, max_active_steps=4)), [1.0, 3.0, 9.0] + [2.0] * 4) == "aaad---"
+    assert phases(gate(decay_steps=3, max_active_steps=4), [1.0, 3.0, 9.0] + [2.0] * 4) == "aaad---"
 
 
-@pytest.mark.parametrize(
-    "fallback",
-    [Fallback(), Fallback(decay_steps=2), Fallback(cooldown_steps=2), Fallback(decay_steps=1, cooldown_steps=3)],
-)
+@pytest.mark.parametrize("decay_steps", [0, 2])
 @pytest.mark.parametrize("interrupted_at", range(1, 12))
-def test_state_survives_json_wherever_it_is_cut(fallback, interrupted_at):
+def test_state_survives_json_wherever_it_is_cut(decay_steps, interrupted_at):
     values = [1.0, 3.0, 9.0, 2.0, 20.0, 1.0, 2.0, 30.0, 1.0, 40.0, 50.0, 2.0]
     settings = {"window": 3, "warmup_steps": 1, "patience": 1}
-    straight, first, second = (gate(fallback, **settings) for _ in range(3))
+    straight, first, second = (gate(decay_steps, **settings) for _ in range(3))
     expected = phases(straight, values)
     letters = phases(first, values[:interrupted_at])
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert letters + phases(second, values[interrupted_at:]) == expected
     assert second.state_dict() == straight.state_dict()
+
+
+@pytest.mark.parametrize("resting, active", [(0, True), ("for good", False)])
+def test_a_state_of_version_0_1_is_taken_up(resting, active):
+    state = {"values": [1.0, 3.0], "observed": 2, "exceedances": 0, "active_steps": 2, "decaying": 0}
+    watched = gate()
+    watched.load_state_dict({**state, "resting": resting})
+    assert watched.active == active and watched.observed == 2
+    with pytest.raises(ValueError, match="gate_fallback"):
+        gate().load_state_dict({**state, "resting": 7})

@@ -6,9 +6,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from gxpo_trl.update.engines import TorchEngine
+from gxpo_trl.engines.replicated import ReplicatedState
+from gxpo_trl.update.algorithm import LookaheadRule, lookahead_step, one_pass
 from gxpo_trl.update.extrapolation import Extrapolation
-from gxpo_trl.update.step import SLICE_SIZE, LookaheadRule, _aligned_slices, lookahead_step
+from gxpo_trl.update.measurements import Measurements, measure_truth
+from gxpo_trl.update.slices import SLICE_SIZE, aligned_slices
 
 
 UNBOUNDED = {
@@ -38,20 +40,31 @@ def quadratic(seed: int = 0) -> Quadratic:
     return Quadratic(curvature, torch.randn(50, dtype=torch.float64, generator=generator))
 
 
-def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float = 0.0) -> TorchEngine:
+class State(ReplicatedState):
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
+
+def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float = 0.0) -> State:
     accelerator = Accelerator(cpu=True)
-    return TorchEngine(accelerator, model, accelerator.prepare(optimizer), max_grad_norm)
+    return State(accelerator, model, accelerator.prepare(optimizer), max_grad_norm)
 
 
-def take_step(engine: TorchEngine, rule: LookaheadRule):
+def diagnosed_step(engine: State, replay, rule: LookaheadRule):
+    """A step that is compared with real ones first."""
+    truth = measure_truth(engine, lambda: one_pass(engine, replay), rule.extrapolation or Extrapolation(rule.probes))
+    return lookahead_step(engine, replay, rule, Measurements(engine, rule, truth))
+
+
+def take_step(engine: State, rule: LookaheadRule):
     """Pass 1, the programme, and the slow correction that the training loop would make."""
 
-    def one_pass():
+    def replay():
         engine.backward(engine.model())
 
     engine.clear_gradients()
-    one_pass()
-    report = lookahead_step(engine, one_pass, rule)
+    replay()
+    report = lookahead_step(engine, replay, rule)
     engine.clip_gradients()
     engine.step()
     return report
@@ -201,15 +214,18 @@ def test_an_interrupted_step_leaves_committed_weights(interrupted_pass):
 def test_large_parameters_are_extrapolated_slice_by_slice():
     """Slices cover every coordinate once, whatever the shape."""
     for shape in [(7,), (), (3, SLICE_SIZE // 2 + 1), (SLICE_SIZE + 5,), (5, 3, SLICE_SIZE // 4)]:
-        tensor = torch.zeros(shape)
-        for (part,) in _aligned_slices(tensor):
-            part += 1
-        assert tensor.eq(1).all()
+        tensor, other = torch.zeros(shape), torch.zeros(shape)
+        for part, (slice_, none) in aligned_slices([tensor], [None]):
+            slice_ += 1
+            part.of([other]).add_(1)
+            assert none.shape == slice_.shape and not none.any()
+        assert tensor.eq(1).all() and other.eq(1).all()
+    assert list(aligned_slices([torch.zeros(0, 3)])) == []
 
 
 def test_slices_do_not_change_the_result(monkeypatch):
     whole, sliced = quadratic(), quadratic()
     for model, size in ((whole, 2**20), (sliced, 7)):
-        monkeypatch.setattr("gxpo_trl.update.step.SLICE_SIZE", size)
+        monkeypatch.setattr("gxpo_trl.update.slices.SLICE_SIZE", size)
         take_step(prepare(model, torch.optim.SGD(model.parameters(), lr=0.1)), gxpo(5, 0.5))
     assert torch.equal(whole.theta, sliced.theta)

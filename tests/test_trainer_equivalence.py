@@ -19,12 +19,12 @@ from helpers import (
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer
+from gxpo_trl import GXPOConfig, LookaheadConfig, LookaheadTrainer
 
 
 TIMES = ("time", "runtime", "per_second")
 SAMPLED = {"scripted": False, "learning_rate": 1e-3, "beta": 0.02, "eval_strategy": "steps", "eval_steps": 2}
-INERT = {"reposition_alpha": 0.0, "probe_optimizer_state": "rollback"}
+INERT = {"reposition_alpha": 0.0, "rule": {"rollback": True}}
 """The lookahead makes its three passes, and the corrective gradient is taken where it started."""
 
 
@@ -40,12 +40,10 @@ def train_trl(tmp_path, **settings):
     return train(tmp_path / "trl", GRPOTrainer, GRPOConfig, **settings)
 
 
-@pytest.mark.parametrize(
-    "trainer_class, config_class", [(GXPOTrainer, GXPOConfig), (LookaheadTrainer, LookaheadConfig)]
-)
-def test_the_plain_rule_is_trl_bit_for_bit(tmp_path, trainer_class, config_class):
+@pytest.mark.parametrize("config_class", [GXPOConfig, LookaheadConfig])
+def test_the_plain_rule_is_trl_bit_for_bit(tmp_path, config_class):
     settings = {"max_steps": 4, "model": None, **SAMPLED}
-    plain = train(tmp_path / "ours", trainer_class, config_class, update_rule="grpo", **AS_TRL, **settings)
+    plain = train(tmp_path / "ours", LookaheadTrainer, config_class, update_rule="grpo", **AS_TRL, **settings)
     trl = train_trl(tmp_path, **settings)
     assert_equal_parameters(plain, trl)
     assert trl_log(plain) == trl_log(trl)
@@ -56,7 +54,7 @@ def test_after_shut_off_a_run_is_trl_bit_for_bit(tmp_path):
     """The gate trips in step 3; from the checkpoint of step 4, TRL's own trainer goes on the same way."""
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 4, **SAMPLED}
     ours = train(tmp_path, RisingGateTrainer, gate_warmup_steps=2, **AS_TRL, **settings)
-    assert ours._shutoff_step == 3
+    assert ours.lookahead.shutoff_step == 3
     trl = train(tmp_path, GRPOTrainer, GRPOConfig, resume_from_checkpoint=str(tmp_path / "checkpoint-4"), **settings)
     assert_equal_parameters(ours, trl)
     assert trl_log(ours)[-3:-1] == trl_log(trl)[-3:-1]
@@ -127,22 +125,22 @@ def test_only_the_adapter_moves_under_lora(tmp_path):
 
 
 @pytest.mark.parametrize("tripped", [False, True])
-@pytest.mark.parametrize("probe_optimizer_state", ["carry", "rollback"])
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, tripped, probe_optimizer_state):
+@pytest.mark.parametrize("rollback", [False, True])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, tripped, rollback):
     settings = {
         "max_steps": 8,
         "save_strategy": "steps",
         "save_steps": 4,
-        "probe_optimizer_state": probe_optimizer_state,
+        "rule": {"rollback": rollback},
         "gate_warmup_steps": 2 if tripped else 50,
         **SAMPLED,
     }
-    trainer_class = RisingGateTrainer if tripped else GXPOTrainer
+    trainer_class = RisingGateTrainer if tripped else LookaheadTrainer
     straight = train(tmp_path, trainer_class, **settings)
     resumed = train(tmp_path, trainer_class, resume_from_checkpoint=str(tmp_path / "checkpoint-4"), **settings)
-    assert straight._shutoff_step == (3 if tripped else None)
+    assert straight.lookahead.shutoff_step == (3 if tripped else None)
     assert_equal_parameters(straight, resumed)
-    assert straight._gate.state_dict() == resumed._gate.state_dict()
+    assert straight.lookahead.state_dict() == resumed.lookahead.state_dict()
     for ours, theirs in zip(straight.state.log_history, resumed.state.log_history, strict=True):
         if ours["step"] < 8 or "loss" in ours:
             timeless = {k: v for k, v in ours.items() if not any(word in k for word in TIMES)}

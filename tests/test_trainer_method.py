@@ -11,6 +11,7 @@ from helpers import (
     Recording,
     RisingGateTrainer,
     assert_close_parameters,
+    assert_equal_parameters,
     double_model,
     logged,
     make_trainer,
@@ -27,23 +28,24 @@ from trl import GRPOTrainer
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer
 from gxpo_trl.rollout.window import MicroBatch
 from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
+from gxpo_trl.update.extrapolation import Extrapolation
 from gxpo_trl.update.snapshot import Origin
 
 
-class RecordingTrainer(Recording, GXPOTrainer):
+class RecordingTrainer(Recording, LookaheadTrainer):
     pass
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-@pytest.mark.parametrize("probe_optimizer_state", ["carry", "rollback"])
-def test_a_run_equals_the_reference(tmp_path, float64, accumulation, probe_optimizer_state):
+@pytest.mark.parametrize("rollback", [False, True])
+def test_a_run_equals_the_reference(tmp_path, float64, accumulation, rollback):
     trainer = train(
         tmp_path,
         RecordingTrainer,
         model=double_model(),
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=16 // accumulation,
-        probe_optimizer_state=probe_optimizer_state,
+        rule={"rollback": rollback},
         max_steps=8,
         gate_window=3,
         gate_warmup_steps=2,
@@ -57,7 +59,7 @@ def test_a_run_equals_the_reference(tmp_path, float64, accumulation, probe_optim
     moved = max((expected[n] - p).abs().max().item() for n, p in double_model().named_parameters())
     assert moved > 1e-3
     assert shutoff is not None and shutoff < 8  # the gate fires of its own accord
-    assert trainer._shutoff_step == shutoff
+    assert trainer.lookahead.shutoff_step == shutoff
     slow = norms[2 : 3 * shutoff : 3]
     assert logged(trainer, "lookahead/grad_norm_slow") == pytest.approx(slow, rel=1e-4)
 
@@ -102,10 +104,10 @@ def test_without_extrapolation_a_step_is_three_iterations_of_grpo(tmp_path, floa
 
 def test_one_scale_for_all_is_another_alpha(tmp_path, float64):
     """K/2 for every coordinate: what is left of the extrapolation is how far it goes."""
-    linear = {"lookahead_steps": 5, "scale_min": 2.5, "scale_max": 2.5, "reposition_alpha": 0.4}
+    linear = {"reposition_alpha": 0.4, "rule": {"extrapolation": Extrapolation(5, scale_min=2.5, scale_max=2.5)}}
     scaled, probes = (
-        train(tmp_path, model=double_model(), gate_signal="never", **rule, **METHOD)
-        for rule in (linear, {"scale_max": 1.0, "reposition_alpha": 1.0})
+        train(tmp_path, model=double_model(), gate_signal="never", **settings, **METHOD)
+        for settings in (linear, {"scale_max": 1.0, "reposition_alpha": 1.0})
     )
     assert_close_parameters(parameters(scaled), parameters(probes), atol=1e-9)
 
@@ -132,7 +134,7 @@ def test_passes_are_counted_and_keep_to_the_budget(tmp_path, accumulation):
         gate_warmup_steps=3,
     )
     shutoff = 4  # the first step after the warm-up, whose slow correction is still taken
-    assert trainer._shutoff_step == shutoff
+    assert trainer.lookahead.shutoff_step == shutoff
     budget = 3 * shutoff + (steps - shutoff)
     assert trainer.backward_calls == budget * accumulation
     assert logged(trainer, "lookahead/backward_passes")[-1] == budget
@@ -148,7 +150,7 @@ def test_an_active_step_is_three_passes_whatever_k(tmp_path, lookahead_steps):
 
 def test_nothing_is_held_after_shut_off(tmp_path):
     trainer = train(tmp_path, RisingGateTrainer, max_steps=4, gate_warmup_steps=2)
-    assert not trainer._gate.active
+    assert not trainer.lookahead.gate.active
     gc.collect()
     assert not [held for held in gc.get_objects() if type(held) in (Origin, MicroBatch)]
 
@@ -177,7 +179,7 @@ def test_dropout_is_really_drawn(tmp_path):
     assert logged(with_dropout, "lookahead/grad_norm_0") != logged(without, "lookahead/grad_norm_0")
 
 
-class PoisonedTrainer(GXPOTrainer):
+class PoisonedTrainer(LookaheadTrainer):
     """Makes the loss of one pass of the second step not a number."""
 
     poisoned_pass = 1
@@ -192,17 +194,17 @@ class PoisonedTrainer(GXPOTrainer):
     _calls, _calls_step = 0, -1
 
 
-@pytest.mark.parametrize("probe_optimizer_state", ["carry", "rollback"])
+@pytest.mark.parametrize("rollback", [False, True])
 @pytest.mark.parametrize("poisoned_pass", [2, 3])
-def test_a_gradient_that_is_not_finite_makes_the_step_a_plain_one(tmp_path, poisoned_pass, probe_optimizer_state):
+def test_a_gradient_that_is_not_finite_makes_the_step_a_plain_one(tmp_path, poisoned_pass, rollback):
     poisoned_class = type("Poisoned", (PoisonedTrainer,), {"poisoned_pass": poisoned_pass})
-    before = train(tmp_path, max_steps=1, probe_optimizer_state=probe_optimizer_state)
+    before = train(tmp_path, max_steps=1, rule={"rollback": rollback})
     optimizer_state = copy.deepcopy(before.optimizer.optimizer.state_dict())
-    trainer = train(tmp_path, poisoned_class, max_steps=2, probe_optimizer_state=probe_optimizer_state)
+    trainer = train(tmp_path, poisoned_class, max_steps=2, rule={"rollback": rollback})
     assert logged(trainer, "lookahead/fallbacks") == [0, 1]
     assert logged(trainer, "lookahead/backward_passes") == [3, 3 + poisoned_pass]
-    assert len(trainer._gate.values) == 1  # the gate saw the first step alone
-    if probe_optimizer_state == "rollback":
+    assert len(trainer.lookahead.gate.values) == 1  # the gate saw the first step alone
+    if rollback:
         # From where the first step ended, TRL's own trainer takes the same second step.
         plain = make_trainer(
             tmp_path, max_steps=2, update_rule="grpo", model=before.accelerator.unwrap_model(before.model)
@@ -293,3 +295,8 @@ def test_it_is_a_grpo_trainer_and_takes_its_arguments_in_their_order(tmp_path):
     assert trainer.args is args
     assert trainer.eval_dataset is dataset["test"]
     assert trainer.processing_class is tokenizer
+
+
+def test_copies_in_host_memory_change_nothing(tmp_path):
+    settings = {"max_steps": 3, **METHOD}
+    assert_equal_parameters(train(tmp_path, **settings), train(tmp_path, snapshot_device="cpu", **settings))

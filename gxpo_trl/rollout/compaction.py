@@ -83,7 +83,7 @@ def compact(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.
         if how.max_tokens is not None:
             raise ValueError(
                 "`max_tokens_per_micro_batch` can't be kept: rollouts with "
-                f"{', '.join(sorted(micro_batches[0].keys() - KNOWN))} can't be dealt out anew. Leave it out."
+                f"{', '.join(unknown_entries(micro_batches))} can't be dealt out anew. Leave it out."
             )
         return micro_batches
     if not how.regroup:
@@ -255,11 +255,14 @@ def _has_advantage(rows: Batch) -> torch.Tensor:
     return rows["advantages"].reshape(count_rows(rows), -1).ne(0).any(1)
 
 
+def unknown_entries(batches: list[Batch]) -> list[str]:
+    """The names of entries, such as images, of which it is not known here how they belong to rows."""
+    return sorted({key for batch in batches for key, value in batch.items() if value is not None} - KNOWN)
+
+
 def _are_known(batches: list[Batch]) -> bool:
     """Whether every entry is known here, and the normalizer is that of one generation batch."""
-    keys = {key for batch in batches for key, value in batch.items() if value is not None}
-    normalizers = {id(batch.get("num_items_in_batch")) for batch in batches}
-    return keys <= KNOWN and len(normalizers) == 1
+    return not unknown_entries(batches) and len({id(batch.get("num_items_in_batch")) for batch in batches}) == 1
 
 
 def _tensors(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Iterator
 
 from ..update.gate import Gate
-from ..update.step import LookaheadReport
-from .lookahead_config import LookaheadArguments
+from ..update.measurements import StepReport
+from .config import LookaheadConfig
 
 
 SHORT_REACH_STEPS = 20
@@ -15,12 +15,12 @@ SHORT_REACH_STEPS = 20
 class Advisor:
     """Listens to every active step, and speaks up once on each subject."""
 
-    def __init__(self, args: LookaheadArguments):
+    def __init__(self, args: LookaheadConfig):
         self.args = args
         self.multipliers: deque[float] = deque(maxlen=SHORT_REACH_STEPS)
         self.said: set[str] = set()
 
-    def hear(self, report: LookaheadReport, gate: Gate) -> Iterator[str]:
+    def advise(self, report: StepReport, gate: Gate) -> Iterator[str]:
         """Takes one active step, after the gate has seen it.
 
         Yields:
@@ -31,7 +31,7 @@ class Advisor:
                 self.said.add(subject)
                 yield advice
 
-    def _all(self, report: LookaheadReport, gate: Gate) -> Iterator[tuple[str, str]]:
+    def _all(self, report: StepReport, gate: Gate) -> Iterator[tuple[str, str]]:
         if self.args.update_rule == "gxpo" and report.effective_multiplier is not None:
             self.multipliers.append(report.effective_multiplier)
             if len(self.multipliers) == SHORT_REACH_STEPS and statistics.fmean(self.multipliers) < 1.0:
@@ -47,13 +47,13 @@ class Advisor:
                 "noise",
                 f"The same gradient computed twice has a retention ratio of standard deviation {noise:.3g}, and that "
                 f"of the two probes {report.retention_std:.3g}: what is extrapolated is noise. Raise the learning "
-                "rate or `active_threshold_relative`, or compute in fp32.",
+                "rate, or compute in fp32.",
             )
         tripped = gate.decaying > 0 or not gate.active
         first_armed = max(gate.trigger.warmup_steps, 2) + gate.trigger.patience
-        if tripped and gate.observed == first_armed and gate.active_steps < gate.fallback.max_active_steps:
+        if tripped and gate.observed == first_armed and gate.active_steps < gate.max_active_steps:
             yield (
                 "gate",
                 f"The gate fired in the first step in which it could, step {gate.active_steps}: the signal was no "
-                "steadier than its own noise. Raise `gate_threshold` or `gate_patience`, or set `gate_robust: true`.",
+                "steadier than its own noise. Raise `gate_threshold` or `gate_patience`.",
             )

@@ -1,10 +1,9 @@
 """GXPO: Gradient Extrapolation-Based Policy Optimization (arXiv 2605.06755)."""
 
-import textwrap
 from dataclasses import dataclass
 
-from .lookahead_config import LookaheadConfig
-from .lookahead_trainer import LookaheadTrainer
+from .config import LookaheadConfig
+from .trainer import LookaheadTrainer
 
 
 @dataclass
@@ -40,18 +39,4 @@ class GXPOTrainer(LookaheadTrainer):
     """
 
     _config_class = GXPOConfig
-    _tag_names = ["trl", "gxpo"]
-    _name = "GXPO"
-    _paper = {
-        "title": "Gradient Extrapolation-Based Policy Optimization",
-        "id": "2605.06755",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{swapnil2026gxpo,
-                title        = {{Gradient Extrapolation-Based Policy Optimization}},
-                author       = {Ismam Nur Swapnil and Aranya Saha and Tanvir Ahmed Khan and Mohammad Ariful Haque
-                                and Ser-Nam Lim},
-                year         = 2026,
-                eprint       = {arXiv:2605.06755},
-            }"""),
-    }
+    _update_rule = "gxpo"

@@ -1,10 +1,9 @@
 """SFPO: Slow-Fast Policy Optimization (arXiv 2510.04072)."""
 
-import textwrap
 from dataclasses import dataclass, field
 
-from .lookahead_config import LookaheadConfig
-from .lookahead_trainer import LookaheadTrainer
+from .config import LookaheadConfig
+from .trainer import LookaheadTrainer
 
 
 @dataclass
@@ -47,18 +46,4 @@ class SFPOTrainer(LookaheadTrainer):
     """
 
     _config_class = SFPOConfig
-    _tag_names = ["trl", "sfpo"]
-    _name = "SFPO"
-    _paper = {
-        "title": "Slow-Fast Policy Optimization: Reposition-Before-Update for LLM Reasoning",
-        "id": "2510.04072",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{wang2026sfpo,
-                title        = {{Slow-Fast Policy Optimization: Reposition-Before-Update for LLM Reasoning}},
-                author       = {Ziyan Wang and Zheng Wang and Jie Fu and Xingwei Qu and Qi Cheng and Shengpu Tang and
-                                Minjia Zhang and Xiaoming Huo},
-                year         = 2026,
-                booktitle    = {International Conference on Learning Representations},
-            }"""),
-    }
+    _update_rule = "sfpo"

@@ -19,25 +19,17 @@ class Extrapolation:
 
     Attributes:
         lookahead_steps (`int`): K, the virtual depth.
-        retention (`str`): What the ratio is formed of: `"gradient"`, r = g1 / g0, or `"update"`, r = d1 / d0.
-        active_threshold (`float`): δ, a coordinate is active where the denominator of r is above it.
-        active_threshold_relative (`float`): The same as a fraction of the denominators' RMS; the larger bound counts.
+        active_threshold (`float`): δ, a coordinate is active where |g0| is above it.
         retention_min, retention_max (`float`): Bounds of the retention ratio; ±inf = unbounded.
         scale_min, scale_max (`float`): Bounds of the scale; inf = unbounded.
     """
 
     lookahead_steps: int
-    retention: str = "gradient"
     active_threshold: float = 1e-8
-    active_threshold_relative: float = 0.0
     retention_min: float = -2.0
     retention_max: float = 3.0
     scale_min: float = 1.0
     scale_max: float = math.inf
-
-    def threshold(self, rms: float) -> float:
-        """What |g0| (or |d0|) must be above, given its root mean square over the model."""
-        return max(self.active_threshold, self.active_threshold_relative * rms)
 
 
 def geometric_sum(ratio: torch.Tensor, terms: int) -> torch.Tensor:
@@ -51,22 +43,8 @@ def geometric_sum(ratio: torch.Tensor, terms: int) -> torch.Tensor:
     return total
 
 
-def optimizer_direction(
-    before: torch.Tensor, after: torch.Tensor, learning_rate: float, weight_decay: float
-) -> torch.Tensor:
-    """d_k = ((1 - lr·wd) θ_k - θ_{k+1}) / lr: the direction that an optimizer with decoupled decay moved in.
-
-    Args:
-        before, after (`torch.Tensor`): θ_k and θ_{k+1}, same shape.
-        learning_rate, weight_decay (`float`): Of the parameter's group. A learning rate of 0 moved nowhere: zeros.
-    """
-    if learning_rate == 0:
-        return torch.zeros_like(before)
-    return ((before - after) - learning_rate * weight_decay * before) / learning_rate
-
-
 def retention_and_scale(
-    first: torch.Tensor, second: torch.Tensor, rule: Extrapolation, threshold: float
+    grad_0: torch.Tensor, grad_1: torch.Tensor, rule: Extrapolation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The retention ratio, eq. (4), and the factor from two steps to K, eq. (7).
 
@@ -76,17 +54,15 @@ def retention_and_scale(
     nearly 0, and where anything is not finite.
 
     Args:
-        first, second (`torch.Tensor`): The gradients that the optimizer consumed at θ0 and θ1, or the directions it
-            moved in; same shape, fp32.
-        rule (`Extrapolation`): K and the bounds.
-        threshold (`float`): A coordinate is active where |first| is above it.
+        grad_0, grad_1 (`torch.Tensor`): The gradients that the optimizer consumed at θ0 and θ1; same shape, fp32.
+        rule (`Extrapolation`): K, δ and the bounds.
 
     Returns:
         `(retention, scale, active)`: two fp32 tensors and a bool tensor of that shape; `retention` is 1 where not
         active.
     """
-    active = first.abs() > threshold
-    ratio = second / first
+    active = grad_0.abs() > rule.active_threshold
+    ratio = grad_1 / grad_0
     usable = active & (ratio.abs() < math.inf)  # false for NaN too
     retention = torch.where(usable, ratio, 1.0).clamp_(rule.retention_min, rule.retention_max)
     two_steps = 1.0 + retention

@@ -1,24 +1,20 @@
 """ZeRO-3: parameters, too, are partitioned; sub-groups of them share flat fp32 partitions, padded one by one."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from .deepspeed import DeepSpeedEngine
+from .deepspeed import DeepSpeedState
 
 
-class Zero3Engine(DeepSpeedEngine):
+class Zero3State(DeepSpeedState):
     """DeepSpeed's `DeepSpeedZeroOptimizer_Stage3`, offloaded or not, with persistent parameters or without."""
 
-    def stepped(self) -> list[torch.Tensor]:
+    def optimized(self) -> list[torch.Tensor]:
         return self.zero.fp32_partitioned_groups_flat
 
     def coordinates(self) -> int:
         return sum(p.ds_numel for group in self.zero.fp16_groups for p in group)
-
-    def param_group(self, i: int) -> dict[str, Any]:
-        return self.base_optimizer.param_groups[self.zero.sub_group_to_group_id[i]]
 
     def regions(self, i: int) -> Iterator[tuple[int, int]]:
         offset = 0
@@ -39,7 +35,7 @@ class Zero3Engine(DeepSpeedEngine):
 
     def reduced_gradient(self, i: int) -> torch.Tensor:
         if self.zero.offload_optimizer:
-            return self.stepped()[i].grad
+            return self.optimized()[i].grad
         return torch.cat([g.flatten() for g in self.zero.averaged_gradients[i]])
 
     def release_gradients(self) -> None:

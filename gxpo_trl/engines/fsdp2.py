@@ -7,14 +7,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from .base import gather
-from .replicated import TorchEngine
+from .replicated import ReplicatedState
 
 
-class FSDP2Engine(TorchEngine):
+class FSDP2State(ReplicatedState):
     """Local shards, uneven and sometimes empty, without padding. Hybrid sharding adds up over its shards only."""
 
     def parameters(self) -> list[torch.Tensor]:
-        return [p.detach().to_local() for p in self.stepped()]
+        return [p.detach().to_local() for p in self.optimized()]
 
     def publish(self) -> None:
         """Drops gathered parameters, so that the next forward pass gathers the written ones."""
@@ -23,10 +23,10 @@ class FSDP2Engine(TorchEngine):
                 module.reshard()
 
     def gradients(self) -> Iterator[torch.Tensor | None]:
-        return (None if p.grad is None else p.grad.to_local() for p in self.stepped())
+        return (None if p.grad is None else p.grad.to_local() for p in self.optimized())
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
-        for p, gradient in zip(self.stepped(), gradients, strict=True):
+        for p, gradient in zip(self.optimized(), gradients, strict=True):
             p.grad = None if gradient is None else _as_sharded(gradient, p)
 
     def clip_gradients(self) -> tuple[float, float]:
@@ -36,7 +36,7 @@ class FSDP2Engine(TorchEngine):
         return norm.item(), factor.item()
 
     def gather_over_shards(self, totals: torch.Tensor) -> torch.Tensor:
-        sharded = self.stepped()[0]
+        sharded = self.optimized()[0]
         group = sharded.device_mesh.get_group(sharded.placements.index(Shard(0)))
         return gather(totals, group)
 

@@ -1,19 +1,12 @@
-"""Which engine a run has, and which are refused."""
+"""What lookahead updates refuse, and what to do instead: the only room that does."""
 
-import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-
-from .base import Engine
-from .bf16_optimizer import BF16OptimizerEngine
-from .fsdp2 import FSDP2Engine
-from .replicated import TorchEngine
-from .zero3 import Zero3Engine
-from .zero12 import Zero12Engine
+from transformers import TrainingArguments
 
 
 REPLICATED = (
@@ -25,13 +18,6 @@ REPLICATED = (
     DistributedType.MULTI_MLU,
     DistributedType.MULTI_HPU,
 )
-
-ZERO_ENGINES = {
-    "DeepSpeedZeroOptimizer": Zero12Engine,
-    "BF16_Optimizer": BF16OptimizerEngine,
-    "DeepSpeedZeroOptimizer_Stage3": Zero3Engine,
-}
-"""By the class of DeepSpeed's optimizer, which is an optional dependency and therefore only named."""
 
 DEEPSPEED_SETTINGS = {
     "fp16.enabled": (False,),
@@ -56,38 +42,37 @@ DEEPSPEED_SETTINGS = {
 A setting that is absent is always fine, but for the stage.
 """
 
-COUPLED_DECAY = (
-    torch.optim.SGD,
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Adamax,
-    torch.optim.ASGD,
-)
-"""Optimizers that add weight decay to the gradient; Adam and its kin say so in their param groups."""
+OWN_STEP_OPTIMIZERS = {
+    "lomo": "it steps during the backward pass and leaves no gradient to extrapolate",
+    "layerwise": "it steps layer by layer during the backward pass and leaves no gradient to extrapolate",
+    "schedule_free": "its state holds a second copy of the parameters that a reposition would leave behind",
+}
+"""By what their `optim` name contains."""
 
-OTHERWISE = "or set `update_rule: grpo`"
+INSTEAD = "or set `update_rule: grpo`"
 
 
-def make_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer, max_grad_norm: float) -> Engine:
-    """The engine that knows how this run stores its parameters; `model` is the wrapped one.
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuses precisions and optimizers, before a model is loaded.
 
     Raises:
-        ValueError: As `check_engine`.
+        ValueError: Names the setting and what to do instead.
     """
-    check_engine(accelerator, model)
-    engine_class = TorchEngine
-    if accelerator.distributed_type == DistributedType.FSDP:
-        engine_class = FSDP2Engine
-    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-        name = type(model.optimizer).__name__
-        if name not in ZERO_ENGINES:
+    if args.fp16:
+        _refuse_fp16()
+    optimizer = str(args.optim.value)
+    for name, reason in OWN_STEP_OPTIMIZERS.items():
+        if name in optimizer:
             raise ValueError(
-                f"Lookahead updates don't know DeepSpeed's {name}. Use plain ZeRO-1, 2 or 3 (recipes/accelerate), "
-                f"{OTHERWISE}."
+                f"Lookahead updates don't support `optim: {optimizer}`: {reason}. Use `optim: adamw_torch`."
             )
-        engine_class = ZERO_ENGINES[name]
-    return engine_class(accelerator, model, optimizer, max_grad_norm)
+
+
+def _refuse_fp16() -> NoReturn:
+    raise ValueError(
+        "Lookahead updates don't support `fp16: true`: its loss scaler skips steps on its own. Use `bf16: true` (or "
+        "neither, for fp32)."
+    )
 
 
 def check_engine(accelerator: Accelerator, model: torch.nn.Module) -> None:
@@ -97,17 +82,14 @@ def check_engine(accelerator: Accelerator, model: torch.nn.Module) -> None:
         ValueError: Names the engine and what to use instead.
     """
     if accelerator.scaler is not None or accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            "Lookahead updates don't support fp16: its loss scaler skips steps on its own. Set `fp16: false` and "
-            "`bf16: true` (or neither, for fp32)."
-        )
+        _refuse_fp16()
     parallelism = accelerator.parallelism_config
     for size in ("tp_size", "cp_size", "sp_size"):
         if parallelism is not None and getattr(parallelism, size) > 1:
             raise ValueError(
                 "Lookahead updates don't support tensor, context or sequence parallelism. Set "
                 f"`{size}` to 1 and use FSDP2 or DeepSpeed ZeRO-3 for a model that is too large for one device, "
-                f"{OTHERWISE}."
+                f"{INSTEAD}."
             )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -115,18 +97,25 @@ def check_engine(accelerator: Accelerator, model: torch.nn.Module) -> None:
         if not accelerator.is_fsdp2:
             raise ValueError(
                 "Lookahead updates don't support FSDP1, whose flat parameters hide what the optimizer steps. Set "
-                f"`fsdp_version: 2` (recipes/accelerate/fsdp2.yaml), {OTHERWISE}."
+                f"`fsdp_version: 2` (recipes/accelerate/fsdp2.yaml), {INSTEAD}."
             )
     elif any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError(
             "Lookahead updates don't support a model that transformers has sharded while loading it. Leave out "
-            f"`tp_plan` and `distributed_config`, and use FSDP2 or DeepSpeed ZeRO-3, {OTHERWISE}."
+            f"`tp_plan` and `distributed_config`, and use FSDP2 or DeepSpeed ZeRO-3, {INSTEAD}."
         )
     elif accelerator.distributed_type not in REPLICATED:
         raise ValueError(
             f"Lookahead updates don't support the engine {accelerator.distributed_type.value}. Use a single process, "
-            f"DDP, FSDP2 or DeepSpeed ZeRO-1, 2 or 3 (recipes/accelerate), {OTHERWISE}."
+            f"DDP, FSDP2 or DeepSpeed ZeRO-1, 2 or 3 (recipes/accelerate), {INSTEAD}."
         )
+
+
+def unknown_deepspeed_optimizer(name: str) -> ValueError:
+    """Of a class of DeepSpeed's whose storage is not known here."""
+    return ValueError(
+        f"Lookahead updates don't know DeepSpeed's {name}. Use plain ZeRO-1, 2 or 3 (recipes/accelerate), {INSTEAD}."
+    )
 
 
 def _check_deepspeed(config: dict[str, Any]) -> None:
@@ -138,7 +127,7 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
             remedy = f"Set it to {' or '.join(map(str, known))}" if known else "Remove it"
             raise ValueError(
                 f"Lookahead updates don't support DeepSpeed with `{path}: {value}`. {remedy} "
-                f"(recipes/accelerate holds configurations that work), {OTHERWISE}."
+                f"(recipes/accelerate holds configurations that work), {INSTEAD}."
             )
 
 
@@ -157,29 +146,18 @@ def keeps_fp32_parameters(accelerator: Accelerator, model: torch.nn.Module) -> b
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def reduce_in_fp32(accelerator: Accelerator) -> None:
-    """Has FSDP2 accumulate and reduce gradients in fp32 where `bf16: true` makes accelerate choose bf16.
-
-    A retention ratio of two bf16 gradients has two or three digits. No accelerate or TRL setting reaches this one. To
-    be called before the model is wrapped.
-    """
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision != "no":
-        plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
-
-
-def check_decoupled_decay(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer whose weight decay goes through its moments, where the direction it moved in can't be told
-    from the parameters before and after.
+def check_parameter_precision(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Refuses trainable parameters in bf16 or fp16 that the engine would step as they are.
 
     Raises:
-        ValueError: Names the optimizer and what to do.
+        ValueError: Names the dtypes and what to do instead.
     """
-    for group in optimizer.param_groups:
-        decoupled = group.get("decoupled_weight_decay", not isinstance(optimizer, COUPLED_DECAY))
-        if group.get("weight_decay", 0.0) > 0 and not decoupled:
-            raise ValueError(
-                "`retention: update` reads the direction of a step from the parameters, and "
-                f"{type(optimizer).__name__} adds its weight decay to the gradient, so that the two can't be told "
-                "apart. Set `weight_decay: 0.0`, or use AdamW, or `retention: gradient`."
-            )
+    if keeps_fp32_parameters(accelerator, model):
+        return
+    low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if low:
+        raise ValueError(
+            f"Trainable parameters are stored in {', '.join(sorted(map(str, low)))}: a step of a small learning "
+            "rate vanishes in its rounding, and with it the retention ratio. Load the model in fp32 (`dtype: "
+            "float32`; `bf16: true` still computes in bf16), or set `allow_low_precision_parameters: true`."
+        )

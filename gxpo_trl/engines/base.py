@@ -1,25 +1,23 @@
-"""What an active step asks of a training engine: the same few calls, wherever parameters and gradients are stored."""
+"""The part of a training state that all engines share: sums, and snapshots of the optimizer."""
 
-import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
+from ..update.state import OptimizerSnapshot
+
 
 # Torch 2.13 renamed it and warns of the old name.
 _all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 
-OptimizerSnapshot = tuple[list[dict[str, Any] | None], list[dict[str, Any]]]
 
-
-class Engine(ABC):
-    """One rank's view of the training state, as lists of local shards in one order.
+class EngineState(ABC):
+    """A `TrainingState` of one engine, which says what each method has to do.
 
     Args:
         accelerator (`accelerate.Accelerator`): Of the trainer.
@@ -29,7 +27,6 @@ class Engine(ABC):
     """
 
     publishes_alone = True
-    """Whether `publish` needs no other rank, so that one that fails can restore its parameters by itself."""
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer, max_grad_norm: float):
         self.accelerator = accelerator
@@ -37,55 +34,32 @@ class Engine(ABC):
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else float("inf")
 
-    # ---- Parameters
-
     @abstractmethod
-    def stepped(self) -> list[torch.Tensor]:
-        """What the optimizer steps, which is also what its state is kept by."""
+    def optimized(self) -> list[torch.Tensor]:
+        """The tensors that the optimizer steps, by which its state is kept."""
 
     def parameters(self) -> list[torch.Tensor]:
-        """The live local shards of the trainable parameters. Write them in place, then call `publish`."""
-        return [p.detach() for p in self.stepped()]
+        return [p.detach() for p in self.optimized()]
 
     @abstractmethod
-    def coordinates(self) -> int:
-        """How many trainable coordinates the model has, over all ranks and without padding."""
+    def coordinates(self) -> int: ...
 
     @abstractmethod
-    def step_settings(self) -> list[tuple[float, float]]:
-        """Learning rate and weight decay of each local shard, from its param group."""
+    def publish(self) -> None: ...
 
     @abstractmethod
-    def publish(self) -> None:
-        """Makes written parameters what the next forward pass reads."""
-
-    # ---- Gradients
+    def gradients(self) -> Iterator[torch.Tensor | None]: ...
 
     @abstractmethod
-    def gradients(self) -> Iterator[torch.Tensor | None]:
-        """The local gradients in turn; `None` where no token of the pass reached the parameter.
-
-        Raw after a pass, clipped after `clip_gradients`, and still there after `step`.
-        """
+    def set_gradients(self, gradients: list[torch.Tensor | None]) -> None: ...
 
     @abstractmethod
-    def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
-        """Makes these the gradients, as if a pass had left them."""
+    def clear_gradients(self) -> None: ...
 
     @abstractmethod
-    def clear_gradients(self) -> None:
-        """Drops the gradients. An optimizer step without gradients changes nothing."""
-
-    @abstractmethod
-    def clip_gradients(self) -> tuple[float, float]:
-        """Clips as the trainer does.
-
-        Returns:
-            `(norm, factor)`: the norm before clipping, over all ranks, and what the gradients were multiplied with.
-        """
+    def clip_gradients(self) -> tuple[float, float]: ...
 
     def gradient_norm(self) -> float:
-        """The norm of the whole gradient over all ranks."""
         return self.gather_over_shards(self.squared_norm()).sum().sqrt().item()
 
     def squared_norm(self) -> torch.Tensor:
@@ -94,39 +68,11 @@ class Engine(ABC):
         squares = [norm.to(self.device, self.totals_dtype).square() for norm in norms]
         return sum(squares, torch.zeros(1, dtype=self.totals_dtype, device=self.device))
 
-    # ---- Steps and passes
-
     @abstractmethod
-    def step(self) -> None:
-        """One optimizer step of the local shards with the present gradients, without `publish`.
-
-        The learning-rate schedule and the trainer's counters don't move.
-        """
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Called when the corrective gradient is there: takes the step that the training loop won't take."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of one micro-batch's loss, already divided for accumulation, to the pass."""
-        self.accelerator.backward(loss)
-
-    @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch; gradients are reduced over ranks with the last of a pass."""
-        self.accelerator.gradient_state._set_sync_gradients(last)
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-            yield
-
-    def without_step(self) -> AbstractContextManager:
-        """Around a backward pass that the accelerator would follow up with an optimizer step."""
-        return contextlib.nullcontext()
-
-    # ---- Sums over ranks
+    def step(self) -> None: ...
 
     @property
     def device(self) -> torch.device:
-        """Where totals are added up."""
         return self.accelerator.device
 
     @property
@@ -135,10 +81,7 @@ class Engine(ABC):
         return torch.float64 if self.device.type in ("cpu", "cuda", "xpu") else torch.float32
 
     @abstractmethod
-    def gather_over_shards(self, totals: torch.Tensor) -> torch.Tensor:
-        """Local totals, shape (n,), of all ranks that hold different shards: (ranks, n)."""
-
-    # ---- Optimizer state
+    def gather_over_shards(self, totals: torch.Tensor) -> torch.Tensor: ...
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -149,17 +92,15 @@ class Engine(ABC):
         return optimizer
 
     def snapshot_optimizer(self) -> OptimizerSnapshot:
-        """A copy of the optimizer's state and of its param-group settings."""
         state = self.base_optimizer.state
         return (
-            [_copy_of(state[p]) if state.get(p) else None for p in self.stepped()],
+            [_copy_of(state[p]) if state.get(p) else None for p in self.optimized()],
             [_copy_of({k: v for k, v in g.items() if k != "params"}) for g in self.base_optimizer.param_groups],
         )
 
     def restore_optimizer(self, snapshot: OptimizerSnapshot) -> None:
-        """Takes the optimizer back to a snapshot, in place; state that did not exist then is dropped."""
         states, groups = snapshot
-        for p, saved in zip(self.stepped(), states, strict=True):
+        for p, saved in zip(self.optimized(), states, strict=True):
             if saved is None:
                 self.base_optimizer.state.pop(p, None)
             else:

@@ -4,34 +4,26 @@ from collections.abc import Iterator
 
 import torch
 
-from .base import Engine
+from .base import EngineState
 
 
-class TorchEngine(Engine):
-    """Gradients in `.grad`, state in `optimizer.state[p]`, and a training loop that steps by itself."""
+class ReplicatedState(EngineState):
+    """Gradients in `.grad`, and the optimizer's state in `optimizer.state[p]`."""
 
-    def stepped(self) -> list[torch.nn.Parameter]:
+    def optimized(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def coordinates(self) -> int:
-        return sum(p.numel() for p in self.stepped())
-
-    def step_settings(self) -> list[tuple[float, float]]:
-        return [
-            (float(group["lr"]), float(group.get("weight_decay", 0.0)))
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-            if p.requires_grad
-        ]
+        return sum(p.numel() for p in self.optimized())
 
     def publish(self) -> None:
         """The parameters themselves were written."""
 
     def gradients(self) -> Iterator[torch.Tensor | None]:
-        return (p.grad for p in self.stepped())
+        return (p.grad for p in self.optimized())
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
-        for p, gradient in zip(self.stepped(), gradients, strict=True):
+        for p, gradient in zip(self.optimized(), gradients, strict=True):
             p.grad = gradient
 
     def clear_gradients(self) -> None:
@@ -44,9 +36,6 @@ class TorchEngine(Engine):
 
     def step(self) -> None:
         self.optimizer.step()
-
-    def finish(self) -> None:
-        """The training loop steps by itself."""
 
     def gather_over_shards(self, totals: torch.Tensor) -> torch.Tensor:
         return totals[None]

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
-from .base import OptimizerSnapshot
-from .deepspeed import DeepSpeedEngine
+from .deepspeed import WholeParametersState
 
 
-class Zero12Engine(DeepSpeedEngine):
+class Zero12State(WholeParametersState):
     """DeepSpeed's `DeepSpeedZeroOptimizer`."""
 
-    def stepped(self) -> list[torch.Tensor]:
+    def optimized(self) -> list[torch.Tensor]:
         return self.zero.single_partition_of_fp32_groups
 
     def coordinates(self) -> int:
@@ -25,13 +24,10 @@ class Zero12Engine(DeepSpeedEngine):
             offset = int(zero.grad_partition_insertion_offset[i][rank][zero.get_param_id(p)])
             yield offset, min(p.numel() - start, size - offset)
 
-    def publish(self) -> None:
-        self.zero.update_lp_params()
-
     def reduced_gradient(self, i: int) -> torch.Tensor:
         if self.zero.cpu_offload:
             self.zero._wait_for_offload_copies()
-            return self.stepped()[i].grad
+            return self.optimized()[i].grad
         flat = self.zero._get_preflattened_grad_partition(i)
         return torch.cat([g.flatten() for g in self.zero.averaged_gradients[i]]) if flat is None else flat
 
@@ -44,7 +40,7 @@ class Zero12Engine(DeepSpeedEngine):
         zero = self.zero
         zero.zero_grad()
         zero._release_preflattened_grad_buffers()
-        for i in range(len(self.stepped())):
+        for i in range(len(self.optimized())):
             zero.averaged_gradients[i] = None
             zero.all_grad_tensors[i] = None
         zero.micro_step_id = -1  # INITIAL_MICRO_STEP_ID: the next micro-batch is the first of its pass
@@ -54,8 +50,3 @@ class Zero12Engine(DeepSpeedEngine):
 
     def step_partition(self, i: int) -> None:
         self.zero._optimizer_step(i)
-
-    def restore_optimizer(self, snapshot: OptimizerSnapshot) -> None:
-        super().restore_optimizer(snapshot)
-        if None in snapshot[0]:  # DeepSpeed held views of a state that is gone; its next step makes them anew
-            self.zero._hp_optimizer_states_linked = False

@@ -4,32 +4,32 @@ from collections.abc import Iterator
 
 import torch
 
-from .zero12 import Zero12Engine
+from .deepspeed import WholeParametersState
 
 
-class BF16OptimizerEngine(Zero12Engine):
+class BF16OptimizerState(WholeParametersState):
     """DeepSpeed's `BF16_Optimizer`."""
 
-    def stepped(self) -> list[torch.Tensor]:
+    def optimized(self) -> list[torch.Tensor]:
         return self.zero.fp32_groups_flat_partition
 
     def coordinates(self) -> int:
         return sum(p.numel() for group in self.zero.bf16_groups for p in group)
 
     def regions(self, i: int) -> Iterator[tuple[int, int]]:
-        yield 0, self.stepped()[i].numel() - self.zero.group_paddings[i]
+        yield 0, self.optimized()[i].numel() - self.zero.group_paddings[i]
 
     def reduced_gradient(self, i: int) -> torch.Tensor:
         return self.zero.fp32_groups_gradient_flat_partition[i]
 
     def gradient_norm(self) -> float:
-        if self._taken is not None:
+        if self.holds_gradients:
             return super().gradient_norm()
         norms = [torch.linalg.vector_norm(flat) for flat in self.zero.fp32_groups_gradients_flat]  # of all ranks
         return torch.linalg.vector_norm(torch.stack(norms)).item()
 
     def take_gradient(self, i: int) -> torch.Tensor:
-        return self.reduced_gradient(i).to(self.stepped()[i].dtype)
+        return self.reduced_gradient(i).to(self.optimized()[i].dtype)
 
     def release_gradients(self) -> None:
         self.zero.zero_grad()
