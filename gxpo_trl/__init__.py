@@ -7,18 +7,15 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .rollout.generation import sample_grouped
+    from .sampling.grouped import sample_grouped
+    from .trainer.config import LookaheadConfig
     from .trainer.gxpo import GXPOConfig, GXPOTrainer
-    from .trainer.lookahead_config import LookaheadConfig
-    from .trainer.lookahead_trainer import LookaheadTrainer
-    from .trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer
     from .trainer.sfpo import SFPOConfig, SFPOTrainer
+    from .trainer.trainer import LookaheadTrainer
 
 
 __all__ = [
     "GXPOConfig",
-    "GXPORLOOConfig",
-    "GXPORLOOTrainer",
     "GXPOTrainer",
     "LookaheadConfig",
     "LookaheadTrainer",
@@ -31,13 +28,11 @@ __all__ = [
 HOMES = {
     "GXPOConfig": ".trainer.gxpo",
     "GXPOTrainer": ".trainer.gxpo",
-    "GXPORLOOConfig": ".trainer.rloo",
-    "GXPORLOOTrainer": ".trainer.rloo",
-    "LookaheadConfig": ".trainer.lookahead_config",
-    "LookaheadTrainer": ".trainer.lookahead_trainer",
+    "LookaheadConfig": ".trainer.config",
+    "LookaheadTrainer": ".trainer.trainer",
     "SFPOConfig": ".trainer.sfpo",
     "SFPOTrainer": ".trainer.sfpo",
-    "sample_grouped": ".rollout.generation",
+    "sample_grouped": ".sampling.grouped",
 }
 """Where the public names live. They are imported when they are asked for: a report needs no TRL."""
 
