@@ -25,8 +25,9 @@ setup: $(READY)
 $(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
+	$(BIN)/python -m pip freeze | grep "^torch==" > $(VENV)/torch.txt
 	$(PIP) $(LOCKED) hatchling editables
-	$(PIP) $(LOCKED) --no-build-isolation --editable ".[dev]"
+	$(PIP) $(LOCKED) --constraint $(VENV)/torch.txt --no-build-isolation --editable ".[dev]"
 	@touch $(READY)
 
 demo: $(READY)
@@ -61,17 +62,17 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Renews both files from pyproject.toml, for every supported Python. Torch, and what it brings, is in neither: it goes in first.
+# Renews both files from pyproject.toml, for every supported Python. Torch is in neither, since it goes in first, nor is what a
+# build of torch brings or bounds.
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	echo "torch ; sys_platform == 'never'" > .venv-lock/without-torch.txt
-	$(RESOLVE) --resolution highest --output-file .venv-lock/locked.txt
-	$(RESOLVE) --resolution lowest-direct --output-file .venv-lock/lowest.txt
-	for file in locked.txt lowest.txt; do sed "/'never'/d" .venv-lock/$$file > .ci/$$file; done
+	echo "$(firstword $(TORCH))" | $(RESOLVE) --resolution highest --output-file .venv-lock/locked.txt --constraints -
+	echo "$(LOWEST_TORCH)" | $(RESOLVE) --resolution lowest-direct --output-file .venv-lock/lowest.txt --constraints -
+	for file in locked.txt lowest.txt; do grep -vE "^(torch|triton|setuptools|cuda-.*|nvidia-.*)==" .venv-lock/$$file > .ci/$$file; done
 
 RESOLVE = .venv-lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --quiet --no-annotate \
-	--overrides .venv-lock/without-torch.txt --custom-compile-command "make lock"
+	--custom-compile-command "make lock"
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-latest .venv-lock out build dist *.egg-info .pytest_cache .ruff_cache

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
-STOCK_CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+# Layers that read another layer's keys and values have a class of their own in later versions.
+_READING_LAYERS = [cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []
+STOCK_CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, *_READING_LAYERS)
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies don't depend on the longest sequence of a batch."""
 
