@@ -305,6 +305,10 @@ class Arm:
         """The evaluations of each run that has some."""
         return [run.points[benchmark] for run in self.runs if benchmark in run.points]
 
+    def values(self, metric: str) -> list[float]:
+        """All that was logged of a metric, by all of its runs."""
+        return [value for run in self.runs for value in run.series(metric)[1]]
+
 
 def group_arms(runs: Sequence[Run]) -> list[Arm]:
     """Runs of one label are an arm, in the order in which they come."""
