@@ -21,16 +21,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOTrainer, SFPOConfig, SFPOTrainer
-from gxpo_trl.reporting.comparison import (
-    budget_table,
-    demo_table,
-    difference_table,
-    draw_demo,
-    find_baseline,
-    matching_table,
-    results_table,
-)
-from gxpo_trl.reporting.figures import COLORS, draw_curves, metric_picture, new_figure, styles_of
+from gxpo_trl.reporting.arm_tables import budget_table, demo_table, difference_table, matching_table, results_table
+from gxpo_trl.reporting.figures import COLORS, draw_curves, draw_demo, metric_picture, new_figure, styles_of
 from gxpo_trl.reporting.runs import HELD_OUT, Arm, Point, Run, group_arms, load_run, load_runs
 from gxpo_trl.reporting.sections import (
     comparison_section,
@@ -40,6 +32,7 @@ from gxpo_trl.reporting.sections import (
     next_section,
     sweep_section,
 )
+from gxpo_trl.reporting.sections.comparison import find_baseline
 from gxpo_trl.reporting.statistics import area, match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
 from gxpo_trl.reporting.tables import Table, interval, number
 from gxpo_trl.scripts import extrapolate, report

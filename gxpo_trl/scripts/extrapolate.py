@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..reporting.trajectory import draw_trajectory
+from ..reporting.trajectory_figure import trajectory_figure
 from ..trajectory.checkpoints import load_trajectory
 from ..trajectory.extrapolation import extrapolate
 from ..trajectory.predictor import PredictorSettings
@@ -40,7 +40,7 @@ def run(settings: ExtrapolationArguments) -> list[Path]:
     found = extrapolate(trajectory, settings.method, settings.steps_ahead, predictor)
     found.report["seconds"]["all"] = time.perf_counter() - started
     output.mkdir(parents=True, exist_ok=True)
-    draw_trajectory(found.report, output / FIGURE_NAME)
+    trajectory_figure(found.report).savefig(output / FIGURE_NAME, dpi=160)
     for folder, alpha in folders.items():
         write_extrapolation(trajectory, found, alpha, folder, settings.merged, output / FIGURE_NAME)
     _tell(found.report)

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
-from ..comparison import compare
-from ..runs import Run, group_arms
+from ..arm_tables import budget_table, difference_table, matching_table, results_table, spending_table
+from ..figures import Picture, curve_pictures, frontier_picture
+from ..runs import Arm, Run, benchmarks_of, group_arms
+from ..tables import Table
 from .section import Section
 
 
@@ -33,3 +35,44 @@ def comparison_section(runs: Sequence[Run], baseline: str | None) -> Section:
         notes.append(f"Runs end at different steps: {', '.join(map(str, sorted(ends)))}.")
     title = "Comparison" if len(arms) > 1 else "Accuracy"
     return Section(title, notes, tables, pictures)
+
+
+def compare(runs: Sequence[Run], baseline_label: str | None = None) -> tuple[list[Table], list[Picture]]:
+    """All of the comparison.
+
+    Raises:
+        ValueError: If no arm has the baseline's label.
+    """
+    arms = group_arms(runs)
+    evaluated = [arm for arm in arms if any(run.points for run in arm.runs)]
+    baseline = find_baseline(arms, baseline_label)
+    if not evaluated:
+        return [], []
+    tables, pictures = [results_table(evaluated), spending_table(evaluated)], []
+    if baseline is not None and len(evaluated) > 1:
+        tables.append(difference_table(evaluated, baseline))
+    for benchmark in benchmarks_of(runs):
+        slug = benchmark.replace(" ", "-")
+        having = [arm for arm in evaluated if arm.curves(benchmark)]
+        if baseline is not None and len(having) > 1 and baseline.curves(benchmark):
+            tables.append(matching_table(having, baseline, benchmark, slug))
+        if len(having) > 1:
+            tables += filter(None, (budget_table(having, benchmark, b, slug) for b in ("backward_passes", "hours")))
+        pictures += curve_pictures(having, benchmark, slug)
+        frontier = frontier_picture(having, benchmark, "hours", f"{slug}-frontier")
+        pictures += [frontier] if frontier is not None and len(having) > 1 else []
+    return tables, pictures
+
+
+def find_baseline(arms: Sequence[Arm], label: str | None = None) -> Arm | None:
+    """The arm of that label; without one the first of GRPO, if there is another to compare with it.
+
+    Raises:
+        ValueError: If there is none of that label.
+    """
+    if label is not None:
+        for arm in arms:
+            if arm.label == label:
+                return arm
+        raise ValueError(f"No arm is called {label!r}. There are {', '.join(repr(arm.label) for arm in arms)}.")
+    return next((arm for arm in arms if arm.method == "GRPO"), None) if len(arms) > 1 else None

@@ -7,7 +7,7 @@ from ..figures import Picture
 from ..runs import Run
 from ..statistics import icer
 from ..tables import Table, number
-from ..trajectory import trajectory_figure
+from ..trajectory_figure import trajectory_figure
 from .section import Section
 
 
