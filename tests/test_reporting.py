@@ -22,8 +22,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOTrainer, SFPOConfig, SFPOTrainer
 from gxpo_trl.reporting.arm_tables import budget_table, demo_table, difference_table, matching_table, results_table
+from gxpo_trl.reporting.arms import Arm, group_arms, load_runs
 from gxpo_trl.reporting.figures import COLORS, draw_curves, draw_demo, metric_picture, new_figure, styles_of
-from gxpo_trl.reporting.runs import HELD_OUT, Arm, Point, Run, group_arms, load_run, load_runs
+from gxpo_trl.reporting.runs import HELD_OUT, Point, Run, load_run
 from gxpo_trl.reporting.sections import (
     comparison_section,
     cost_section,

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .runs import HELD_OUT, Arm, Run, benchmarks_of
+from .arms import Arm, benchmarks_of
+from .runs import HELD_OUT, Run
 from .statistics import (
     BUDGETS,
     Mean,

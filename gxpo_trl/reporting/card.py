@@ -15,8 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.benchmark import slug
 from ..tasks.datasets import PROBLEM_SETS
+from .arms import NO_PART_OF_AN_ARM, Arm
 from .figures import Picture, curve_pictures, metric_picture
-from .runs import NO_PART_OF_AN_ARM, Arm, Run, holds_run, load_run
+from .runs import Run, holds_run, load_run
 from .tables import Table, number
 
 

@@ -14,7 +14,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from .runs import HELD_OUT, Arm, Run, group_arms
+from .arms import Arm, group_arms
+from .runs import HELD_OUT, Run
 from .statistics import Mean, peak, shutoff_point
 
 

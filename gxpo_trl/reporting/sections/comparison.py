@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from ..arm_tables import budget_table, difference_table, matching_table, results_table, spending_table
+from ..arms import Arm, benchmarks_of, group_arms
 from ..figures import Picture, curve_pictures, frontier_picture
-from ..runs import Arm, Run, benchmarks_of, group_arms
+from ..runs import Run
 from ..tables import Table
 from .section import Section
 

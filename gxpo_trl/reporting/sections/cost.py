@@ -3,7 +3,8 @@
 import statistics
 from collections.abc import Sequence
 
-from ..runs import Run, group_arms
+from ..arms import group_arms
+from ..runs import Run
 from ..tables import Table, number
 from .section import Section
 

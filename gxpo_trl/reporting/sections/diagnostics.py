@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
+from ..arms import Arm, group_arms
 from ..figures import metric_picture
-from ..runs import Arm, Run, group_arms
+from ..runs import Run
 from ..tables import Table, number
 from .section import Section
 

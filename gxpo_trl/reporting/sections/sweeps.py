@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
+from ..arms import SHORT, Arm, benchmarks_of, group_arms
 from ..figures import Picture, frontier_picture, heat_map
-from ..runs import SHORT, Arm, Run, benchmarks_of, group_arms
+from ..runs import Run
 from ..statistics import final, mean_of, peak
 from ..tables import MISSING, Table, interval, number
 from .section import Section
