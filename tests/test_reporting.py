@@ -36,6 +36,7 @@ from gxpo_trl.reporting.sections import (
 from gxpo_trl.reporting.sections.comparison import find_baseline
 from gxpo_trl.reporting.statistics import area, match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
 from gxpo_trl.reporting.tables import Table, interval, number
+from gxpo_trl.run_folder import ExtrapolationReport, RunDescription
 from gxpo_trl.scripts import extrapolate, report
 from gxpo_trl.scripts.watch import make_server
 
@@ -389,6 +390,7 @@ def test_what_a_run_is_and_its_log_are_written_as_it_goes(tmp_path):
         "GXPOTrainer",
         16,
     )
+    assert run.about.keys() == RunDescription.__annotations__.keys()
     assert run.about["changed"]["learning_rate"] == 3e-4 and "beta" not in run.about["changed"]
     resumed = train(tmp_path, max_steps=4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **settings)
     assert load_run(tmp_path).log == resumed.state.log_history
@@ -461,6 +463,11 @@ def test_evaluations_of_a_runs_models_are_found(tmp_path):
         ["GXPO", "0", "the end", "MATH-500", "8", score, "1"],
         ["GXPO", "0", "checkpoint-4", "MATH-500", "8", score, "1"],
     ]
+
+
+def test_an_extrapolation_says_what_reports_read(runs):
+    (first, *_) = (runs / "next").glob("extrapolated/next/*/extrapolation.json")
+    assert json.loads(first.read_text()).keys() == ExtrapolationReport.__annotations__.keys()
 
 
 def test_an_extrapolation_is_reported_once_for_all_alphas(runs):

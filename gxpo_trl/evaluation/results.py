@@ -5,13 +5,13 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from ..run_folder import BenchmarkResults
 from .benchmark import Record
 from .metrics import summarize
 
 
-def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
+def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> BenchmarkResults:
     """What results.json says of one benchmark on one model.
 
     Args:
@@ -19,7 +19,7 @@ def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> dict[str,
         ks (`Sequence[int]`): For pass@k and maj@k.
 
     Returns:
-        `dict[str, Any]`: `metrics` (each with its value, 95 % interval and number of problems), the mean length in
+        `BenchmarkResults`: `metrics` (each with its value, 95 % interval and number of problems), the mean length in
             tokens, the fraction of truncated samples, and how many samples could not be decided.
     """
     verdicts = [[record.verdict for record in of_problem] for _, of_problem in itertools.groupby(records, _problem)]
@@ -50,7 +50,7 @@ COLUMNS = (
 )
 
 
-def results_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def results_table(results: dict[str, dict[str, BenchmarkResults]]) -> str:
     """A Markdown table, a row for each model and benchmark: avg@n, and pass@k and maj@k of the largest k."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for model, benchmarks in results.items():
@@ -58,7 +58,7 @@ def results_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cells(found: dict[str, Any]) -> tuple[str, ...]:
+def _cells(found: BenchmarkResults) -> tuple[str, ...]:
     metrics = found["metrics"]
     shown = dict.fromkeys([*list(metrics)[:1], *list(metrics)[-2:]])
     scores = "; ".join(

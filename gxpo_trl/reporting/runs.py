@@ -2,12 +2,26 @@
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from ..run_folder import (
+    ACCURACY,
+    BACKWARD_PASSES,
+    ELAPSED_TIME,
+    EVAL_BACKWARD_PASSES,
+    EVAL_ROLLOUTS,
+    EVAL_SECONDS,
+    LOG_NAME,
+    RUN_NAME,
+    SHUTOFF_STEP,
+    TRAINER_STATE_NAME,
+    RunDescription,
+    saved_steps,
+)
 
 
 METHODS = {"grpo": "GRPO", "sfpo": "SFPO", "gxpo": "GXPO"}
@@ -47,14 +61,14 @@ class Run:
         label (`str`): How tables and figures call its arm.
         log (`list[dict]`): The entries of its log, by step.
         finished (`bool`): Whether it came to its end.
-        about (`dict`): What `run.json` says; empty for a run of plain TRL.
+        about (`RunDescription`): What `run.json` says; empty for a run of plain TRL.
     """
 
     folder: Path
     label: str
     log: list[dict[str, Any]]
     finished: bool = True
-    about: dict[str, Any] = field(default_factory=dict)
+    about: RunDescription = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,8 +88,9 @@ class Run:
         """The evaluations, by benchmark."""
         found: dict[str, dict[int, Point]] = {}
         spending = _Spending(self._rollouts_at)
-        matches = {name: re.fullmatch(r"eval/([^/]+)/avg@\d+|(eval_reward)", name) for name in self._columns}
-        benchmarks = {name: match[1] or HELD_OUT for name, match in matches.items() if match}
+        benchmarks = {name: match[1] for name in self._columns if (match := ACCURACY.fullmatch(name))}
+        if "eval_reward" in self._columns:
+            benchmarks["eval_reward"] = HELD_OUT
         for entry in self.log:
             spending.see(entry)
             for name, benchmark in benchmarks.items():
@@ -126,13 +141,13 @@ class Run:
     @property
     def shutoff_step(self) -> int | None:
         """The step after which the active phase was over; `None` if it never was."""
-        step = self.last("lookahead/shutoff_step")
+        step = self.last(SHUTOFF_STEP)
         return None if step is None else int(step)
 
     @property
     def seconds(self) -> float | None:
         """Of training, evaluations left out."""
-        elapsed = self.last("lookahead/elapsed_time")
+        elapsed = self.last(ELAPSED_TIME)
         if elapsed is not None:
             return elapsed
         runtime = self.last("train_runtime")
@@ -156,33 +171,32 @@ class _Spending:
 
     def see(self, entry: dict[str, Any]) -> None:
         step = entry["step"]
-        if "lookahead/backward_passes" in entry:
-            self.passes, self.passes_step = int(entry["lookahead/backward_passes"]), step
-        if "lookahead/elapsed_time" in entry:
-            self.seconds = entry["lookahead/elapsed_time"]
+        if BACKWARD_PASSES in entry:
+            self.passes, self.passes_step = int(entry[BACKWARD_PASSES]), step
+        if ELAPSED_TIME in entry:
+            self.seconds = entry[ELAPSED_TIME]
         elif "step_time" in entry and "lookahead/update_time" not in entry:  # plain TRL: the mean since its last log
             self.seconds = (self.seconds or 0.0) + entry["step_time"] * (step - self.last_step)
         if "step_time" in entry:
             self.last_step = step
 
     def point(self, entry: dict[str, Any], value: float) -> Point:
-        step, rollouts = entry["step"], entry.get("eval/rollouts")
+        step, rollouts = entry["step"], entry.get(EVAL_ROLLOUTS)
         if rollouts is None:
             rollouts = self.rollouts_at(step)
-        passes = entry.get("eval/backward_passes")
+        passes = entry.get(EVAL_BACKWARD_PASSES)
         if passes is None:  # plain TRL makes one pass a step, and so does a step that is not logged yet
             passes = step if self.passes is None else self.passes + step - self.passes_step
-        seconds = entry.get("eval/seconds", self.seconds if step else 0.0)
+        seconds = entry.get(EVAL_SECONDS, self.seconds if step else 0.0)
         hours = None if seconds is None else seconds / 3600
         return Point(step, value, None if rollouts is None else int(rollouts), int(passes), hours)
 
 
-LOGS = ("log.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json")
-
-
 def holds_run(folder: str | Path) -> bool:
     """Whether something has been logged there, so that `load_run` can read it."""
-    return any(path.is_file() for name in LOGS for path in Path(folder).glob(name))
+    folder = Path(folder)
+    states = [place / TRAINER_STATE_NAME for place in (folder, *saved_steps(folder).values())]
+    return any(path.is_file() for path in (folder / LOG_NAME, *states))
 
 
 def load_run(folder: str | Path, label: str | None = None) -> Run:
@@ -196,25 +210,24 @@ def load_run(folder: str | Path, label: str | None = None) -> Run:
         ValueError: If the folder holds no run.
     """
     folder = Path(folder)
-    about = _read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    about = _read_json(folder / RUN_NAME) if (folder / RUN_NAME).is_file() else {}
     log, finished = _read_log(folder)
     return Run(folder, label or "", sorted(log, key=lambda entry: entry["step"]), finished, about)
 
 
 def _read_log(folder: Path) -> tuple[list[dict[str, Any]], bool]:
-    state, live = folder / "trainer_state.json", folder / "log.jsonl"
+    state, live = folder / TRAINER_STATE_NAME, folder / LOG_NAME
     if live.is_file() and not (state.is_file() and state.stat().st_mtime >= live.stat().st_mtime):
         lines = [line for line in live.read_text().splitlines() if line.endswith("}")]  # the last may be half written
         entries = [entry for entry in map(json.loads, lines) if "step" in entry]
         return entries, any("train_runtime" in entry for entry in entries[-1:])
     if state.is_file():
         return _read_json(state)["log_history"], True
-    checkpoints = folder.glob("checkpoint-*/trainer_state.json")
-    last = max(checkpoints, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
-    if last is not None:
-        return _read_json(last)["log_history"], False
+    for checkpoint in reversed(saved_steps(folder).values()):
+        if (checkpoint / TRAINER_STATE_NAME).is_file():
+            return _read_json(checkpoint / TRAINER_STATE_NAME)["log_history"], False
     raise ValueError(
-        f"{folder} holds no run: neither a log.jsonl nor a trainer_state.json. Name a run's output folder."
+        f"{folder} holds no run: neither a {LOG_NAME} nor a {TRAINER_STATE_NAME}. Name a run's output folder."
     )
 
 

@@ -1,10 +1,9 @@
 """The trajectory of a run as a picture: how much of it one direction holds, and how straight it is."""
 
-from typing import Any
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..run_folder import ExtrapolationReport
 from .figures import style_axes
 
 
@@ -12,11 +11,11 @@ COLOR = "#6A4C93"
 SHADES = ("#6A4C93", "#A78BC0", "#D6C8E2", "#F2EDF6")  # from the most crooked to the straightest
 
 
-def trajectory_figure(report: dict[str, Any]) -> Figure:
+def trajectory_figure(report: ExtrapolationReport) -> Figure:
     """Against the step, the energy ratio, and R² of straight lines so far and ahead (NExt, figures 2 and 3).
 
     Args:
-        report (`dict`): Of `extrapolation.json`.
+        report (`ExtrapolationReport`): Of `extrapolation.json`.
     """
     figure = Figure(figsize=(12.0, 3.9), layout="constrained")
     energy, so_far, ahead = figure.subplots(1, 3)

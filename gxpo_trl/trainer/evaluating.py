@@ -12,6 +12,7 @@ from ..evaluation.benchmark import Benchmark, Record, judge_samples
 from ..evaluation.evaluate import load_benchmark
 from ..evaluation.results import benchmark_results
 from ..evaluation.sampling import Sample
+from ..run_folder import EVAL_BACKWARD_PASSES, EVAL_ROLLOUTS, EVAL_SECONDS, score_name
 from ..tasks.datasets import find_overlap
 
 
@@ -76,9 +77,9 @@ class BenchmarkMixin:
         was_training = self.model.training
         self.model.eval()
         logs = {
-            "eval/backward_passes": self._backward_passes,
-            "eval/rollouts": self._rollouts,
-            "eval/seconds": self._seconds_spent(),
+            EVAL_BACKWARD_PASSES: self._backward_passes,
+            EVAL_ROLLOUTS: self._rollouts,
+            EVAL_SECONDS: self._seconds_spent(),
         }
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -102,7 +103,7 @@ class BenchmarkMixin:
         results = benchmark_results(records, ks=[self.args.eval_samples])
         logs = {name: metric["value"] for name, metric in results["metrics"].items()}
         logs |= {name: results[name] for name in ("mean_length", "truncated", "verify_failures")}
-        return {f"eval/{benchmark.slug}/{name}": value for name, value in logs.items()}
+        return {score_name(benchmark.slug, name): value for name, value in logs.items()}
 
     def _deal(self, problems: Dataset) -> list[list[dict[str, Any]]]:
         """The problems of this rank in batches, of which every rank has equally many."""

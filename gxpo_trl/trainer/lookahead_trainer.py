@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -19,6 +18,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..rollout.compaction import LOSS_WEIGHT, Compaction
 from ..rollout.window import RolloutWindow
+from ..run_folder import BACKWARD_PASSES, ELAPSED_TIME, LOOKAHEAD_STATE_NAME, SHUTOFF_STEP, write_whole
 from ..update.engines import (
     Engine,
     check_decoupled_decay,
@@ -41,7 +41,6 @@ from .trajectory import TrajectoryMixin
 
 logger = get_logger(__name__)
 
-STATE_NAME = "lookahead_state.json"
 SLOW_METRICS = {
     "clip_ratio/region_mean": "clip_ratio_slow",
     "cispo_clip_ratio": "clip_ratio_slow",
@@ -265,13 +264,13 @@ class LookaheadMixin(
         for name, seconds in self._take_times().items():
             log[f"lookahead/{name}"].append(seconds)
         # Running totals: TRL logs the mean of each list over the logging interval, and of these only the last counts.
-        log["lookahead/backward_passes"] = [self._backward_passes]
+        log[BACKWARD_PASSES] = [self._backward_passes]
         log["lookahead/fallbacks"] = [self._fallbacks]
-        log["lookahead/elapsed_time"] = [self._seconds_spent()]
+        log[ELAPSED_TIME] = [self._seconds_spent()]
         if torch.cuda.is_available():
             log["lookahead/peak_memory"] = [torch.cuda.max_memory_allocated() / 2**30]
         if self._shutoff_step is not None:
-            log["lookahead/shutoff_step"] = [self._shutoff_step]
+            log[SHUTOFF_STEP] = [self._shutoff_step]
 
     def _describe_batch(self) -> str:
         """The start-up line: prompts × generations × devices × accumulation × passes."""
@@ -303,7 +302,6 @@ class LookaheadMixin(
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            path = Path(output_dir) / STATE_NAME
             state = {
                 "gate": self._gate.state_dict(),
                 "backward_passes": self._backward_passes,
@@ -312,19 +310,17 @@ class LookaheadMixin(
                 "rollouts": self._rollouts,
                 "seconds": self._seconds_spent(),
             }
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(state, indent=2))
-            os.replace(partial, path)
+            write_whole(Path(output_dir) / LOOKAHEAD_STATE_NAME, json.dumps(state, indent=2))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / STATE_NAME
+        path = Path(checkpoint) / LOOKAHEAD_STATE_NAME
         if not path.is_file():
             logger.warning(
-                f"{checkpoint} holds no {STATE_NAME}: it was not saved by a LookaheadTrainer. The gate and the count "
-                "of backward passes start afresh."
+                f"{checkpoint} holds no {LOOKAHEAD_STATE_NAME}: it was not saved by a LookaheadTrainer. The gate and "
+                "the count of backward passes start afresh."
             )
             return
         state = json.loads(path.read_text())

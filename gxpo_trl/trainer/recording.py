@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -17,10 +16,10 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
+from ..run_folder import LOG_NAME, RUN_NAME, RunDescription, write_whole
 from ..version import __version__
 
 
-RUN_NAME, LOG_NAME = "run.json", "log.jsonl"
 DERIVED = ("do_eval", "activation_checkpointing", "generation_batch_size", "pad_to_multiple_of", "hub_token")
 """Settings that are made from others, or nobody's business."""
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets")
@@ -38,9 +37,7 @@ class RunRecorder(TrainerCallback):
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{RUN_NAME}.partial"
-        partial.write_text(json.dumps(self.trainer.describe_run(), indent=2, default=str) + "\n")
-        os.replace(partial, folder / RUN_NAME)
+        write_whole(folder / RUN_NAME, json.dumps(self.trainer.describe_run(), indent=2, default=str) + "\n")
         past = [json.dumps(entry) + "\n" for entry in state.log_history]  # of a resumed run
         (folder / LOG_NAME).write_text("".join(past))
 
@@ -132,7 +129,7 @@ class RecordingMixin:
         self._generation_time = self._reward_time = self._update_time = 0.0
         return times
 
-    def describe_run(self) -> dict:
+    def describe_run(self) -> RunDescription:
         """For `run.json`."""
         args, model = self.args, self.model
         adapter = getattr(model, "peft_config", None)

@@ -8,8 +8,9 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from ..run_folder import TRACKERS_NAME
 
-TRACKERS_NAME = "trackers.json"
+
 WANDB_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME")
 
 

@@ -11,7 +11,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from ..trajectory.checkpoints import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, check_adapter_settings, step_folder_name
+from ..run_folder import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, partial_path, step_folder
+from ..trajectory.checkpoints import check_adapter_settings
 from ..update.engines import whole_parameters
 
 
@@ -30,11 +31,11 @@ class TrajectoryCallback(TrainerCallback):
         folder = Path(args.output_dir) / TRAJECTORY_FOLDER
         if args.should_save and folder.is_dir():
             _move_away(folder)
-        self.trainer.save_adapter(folder / step_folder_name(0))
+        self.trainer.save_adapter(step_folder(Path(args.output_dir), 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.trajectory_steps == 0:
-            self.trainer.save_adapter(Path(args.output_dir) / TRAJECTORY_FOLDER / step_folder_name(state.global_step))
+            self.trainer.save_adapter(step_folder(Path(args.output_dir), state.global_step))
 
 
 def _move_away(folder: Path) -> None:
@@ -65,7 +66,7 @@ class TrajectoryMixin:
             return
         model = self.accelerator.unwrap_model(self.model_wrapped)
         adapter = get_peft_model_state_dict(model, tensors, model.active_adapter, save_embedding_layers=False)
-        partial = folder.with_suffix(".partial")
+        partial = partial_path(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, partial / ADAPTER_WEIGHTS)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ...run_folder import RUN_NAME
 from ..arm_tables import budget_table, difference_table, matching_table, results_table, spending_table
 from ..arms import Arm, benchmarks_of, group_arms
 from ..figures import Picture, curve_pictures, frontier_picture
@@ -20,7 +21,7 @@ def comparison_section(runs: Sequence[Run], baseline: str | None) -> Section:
             notes.append(f"{run.folder} was never evaluated: set `eval_benchmarks` or `eval_strategy: steps`.")
         if not run.about:
             notes.append(
-                f"{run.folder} holds no run.json (plain TRL writes none): settings and rollouts are not known."
+                f"{run.folder} holds no {RUN_NAME} (plain TRL writes none): settings and rollouts are not known."
             )
     single = [arm.label for arm in arms if len(arm.runs) == 1]
     if single and len(arms) > 1:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...run_folder import RESULTS_NAME, EvaluationResults
 from ..runs import Run
 from ..tables import MISSING, Table
 from .section import Section
@@ -14,9 +15,9 @@ def evaluation_section(runs: Sequence[Run], folder: Path) -> Section:
     rows = []
     for run in runs:
         root = run.folder.resolve()
-        own = run.folder.glob("*/**/results.json")
-        for path in sorted({*own, *folder.glob("*/results.json")}):
-            found = json.loads(path.read_text())
+        own = run.folder.glob(f"*/**/{RESULTS_NAME}")
+        for path in sorted({*own, *folder.glob(f"*/{RESULTS_NAME}")}):
+            found: EvaluationResults = json.loads(path.read_text())
             model = Path(found["model"]).resolve()
             if root not in (model, *model.parents):
                 continue

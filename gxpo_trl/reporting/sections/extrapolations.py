@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from ...run_folder import EXTRAPOLATED_FOLDER, EXTRAPOLATION_NAME, LOOP_FOLDERS, ExtrapolationReport
 from ..figures import Picture
 from ..runs import Run
 from ..statistics import icer
@@ -15,10 +16,11 @@ def next_section(runs: Sequence[Run]) -> Section:
     """What `gxpo extrapolate` left in the runs' folders, or beside them in a loop."""
     section = Section("NExt")
     for run in runs:
-        places = [run.folder, run.folder.parent] if run.folder.name in ("before", "after") else [run.folder]
-        found: dict[tuple, list[dict]] = {}  # what differs in α alone was predicted once
-        for path in sorted({path for place in places for path in place.glob("extrapolated/**/extrapolation.json")}):
-            result = json.loads(path.read_text())
+        places = [run.folder, run.folder.parent] if run.folder.name in LOOP_FOLDERS else [run.folder]
+        reports = f"{EXTRAPOLATED_FOLDER}/**/{EXTRAPOLATION_NAME}"
+        found: dict[tuple, list[ExtrapolationReport]] = {}  # what differs in α alone was predicted once
+        for path in sorted({path for place in places for path in place.glob(reports)}):
+            result: ExtrapolationReport = json.loads(path.read_text())
             found.setdefault((result["method"], result["steps"][-1], result["steps_ahead"]), []).append(result)
         slug = str(run.folder).strip("./").replace("/", "-")
         section.tables.extend(_prediction_table(run, results, slug) for results in found.values())
@@ -30,7 +32,7 @@ def next_section(runs: Sequence[Run]) -> Section:
     return section
 
 
-def _prediction_table(run: Run, results: Sequence[dict], slug: str) -> Table:
+def _prediction_table(run: Run, results: Sequence[ExtrapolationReport], slug: str) -> Table:
     first, held_out = results[0], results[0]["held_out"]
     rows = [
         [method, number(values["error"]), number(values["cosine"])] for method, values in held_out["errors"].items()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 
+from ...run_folder import completion_files
 from ..runs import Run
 from ..tables import Table
 from .section import Section
@@ -22,7 +23,7 @@ def run_section(run: Run) -> Section:
                  "completions_per_step", "started", "machine", "python", "package", "versions")  # fmt: skip
         rows = [[name.replace("_", " "), _text(run.about[name])] for name in names if run.about.get(name) is not None]
         section.tables.append(Table("environment", "What was trained, on what", ["", ""], rows))
-    files = sorted((run.folder / "completions").glob("completions_*.parquet"))
+    files = completion_files(run.folder)
     if files:
         for title, path in (("Early", files[0]), ("Late", files[-1]))[: len(files)]:
             section.samples.extend(_samples(path, title))
