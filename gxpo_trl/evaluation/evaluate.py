@@ -50,7 +50,8 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
         _check_settings(folder, model, settings)
     results = {}
     for model, folder in folders.items():
-        _claim(folder, model, settings)
+        _write_json(folder / SETTINGS_NAME, {"model": model, **settings.determining()})
+        PartialState().wait_for_everyone()
         missing = [benchmark for benchmark in benchmarks if not samples_file(folder, benchmark.slug).is_file()]
         sampler = _make_sampler(model, tokenizers[model], settings) if missing else None
         for benchmark in missing:
@@ -114,7 +115,7 @@ def _read_own_samples(folder: Path, benchmark: Benchmark) -> list[Record]:
 def _add_results(path: Path, model: str, results: Results) -> None:
     """Beside those of other benchmarks, evaluated before."""
     before = json.loads(path.read_text())["benchmarks"] if path.is_file() else {}
-    PartialState().wait_for_everyone()
+    PartialState().wait_for_everyone()  # all have read it before it is written again
     _write_json(path, {"model": model, "benchmarks": before | results})
 
 
@@ -128,11 +129,6 @@ def _check_settings(folder: Path, model: str, settings: EvaluationArguments) -> 
         raise ValueError(
             f"{folder} holds an evaluation with {', '.join(different)}. Use these settings, or another `output_dir`."
         )
-
-
-def _claim(folder: Path, model: str, settings: EvaluationArguments) -> None:
-    _write_json(folder / SETTINGS_NAME, {"model": model, **settings.determining()})
-    PartialState().wait_for_everyone()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

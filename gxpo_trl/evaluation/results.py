@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import operator
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> Benchmark
         `BenchmarkResults`: `metrics` (each with its value, 95 % interval and number of problems), the mean length in
             tokens, the fraction of truncated samples, and how many samples could not be decided.
     """
-    verdicts = [[record.verdict for record in of_problem] for _, of_problem in itertools.groupby(records, _problem)]
-    seconds = sum(record.seconds for record in records)
+    by_problem = itertools.groupby(records, operator.attrgetter("id"))
+    verdicts = [[record.verdict for record in of_problem] for _, of_problem in by_problem]
     return {
         "problems": len(verdicts),
         "samples": len(records),
@@ -31,12 +32,8 @@ def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> Benchmark
         "mean_length": statistics.fmean(record.length for record in records),
         "truncated": statistics.fmean(record.truncated for record in records),
         "verify_failures": sum(record.score is None for record in records),
-        "seconds": seconds,
+        "seconds": sum(record.seconds for record in records),
     }
-
-
-def _problem(record: Record) -> str:
-    return record.id
 
 
 COLUMNS = (

@@ -176,7 +176,8 @@ def _sections(run: Run, results: list[EvalResult], into: Path, known: str) -> It
         yield from ("## Settings", "", Table("", "", ("setting", "value"), _settings(run)).markdown(), "")
     if (run.folder / RECIPE_NAME).is_file():
         yield from (f"To train it again: `gxpo train --config {RECIPE_NAME}`.", "")
-    citations = [RLOO if loss == "RLOO" else GRPO, *([NEXT] if _has_trajectory(run) else [])]
+    has_trajectory = settings.get("trajectory_steps") is not None or (run.folder / EXTRAPOLATION_NAME).is_file()
+    citations = [RLOO if loss == "RLOO" else GRPO, *([NEXT] if has_trajectory else [])]
     if citations := [entry for entry in citations if entry.partition(",")[0] not in known]:  # TRL's card has its own
         yield from ("## Further citations", "", "```bibtex", *citations, "```", "")
 
@@ -216,7 +217,3 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         kinds = [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
         rows.append(("LoRA `target_modules`", ", ".join(kinds)))
     return rows
-
-
-def _has_trajectory(run: Run) -> bool:
-    return run.settings.get("trajectory_steps") is not None or (run.folder / EXTRAPOLATION_NAME).is_file()
