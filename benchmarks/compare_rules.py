@@ -30,10 +30,11 @@ from common import RESULTS, describe_machine
 from matplotlib.figure import Figure
 from training import HELD_OUT, Settings, start_worker, train_loop, train_run
 
+from gxpo_trl.reporting.arms import Arm as ArmOfRuns
+from gxpo_trl.reporting.arms import group_arms
 from gxpo_trl.reporting.figures import COLORS
 from gxpo_trl.reporting.page import write_report
-from gxpo_trl.reporting.runs import Arm as ArmOfRuns
-from gxpo_trl.reporting.runs import Run, group_arms, load_run
+from gxpo_trl.reporting.runs import Run, load_run
 from gxpo_trl.reporting.sections import make_sections
 from gxpo_trl.reporting.statistics import Mean, area, final, match_peak, mean_of, paired_difference, peak
 from gxpo_trl.scripts.demo import quieten

@@ -23,8 +23,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from gxpo_trl.run_folder import ADAPTER_WEIGHTS, EXTRAPOLATED_FOLDER, EXTRAPOLATION_NAME, alpha_folder
 from gxpo_trl.tasks import TINY_MODEL_PATH
-from gxpo_trl.trajectory.checkpoints import ADAPTER_WEIGHTS, factor_keys, load_trajectory
+from gxpo_trl.trajectory.checkpoints import factor_keys, load_trajectory
 from gxpo_trl.trajectory.deltas import low_rank_deltas
 from gxpo_trl.trajectory.lowrank import leading_triplets
 
@@ -102,12 +103,12 @@ def compare_triplets(run: Path, samples: int) -> dict:
 def extrapolate(run: Path, threads: int) -> dict:
     """`gxpo extrapolate` in a process of its own."""
     command = [sys.executable, "-m", "gxpo_trl.scripts.cli", "extrapolate", str(run), "--steps-ahead", "50"]
-    shutil.rmtree(run / "extrapolated", ignore_errors=True)
+    shutil.rmtree(run / EXTRAPOLATED_FOLDER, ignore_errors=True)
     environment = {"OMP_NUM_THREADS": str(threads), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     subprocess.run(command, check=True, env=environment)
     seconds = time.perf_counter() - started
-    report = json.loads((run / "extrapolated" / "next" / "alpha-1" / "extrapolation.json").read_text())
+    report = json.loads((alpha_folder(run / EXTRAPOLATED_FOLDER / "next", 1) / EXTRAPOLATION_NAME).read_text())
     return {
         "seconds": seconds,
         "seconds_of": report["seconds"],

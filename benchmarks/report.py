@@ -16,6 +16,8 @@ from pathlib import Path
 
 from common import describe_machine, save_result
 
+from gxpo_trl.run_folder import BACKWARD_PASSES, ELAPSED_TIME, RUN_NAME, TRAINER_STATE_NAME
+
 
 METRICS = (
     *("reward", "reward_std", "kl", "entropy", "grad_norm", "learning_rate", "num_tokens", "step_time", "loss"),
@@ -39,12 +41,12 @@ def write_log(folder: Path, steps: int) -> None:
     generator = random.Random(0)
     log = []
     for step in range(1, steps + 1):
-        spent = {"lookahead/backward_passes": 3 * step, "lookahead/elapsed_time": 2.0 * step}
+        spent = {BACKWARD_PASSES: 3 * step, ELAPSED_TIME: 2.0 * step}
         log.append({"step": step, **{name: generator.random() for name in METRICS}, **spent})
         if step % 100 == 0:
             log.append({"step": step, "eval_reward": generator.random()})
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    (folder / "run.json").write_text(json.dumps({"settings": {"update_rule": "gxpo"}, "completions_per_step": 128}))
+    (folder / TRAINER_STATE_NAME).write_text(json.dumps({"log_history": log}))
+    (folder / RUN_NAME).write_text(json.dumps({"settings": {"update_rule": "gxpo"}, "completions_per_step": 128}))
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     started = time.perf_counter()
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - started
-    size = (folder / "run" / "trainer_state.json").stat().st_size / 1e6
+    size = (folder / "run" / TRAINER_STATE_NAME).stat().st_size / 1e6
     print(f"{options.steps:,} steps, {size:.0f} MB of log: {seconds:.1f} s")
     result = {"steps": options.steps, "log_megabytes": size, "seconds": seconds, **describe_machine(threads=1)}
     print(f"written to {save_result('report', result)}")

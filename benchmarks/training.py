@@ -16,6 +16,7 @@ import torch
 from transformers import PrinterCallback
 
 from gxpo_trl.rollout.window import RolloutWindow
+from gxpo_trl.run_folder import TRAINER_STATE_NAME
 from gxpo_trl.scripts.demo import quieten
 from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.train import build_trainer, train_around_extrapolation
@@ -40,7 +41,7 @@ def start_worker() -> None:
 
 def train_run(folder: Path, settings: Settings, hooks: Sequence[str] = ()) -> Path:
     """Trains one run, with some of `HOOKS`, unless its folder holds it whole."""
-    if not (folder / "trainer_state.json").is_file():
+    if not (folder / TRAINER_STATE_NAME).is_file():
         with _silence(), contextlib.ExitStack() as stack:
             for hook in hooks:
                 stack.enter_context(HOOKS[hook]())
@@ -62,7 +63,7 @@ def train_loop(folder: Path, settings: Settings, alphas: Sequence[float]) -> dic
     found = {}
     for alpha in alphas:
         found[alpha] = place = folder / f"alpha-{alpha:g}"
-        if not (place / "after" / "trainer_state.json").is_file():
+        if not (place / "after" / TRAINER_STATE_NAME).is_file():
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(folder / "common", place)
             goes_on = {"extrapolate_alpha": alpha, "resume_from_checkpoint": "last"}

@@ -15,6 +15,7 @@ from gxpo_trl.evaluation.benchmark import read_samples, slug
 from gxpo_trl.evaluation.evaluate import evaluate, load_benchmark, verify_again, verify_gold
 from gxpo_trl.evaluation.sampling import load_model, load_tokenizer, read_sample, transformers_sampler
 from gxpo_trl.evaluation.settings import EvaluationArguments
+from gxpo_trl.run_folder import BenchmarkResults, Score
 from gxpo_trl.scripts.evaluate import main
 from gxpo_trl.scripts.recipe import parse_keys
 from gxpo_trl.tasks import TINY_MODEL_PATH, load_problems
@@ -57,6 +58,7 @@ def test_a_benchmark_is_sampled_judged_and_written(tmp_path):
     assert results["metrics"]["avg@4"]["value"] == pytest.approx(sum(right) / len(right))
     assert list(results["metrics"]) == ["avg@4", "pass@1", "maj@1", "pass@2", "maj@2", "pass@4", "maj@4"]
     metric = results["metrics"]["pass@4"]
+    assert (results.keys(), metric.keys()) == (BenchmarkResults.__annotations__.keys(), Score.__annotations__.keys())
     assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1 and metric["problems"] == 12
     assert (results["problems"], results["samples"], results["verify_failures"]) == (12, 48, 0)
     written = json.loads((samples_file(tmp_path).parent / "results.json").read_text())
@@ -102,6 +104,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
 COUNTING = """
 import gxpo_trl.evaluation.benchmark as benchmark
 from accelerate import PartialState
+from gxpo_trl.run_folder import BenchmarkResults, Score
 from gxpo_trl.scripts.evaluate import main
 
 judge, calls = benchmark.judge_samples, []

@@ -13,10 +13,11 @@ from test_scripts import recipe
 from gxpo_trl import SFPOConfig, SFPOTrainer
 from gxpo_trl.evaluation.sampling import load_tokenizer
 from gxpo_trl.reporting.statistics import icer
+from gxpo_trl.run_folder import ADAPTER_WEIGHTS
 from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.train import build_trainer, check_loop, main
 from gxpo_trl.trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer
-from gxpo_trl.trajectory.checkpoints import ADAPTER_WEIGHTS, load_trajectory
+from gxpo_trl.trajectory.checkpoints import load_trajectory
 from gxpo_trl.trajectory.extrapolation import extrapolate
 
 

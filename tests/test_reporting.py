@@ -21,17 +21,10 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOTrainer, SFPOConfig, SFPOTrainer
-from gxpo_trl.reporting.comparison import (
-    budget_table,
-    demo_table,
-    difference_table,
-    draw_demo,
-    find_baseline,
-    matching_table,
-    results_table,
-)
-from gxpo_trl.reporting.figures import COLORS, draw_curves, metric_picture, new_figure, styles_of
-from gxpo_trl.reporting.runs import HELD_OUT, Arm, Point, Run, group_arms, load_run, load_runs
+from gxpo_trl.reporting.arm_tables import budget_table, demo_table, difference_table, matching_table, results_table
+from gxpo_trl.reporting.arms import Arm, group_arms, load_runs
+from gxpo_trl.reporting.figures import COLORS, draw_curves, draw_demo, metric_picture, new_figure, styles_of
+from gxpo_trl.reporting.runs import HELD_OUT, Point, Run, load_run
 from gxpo_trl.reporting.sections import (
     comparison_section,
     cost_section,
@@ -40,8 +33,10 @@ from gxpo_trl.reporting.sections import (
     next_section,
     sweep_section,
 )
+from gxpo_trl.reporting.sections.comparison import find_baseline
 from gxpo_trl.reporting.statistics import area, match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
 from gxpo_trl.reporting.tables import Table, interval, number
+from gxpo_trl.run_folder import ExtrapolationReport, RunDescription
 from gxpo_trl.scripts import extrapolate, report
 from gxpo_trl.scripts.watch import make_server
 
@@ -395,6 +390,7 @@ def test_what_a_run_is_and_its_log_are_written_as_it_goes(tmp_path):
         "GXPOTrainer",
         16,
     )
+    assert run.about.keys() == RunDescription.__annotations__.keys()
     assert run.about["changed"]["learning_rate"] == 3e-4 and "beta" not in run.about["changed"]
     resumed = train(tmp_path, max_steps=4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **settings)
     assert load_run(tmp_path).log == resumed.state.log_history
@@ -467,6 +463,11 @@ def test_evaluations_of_a_runs_models_are_found(tmp_path):
         ["GXPO", "0", "the end", "MATH-500", "8", score, "1"],
         ["GXPO", "0", "checkpoint-4", "MATH-500", "8", score, "1"],
     ]
+
+
+def test_an_extrapolation_says_what_reports_read(runs):
+    (first, *_) = (runs / "next").glob("extrapolated/next/*/extrapolation.json")
+    assert json.loads(first.read_text()).keys() == ExtrapolationReport.__annotations__.keys()
 
 
 def test_an_extrapolation_is_reported_once_for_all_alphas(runs):

@@ -15,10 +15,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from gxpo_trl.run_folder import ADAPTER_WEIGHTS
 from gxpo_trl.scripts.extrapolate import main
 from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.trajectory import deltas as deltas_module
-from gxpo_trl.trajectory.checkpoints import ADAPTER_WEIGHTS, load_trajectory
+from gxpo_trl.trajectory.checkpoints import load_trajectory
 from gxpo_trl.trajectory.deltas import low_rank_deltas
 from gxpo_trl.trajectory.extrapolation import checkpoints_ahead, extrapolate
 from gxpo_trl.trajectory.linear import least_squares, line_weights, linearity, rank_1_line, secant

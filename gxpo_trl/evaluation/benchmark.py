@@ -6,7 +6,6 @@ how many processes there are, changes nothing in it: its seed is its own.
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 import zlib
@@ -19,6 +18,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..run_folder import samples_file, write_whole
 from ..tasks.datasets import FILE_TYPES
 from ..tasks.maths import Verdict
 from ..tasks.rewards import judge
@@ -86,7 +86,7 @@ def run_benchmark(
         `Path`: The samples file, `FOLDER/BENCHMARK.jsonl`: a line for each sample, in the benchmark's order.
     """
     state = PartialState()
-    gathered = folder / f"{benchmark.slug}.jsonl"
+    gathered = samples_file(folder, benchmark.slug)
     if gathered.is_file():
         return gathered
     parts = folder / f"{benchmark.slug}.parts"
@@ -146,13 +146,6 @@ def judge_samples(benchmark: Benchmark, rows: list[dict[str, Any]], completions:
 def write_samples(path: Path, records: list[Record]) -> None:
     """One line each."""
     write_whole(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all: the file appears when it is complete."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _gather(benchmark: Benchmark, parts: Path, gathered: Path) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..run_folder import RESULTS_NAME, SETTINGS_NAME, TABLE_NAME, BenchmarkResults, samples_file, write_whole
 from ..tasks.datasets import load_problems, problem_set, to_prompts
 from ..tasks.names import resolve_model
 from ..tasks.rewards import judge
-from .benchmark import Benchmark, Record, read_samples, run_benchmark, slug, write_samples, write_whole
+from .benchmark import Benchmark, Record, read_samples, run_benchmark, slug, write_samples
 from .results import benchmark_results, results_table
 from .sampling import Sampler, load_model, load_tokenizer, transformers_sampler, vllm_sampler
 from .settings import EvaluationArguments
 
 
-Results = dict[str, dict[str, Any]]
+Results = dict[str, BenchmarkResults]
 """By benchmark."""
 
 
@@ -49,8 +50,9 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
         _check_settings(folder, model, settings)
     results = {}
     for model, folder in folders.items():
-        _claim(folder, model, settings)
-        missing = [benchmark for benchmark in benchmarks if not (folder / f"{benchmark.slug}.jsonl").is_file()]
+        _write_json(folder / SETTINGS_NAME, {"model": model, **settings.determining()})
+        PartialState().wait_for_everyone()
+        missing = [benchmark for benchmark in benchmarks if not samples_file(folder, benchmark.slug).is_file()]
         sampler = _make_sampler(model, tokenizers[model], settings) if missing else None
         for benchmark in missing:
             run_benchmark(benchmark, sampler, tokenizers[model], folder, settings)
@@ -58,11 +60,11 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
             benchmark.name: benchmark_results(_read_own_samples(folder, benchmark), settings.ks)
             for benchmark in benchmarks
         }
-        _add_results(folder / "results.json", model, results[model])
+        _add_results(folder / RESULTS_NAME, model, results[model])
         del sampler
         gc.collect()
     if PartialState().is_main_process:
-        write_whole(Path(settings.output_dir) / "table.md", results_table(results) + "\n")
+        write_whole(Path(settings.output_dir) / TABLE_NAME, results_table(results) + "\n")
     return results
 
 
@@ -102,7 +104,7 @@ def _make_sampler(model: str, tokenizer, settings: EvaluationArguments) -> Sampl
 
 
 def _read_own_samples(folder: Path, benchmark: Benchmark) -> list[Record]:
-    path = folder / f"{benchmark.slug}.jsonl"
+    path = samples_file(folder, benchmark.slug)
     records, problems = read_samples(path), benchmark.problems
     asked = list(zip(problems["id"][:], problems["solution"][:], strict=True))
     if list(dict.fromkeys((record.id, record.gold) for record in records)) != asked:
@@ -113,12 +115,12 @@ def _read_own_samples(folder: Path, benchmark: Benchmark) -> list[Record]:
 def _add_results(path: Path, model: str, results: Results) -> None:
     """Beside those of other benchmarks, evaluated before."""
     before = json.loads(path.read_text())["benchmarks"] if path.is_file() else {}
-    PartialState().wait_for_everyone()
+    PartialState().wait_for_everyone()  # all have read it before it is written again
     _write_json(path, {"model": model, "benchmarks": before | results})
 
 
 def _check_settings(folder: Path, model: str, settings: EvaluationArguments) -> None:
-    claimed = folder / "settings.json"
+    claimed = folder / SETTINGS_NAME
     if not claimed.is_file():
         return
     before, now = json.loads(claimed.read_text()), {"model": model, **settings.determining()}
@@ -129,22 +131,17 @@ def _check_settings(folder: Path, model: str, settings: EvaluationArguments) -> 
         )
 
 
-def _claim(folder: Path, model: str, settings: EvaluationArguments) -> None:
-    _write_json(folder / "settings.json", {"model": model, **settings.determining()})
-    PartialState().wait_for_everyone()
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def verify_again(path: Path, ks: Sequence[int]) -> tuple[dict[str, Any], int]:
+def verify_again(path: Path, ks: Sequence[int]) -> tuple[BenchmarkResults, int]:
     """Judges the recorded completions of a samples file again, and writes them to `NAME.verified.jsonl` beside it.
 
     Returns:
-        `tuple[dict[str, Any], int]`: The results, and how many scores are others than recorded.
+        `tuple[BenchmarkResults, int]`: The results, and how many scores are others than recorded.
     """
     records = read_samples(path)
     if not records:

@@ -91,15 +91,13 @@ def estimate(values: Sequence[float | None], seed: int = 0) -> Estimate | None:
     if not len(present):
         return None
     generator = torch.Generator().manual_seed(seed)
-    means = torch.cat([_resampled_means(present, generator, count=1000) for _ in range(RESAMPLES // 1000)])
+    means = []
+    for _ in range(RESAMPLES // 1000):  # all at once, thousands of problems would take gigabytes
+        drawn = torch.randint(len(present), (1000, len(present)), generator=generator)
+        means.append(present[drawn].mean(1))
     tail = (1 - CONFIDENCE) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Estimate(present.mean().item(), low, high, len(present))
-
-
-def _resampled_means(values: torch.Tensor, generator: torch.Generator, count: int) -> torch.Tensor:
-    drawn = torch.randint(len(values), (count, len(values)), generator=generator)
-    return values[drawn].mean(1)
 
 
 def summarize(verdicts: Sequence[Sequence[Verdict]], ks: Sequence[int]) -> dict[str, Estimate]:

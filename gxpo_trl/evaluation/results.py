@@ -2,16 +2,17 @@
 
 import dataclasses
 import itertools
+import operator
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from ..run_folder import BenchmarkResults
 from .benchmark import Record
 from .metrics import summarize
 
 
-def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
+def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> BenchmarkResults:
     """What results.json says of one benchmark on one model.
 
     Args:
@@ -19,11 +20,11 @@ def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> dict[str,
         ks (`Sequence[int]`): For pass@k and maj@k.
 
     Returns:
-        `dict[str, Any]`: `metrics` (each with its value, 95 % interval and number of problems), the mean length in
+        `BenchmarkResults`: `metrics` (each with its value, 95 % interval and number of problems), the mean length in
             tokens, the fraction of truncated samples, and how many samples could not be decided.
     """
-    verdicts = [[record.verdict for record in of_problem] for _, of_problem in itertools.groupby(records, _problem)]
-    seconds = sum(record.seconds for record in records)
+    by_problem = itertools.groupby(records, operator.attrgetter("id"))
+    verdicts = [[record.verdict for record in of_problem] for _, of_problem in by_problem]
     return {
         "problems": len(verdicts),
         "samples": len(records),
@@ -31,12 +32,8 @@ def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> dict[str,
         "mean_length": statistics.fmean(record.length for record in records),
         "truncated": statistics.fmean(record.truncated for record in records),
         "verify_failures": sum(record.score is None for record in records),
-        "seconds": seconds,
+        "seconds": sum(record.seconds for record in records),
     }
-
-
-def _problem(record: Record) -> str:
-    return record.id
 
 
 COLUMNS = (
@@ -50,7 +47,7 @@ COLUMNS = (
 )
 
 
-def results_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def results_table(results: dict[str, dict[str, BenchmarkResults]]) -> str:
     """A Markdown table, a row for each model and benchmark: avg@n, and pass@k and maj@k of the largest k."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for model, benchmarks in results.items():
@@ -58,7 +55,7 @@ def results_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cells(found: dict[str, Any]) -> tuple[str, ...]:
+def _cells(found: BenchmarkResults) -> tuple[str, ...]:
     metrics = found["metrics"]
     shown = dict.fromkeys([*list(metrics)[:1], *list(metrics)[-2:]])
     scores = "; ".join(

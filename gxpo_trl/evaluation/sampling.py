@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..rollout.generation import pad_left, sample_grouped, why_not_grouped
+from ..run_folder import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, is_adapter
 from .settings import EvaluationArguments
 
 
@@ -42,7 +43,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         ValueError: If it has no chat template.
     """
     folder = Path(model)
-    if (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+    if is_adapter(folder) and not (folder / TOKENIZER_CONFIG).is_file():
         model = PeftConfig.from_pretrained(model).base_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     if tokenizer.pad_token is None:
@@ -59,10 +60,9 @@ def load_model(model: str, settings: EvaluationArguments, device: torch.device) 
         ValueError: If it is a folder without a model or an adapter in it.
     """
     folder = Path(model)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if folder.is_dir() and not is_adapter and not (folder / "config.json").is_file():
-        raise ValueError(f"{model} is no checkpoint: it holds neither a config.json nor an adapter_config.json.")
-    loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    if folder.is_dir() and not is_adapter(folder) and not (folder / MODEL_CONFIG).is_file():
+        raise ValueError(f"{model} is no checkpoint: it holds neither a {MODEL_CONFIG} nor an {ADAPTER_CONFIG}.")
+    loader = AutoPeftModelForCausalLM if is_adapter(folder) else AutoModelForCausalLM
     options = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     return loader.from_pretrained(model, **options).to(device).eval()
 
@@ -128,7 +128,7 @@ def vllm_sampler(model: str, settings: EvaluationArguments) -> Sampler:
         from vllm import LLM, SamplingParams, TokensPrompt
     except ImportError as error:
         raise ValueError("`backend: vllm` needs vLLM. Install it: `pip install 'gxpo_trl[vllm]'`.") from error
-    if (Path(model) / "adapter_config.json").is_file():
+    if is_adapter(Path(model)):
         raise ValueError(f"`backend: vllm` loads whole models, and {model} is an adapter. Merge it first.")
     engine = LLM(model, dtype=settings.dtype)
 

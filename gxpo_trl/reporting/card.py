@@ -5,22 +5,31 @@ evaluation.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.benchmark import slug
+from ..run_folder import (
+    ACCURACY,
+    BACKWARD_PASSES,
+    CARD_NAME,
+    CURVES_NAME,
+    EXTRAPOLATION_NAME,
+    RECIPE_NAME,
+    RESULTS_NAME,
+    RunDescription,
+    write_whole,
+)
 from ..tasks.datasets import PROBLEM_SETS
+from .arms import NO_PART_OF_AN_ARM, Arm
 from .figures import Picture, curve_pictures, metric_picture
-from .runs import NO_PART_OF_AN_ARM, Arm, Run, holds_run, load_run
+from .runs import Run, holds_run, load_run
 from .tables import Table, number
 
 
-CARD_NAME, CURVES_NAME, RECIPE_NAME = "README.md", "curves.png", "recipe.yaml"
 MARKER = "<!-- From here on: gxpo_trl, from the folder of the run -->"
 METHODS = {
     "gxpo": "GXPO: while its gate is open, a step takes two probe steps on a batch of rollouts, extrapolates the "
@@ -62,7 +71,7 @@ NEXT = """@article{chen2026next,
 
 def write_card(
     folder: Path,
-    about: dict[str, Any] | None = None,
+    about: RunDescription | None = None,
     evaluation: Path | None = None,
     step: int | None = None,
     into: Path | None = None,
@@ -71,7 +80,7 @@ def write_card(
 
     Args:
         folder (`Path`): Of the run.
-        about (`dict`, *optional*): As in `run.json`; unset to read it from there.
+        about (`RunDescription`, *optional*): As in `run.json`; unset to read it from there.
         evaluation (`Path`, *optional*): A folder of `gxpo eval` with the `results.json` of this model.
         step (`int`, *optional*): Of the checkpoint that the card is for, which knows nothing of what came later.
         into (`Path`, *optional*): Where it is written; unset for the run's folder.
@@ -92,9 +101,7 @@ def write_card(
     card.data.model_name = card.data.model_name or folder.resolve().name
     known = card.text.split(MARKER)[0].rstrip()
     card.text = "\n".join([known, "", MARKER, "", *_sections(run, results, into, known)])
-    partial = into / f"{CARD_NAME}.partial"
-    partial.write_text(str(card), encoding="utf-8")
-    os.replace(partial, into / CARD_NAME)
+    write_whole(into / CARD_NAME, str(card))
 
 
 def _trl_card(folder: Path, run: Run) -> ModelCard:
@@ -137,15 +144,14 @@ def _result(benchmark: str, metric: str, value: float) -> EvalResult:
 def _of_training(run: Run) -> Iterator[EvalResult]:
     """The last of each benchmark that was scored on the way."""
     for name in run.metrics:
-        if name.startswith("eval/") and "/avg@" in name:
-            _, benchmark, metric = name.split("/")
-            yield _result(benchmark, metric, run.last(name))
+        if match := ACCURACY.fullmatch(name):
+            yield _result(match[1], match[2], run.last(name))
 
 
 def _of_evaluation(folder: Path) -> Iterator[EvalResult]:
-    path = folder / "results.json"
+    path = folder / RESULTS_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} holds no results.json. Name a model's folder in the output of `gxpo eval`.")
+        raise ValueError(f"{folder} holds no {RESULTS_NAME}. Name a model's folder in the output of `gxpo eval`.")
     for benchmark, found in json.loads(path.read_text())["benchmarks"].items():
         for metric, value in found["metrics"].items():
             if metric.startswith("avg@") or metric == list(found["metrics"])[-1]:
@@ -170,13 +176,14 @@ def _sections(run: Run, results: list[EvalResult], into: Path, known: str) -> It
         yield from ("## Settings", "", Table("", "", ("setting", "value"), _settings(run)).markdown(), "")
     if (run.folder / RECIPE_NAME).is_file():
         yield from (f"To train it again: `gxpo train --config {RECIPE_NAME}`.", "")
-    citations = [RLOO if loss == "RLOO" else GRPO, *([NEXT] if _has_trajectory(run) else [])]
+    has_trajectory = settings.get("trajectory_steps") is not None or (run.folder / EXTRAPOLATION_NAME).is_file()
+    citations = [RLOO if loss == "RLOO" else GRPO, *([NEXT] if has_trajectory else [])]
     if citations := [entry for entry in citations if entry.partition(",")[0] not in known]:  # TRL's card has its own
         yield from ("## Further citations", "", "```bibtex", *citations, "```", "")
 
 
 def _spent(run: Run) -> str:
-    passes = run.last("lookahead/backward_passes")
+    passes = run.last(BACKWARD_PASSES)
     parts = [f"{run.steps:,} optimizer steps"]
     if completions := run.about.get("completions_per_step"):
         parts.append(f"{completions:,} completions each")
@@ -210,7 +217,3 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         kinds = [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
         rows.append(("LoRA `target_modules`", ", ".join(kinds)))
     return rows
-
-
-def _has_trajectory(run: Run) -> bool:
-    return run.settings.get("trajectory_steps") is not None or (run.folder / "extrapolation.json").is_file()

@@ -14,7 +14,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from .runs import HELD_OUT, Arm
+from .arms import Arm, group_arms
+from .runs import HELD_OUT, Run
 from .statistics import Mean, peak, shutoff_point
 
 
@@ -64,10 +65,15 @@ class Picture:
 def new_figure(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
+    style_axes(axes)
+    return figure, axes
+
+
+def style_axes(axes: Axes) -> None:
+    """Light lines behind what is drawn, and no box around it."""
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def styles_of(arms: Sequence[Arm]) -> dict[str, dict]:
@@ -239,3 +245,23 @@ def heat_map(cells: dict[tuple, Mean], names: tuple[str, str], slug: str, title:
     axes.grid(visible=False)
     figure.colorbar(image, ax=axes)
     return Picture(slug, title, figure)
+
+
+def draw_demo(runs: Sequence[Run], path: Path) -> None:
+    """The demo's: held-out pass@1 against rollouts and against backward passes."""
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, budget in zip(panels, ("rollouts", "backward_passes"), strict=True):
+        draw_curves(group_arms(runs), HELD_OUT, budget, axes)
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("")
+        style_axes(axes)
+    for run in runs:
+        if run.shutoff_step is not None:
+            label = f"{run.label} shuts off, step {run.shutoff_step}"
+            ring = {"markerfacecolor": "white", "markeredgecolor": COLORS[run.method], "markeredgewidth": 1.6}
+            panels[0].plot([], [], "o", markersize=7, label=label, **ring)
+    panels[0].set_ylabel("held-out pass@1")
+    panels[0].legend(frameon=False, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)

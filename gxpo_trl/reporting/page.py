@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader
 
 from ..version import __version__
 from .runs import Run
-from .sections import Section
+from .sections.section import Section
 
 
 def render(runs: Sequence[Run], sections: Sequence[Section], refresh: int | None = None) -> str:

@@ -1,26 +1,32 @@
 """A run read back from its folder: what it was, how it went, what it cost. Of this package, or of plain TRL."""
 
-import glob
 import json
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from ..run_folder import (
+    ACCURACY,
+    BACKWARD_PASSES,
+    ELAPSED_TIME,
+    EVAL_BACKWARD_PASSES,
+    EVAL_ROLLOUTS,
+    EVAL_SECONDS,
+    LOG_NAME,
+    RUN_NAME,
+    SHUTOFF_STEP,
+    TRAINER_STATE_NAME,
+    RunDescription,
+    saved_steps,
+)
 
 
 METHODS = {"grpo": "GRPO", "sfpo": "SFPO", "gxpo": "GXPO"}
 HELD_OUT = "held-out reward"
 """What `eval_strategy` measures, beside benchmarks of `eval_benchmarks`."""
-NO_PART_OF_AN_ARM = (
-    *("seed", "data_seed", "output_dir", "run_name", "max_steps", "disable_tqdm", "report_to"),
-    *("log", "save_", "eval_", "do_eval", "hub_", "push_to_hub", "wandb_", "trackio_", "num_completions_to_print"),
-    *("resume_from_checkpoint", "per_device_eval_batch_size", "num_generations_eval", "dataloader_"),
-    *("trajectory_steps", "lookahead_diagnostics_steps"),
-)
-"""How the names of settings begin that change nothing about what is learnt, and of the length of a run."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,14 @@ class Run:
         label (`str`): How tables and figures call its arm.
         log (`list[dict]`): The entries of its log, by step.
         finished (`bool`): Whether it came to its end.
-        about (`dict`): What `run.json` says; empty for a run of plain TRL.
+        about (`RunDescription`): What `run.json` says; empty for a run of plain TRL.
     """
 
     folder: Path
     label: str
     log: list[dict[str, Any]]
     finished: bool = True
-    about: dict[str, Any] = field(default_factory=dict)
+    about: RunDescription = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,8 +88,9 @@ class Run:
         """The evaluations, by benchmark."""
         found: dict[str, dict[int, Point]] = {}
         spending = _Spending(self._rollouts_at)
-        matches = {name: re.fullmatch(r"eval/([^/]+)/avg@\d+|(eval_reward)", name) for name in self._columns}
-        benchmarks = {name: match[1] or HELD_OUT for name, match in matches.items() if match}
+        benchmarks = {name: match[1] for name in self._columns if (match := ACCURACY.fullmatch(name))}
+        if "eval_reward" in self._columns:
+            benchmarks["eval_reward"] = HELD_OUT
         for entry in self.log:
             spending.see(entry)
             for name, benchmark in benchmarks.items():
@@ -134,24 +141,17 @@ class Run:
     @property
     def shutoff_step(self) -> int | None:
         """The step after which the active phase was over; `None` if it never was."""
-        step = self.last("lookahead/shutoff_step")
+        step = self.last(SHUTOFF_STEP)
         return None if step is None else int(step)
 
     @property
     def seconds(self) -> float | None:
         """Of training, evaluations left out."""
-        elapsed = self.last("lookahead/elapsed_time")
+        elapsed = self.last(ELAPSED_TIME)
         if elapsed is not None:
             return elapsed
         runtime = self.last("train_runtime")
         return None if runtime is None else runtime - sum(self.series("eval_runtime")[1])
-
-    def arm(self) -> dict[str, Any]:
-        """The settings that runs of one arm share."""
-        left_out = NO_PART_OF_AN_ARM
-        if self.settings.get("prompts_per_step"):  # then the accumulation follows from the number of devices
-            left_out = (*left_out, "gradient_accumulation_steps", "steps_per_generation")
-        return {name: value for name, value in self.settings.items() if not name.startswith(left_out)}
 
 
 def is_number(value: Any) -> bool:
@@ -171,33 +171,32 @@ class _Spending:
 
     def see(self, entry: dict[str, Any]) -> None:
         step = entry["step"]
-        if "lookahead/backward_passes" in entry:
-            self.passes, self.passes_step = int(entry["lookahead/backward_passes"]), step
-        if "lookahead/elapsed_time" in entry:
-            self.seconds = entry["lookahead/elapsed_time"]
+        if BACKWARD_PASSES in entry:
+            self.passes, self.passes_step = int(entry[BACKWARD_PASSES]), step
+        if ELAPSED_TIME in entry:
+            self.seconds = entry[ELAPSED_TIME]
         elif "step_time" in entry and "lookahead/update_time" not in entry:  # plain TRL: the mean since its last log
             self.seconds = (self.seconds or 0.0) + entry["step_time"] * (step - self.last_step)
         if "step_time" in entry:
             self.last_step = step
 
     def point(self, entry: dict[str, Any], value: float) -> Point:
-        step, rollouts = entry["step"], entry.get("eval/rollouts")
+        step, rollouts = entry["step"], entry.get(EVAL_ROLLOUTS)
         if rollouts is None:
             rollouts = self.rollouts_at(step)
-        passes = entry.get("eval/backward_passes")
+        passes = entry.get(EVAL_BACKWARD_PASSES)
         if passes is None:  # plain TRL makes one pass a step, and so does a step that is not logged yet
             passes = step if self.passes is None else self.passes + step - self.passes_step
-        seconds = entry.get("eval/seconds", self.seconds if step else 0.0)
+        seconds = entry.get(EVAL_SECONDS, self.seconds if step else 0.0)
         hours = None if seconds is None else seconds / 3600
         return Point(step, value, None if rollouts is None else int(rollouts), int(passes), hours)
 
 
-LOGS = ("log.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json")
-
-
 def holds_run(folder: str | Path) -> bool:
     """Whether something has been logged there, so that `load_run` can read it."""
-    return any(path.is_file() for name in LOGS for path in Path(folder).glob(name))
+    folder = Path(folder)
+    states = [place / TRAINER_STATE_NAME for place in (folder, *saved_steps(folder).values())]
+    return any(path.is_file() for path in (folder / LOG_NAME, *states))
 
 
 def load_run(folder: str | Path, label: str | None = None) -> Run:
@@ -211,25 +210,24 @@ def load_run(folder: str | Path, label: str | None = None) -> Run:
         ValueError: If the folder holds no run.
     """
     folder = Path(folder)
-    about = _read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    about = _read_json(folder / RUN_NAME) if (folder / RUN_NAME).is_file() else {}
     log, finished = _read_log(folder)
     return Run(folder, label or "", sorted(log, key=lambda entry: entry["step"]), finished, about)
 
 
 def _read_log(folder: Path) -> tuple[list[dict[str, Any]], bool]:
-    state, live = folder / "trainer_state.json", folder / "log.jsonl"
+    state, live = folder / TRAINER_STATE_NAME, folder / LOG_NAME
     if live.is_file() and not (state.is_file() and state.stat().st_mtime >= live.stat().st_mtime):
         lines = [line for line in live.read_text().splitlines() if line.endswith("}")]  # the last may be half written
         entries = [entry for entry in map(json.loads, lines) if "step" in entry]
         return entries, any("train_runtime" in entry for entry in entries[-1:])
     if state.is_file():
         return _read_json(state)["log_history"], True
-    checkpoints = folder.glob("checkpoint-*/trainer_state.json")
-    last = max(checkpoints, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
-    if last is not None:
-        return _read_json(last)["log_history"], False
+    for checkpoint in reversed(saved_steps(folder).values()):
+        if (checkpoint / TRAINER_STATE_NAME).is_file():
+            return _read_json(checkpoint / TRAINER_STATE_NAME)["log_history"], False
     raise ValueError(
-        f"{folder} holds no run: neither a log.jsonl nor a trainer_state.json. Name a run's output folder."
+        f"{folder} holds no run: neither a {LOG_NAME} nor a {TRAINER_STATE_NAME}. Name a run's output folder."
     )
 
 
@@ -238,80 +236,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no whole JSON file: {error}.") from error
-
-
-def load_runs(names: Sequence[str]) -> list[Run]:
-    """Reads runs by folder, pattern, or `LABEL=folder`. Those without a label get that of their arm.
-
-    Raises:
-        ValueError: If a name matches no folder, or a folder holds no run.
-    """
-    named: list[Run] = []
-    for name in names:
-        label, _, pattern = name.rpartition("=")
-        folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
-        if not folders:
-            raise ValueError(f"There is no folder {pattern}. Name the output folders of runs.")
-        named += [load_run(folder, label or None) for folder in folders]
-    labels = arm_labels(named)
-    return [run if run.label else replace(run, label=label) for run, label in zip(named, labels, strict=True)]
-
-
-SHORT = {"learning_rate": "lr", "lookahead_steps": "K", "reposition_alpha": "α", "gate_threshold": "τ"}
-"""How labels call settings; others go by their names."""
-RULE = ("update_rule", "lookahead_", "reposition_", "gate_", "scale_", "retention", "active_", "probe_", "alpha_decay")
-"""How the names of settings begin that only one method has, or that methods have of their own."""
-
-
-def arm_labels(runs: Sequence[Run]) -> list[str]:
-    """The method of each run, and the settings that tell its arm from the others of that method."""
-    differs = {method: _differences([run for run in runs if run.method == method]) for method in METHODS.values()}
-    common = [name for name in _differences(runs) if not name.startswith(RULE)]
-    labels = []
-    for run in runs:
-        names = [name for name in run.arm() if name in differs[run.method] or name in common]
-        shown = [f"{SHORT.get(name, name)} {_short(run.settings[name])}" for name in names]
-        labels.append(", ".join([run.method if run.settings else "GRPO (TRL)", *shown]))
-    return labels
-
-
-def _differences(runs: Sequence[Run]) -> set[str]:
-    """The settings of arms that not all of these runs share."""
-    arms = [run.arm() for run in runs if run.settings]
-    return {name for arm in arms for name in arm if any(arm[name] != other.get(name) for other in arms)}
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Runs that differ in their seed alone.
-
-    Attributes:
-        label (`str`): What tables and figures call it.
-        runs (`tuple[Run, ...]`): Its runs.
-    """
-
-    label: str
-    runs: tuple[Run, ...]
-
-    @property
-    def method(self) -> str:
-        return self.runs[0].method
-
-    def curves(self, benchmark: str) -> list[tuple[Point, ...]]:
-        """The evaluations of each run that has some."""
-        return [run.points[benchmark] for run in self.runs if benchmark in run.points]
-
-
-def group_arms(runs: Sequence[Run]) -> list[Arm]:
-    """Runs of one label are an arm, in the order in which they come."""
-    labels = dict.fromkeys(run.label for run in runs)
-    return [Arm(label, tuple(run for run in runs if run.label == label)) for label in labels]
-
-
-def benchmarks_of(runs: Sequence[Run]) -> list[str]:
-    """All benchmarks that some run was evaluated on."""
-    return list(dict.fromkeys(benchmark for run in runs for benchmark in run.points))

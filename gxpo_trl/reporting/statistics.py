@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from scipy.stats import t as student
 
-from .runs import Arm, Point, Run
+from .arms import Arm
+from .runs import Point, Run
 
 
 CONFIDENCE = 0.95

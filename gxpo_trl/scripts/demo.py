@@ -19,7 +19,8 @@ import transformers
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ..reporting.comparison import demo_table, draw_demo
+from ..reporting.arm_tables import demo_table
+from ..reporting.figures import draw_demo
 from ..reporting.runs import Run, load_run
 from ..tasks.arithmetic import sample_problems
 from ..tasks.tiny_model import prompt_text

@@ -17,6 +17,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from transformers.hf_argparser import string_to_bool
 
+from ..run_folder import BACKWARD_PASSES
 from ..tasks.datasets import EMBEDDED_DATASET
 from ..tasks.names import EMBEDDED_MODEL
 from ..tasks.tiny_model import TINY_MODEL_PATH
@@ -71,7 +72,7 @@ def conclude(recipe: Recipe, trainer: Trainer) -> str:
     last = " after the extrapolation" if recipe.loop.extrapolate_after is not None else ""
     return (
         f"Carried out in small, on the embedded model and {trainer.args.world_size} process(es): {len(steps)} steps "
-        f"and {steps[-1]['lookahead/backward_passes']:.0f} backward passes{last}. Nothing is kept."
+        f"and {steps[-1][BACKWARD_PASSES]:.0f} backward passes{last}. Nothing is kept."
     )
 
 

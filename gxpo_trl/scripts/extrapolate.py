@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from ..reporting.trajectory import draw_trajectory
+from ..reporting.trajectory_figure import trajectory_figure
+from ..run_folder import EXTRAPOLATED_FOLDER, TRAJECTORY_FIGURE_NAME, alpha_folder
 from ..trajectory.checkpoints import load_trajectory
 from ..trajectory.extrapolation import extrapolate
 from ..trajectory.predictor import PredictorSettings
 from ..trajectory.settings import ExtrapolationArguments
-from ..trajectory.writing import FIGURE_NAME, write_extrapolation
+from ..trajectory.writing import write_extrapolation
 from .recipe import parse_keys
 
 
@@ -29,8 +30,8 @@ def run(settings: ExtrapolationArguments) -> list[Path]:
         ValueError: If the trajectory can't be extrapolated, or a result is there already. Before anything is written.
     """
     started = time.perf_counter()
-    output = Path(settings.output_dir or Path(settings.run) / "extrapolated" / settings.method)
-    folders = {output / f"alpha-{alpha:g}": alpha for alpha in settings.alphas()}
+    output = Path(settings.output_dir or Path(settings.run) / EXTRAPOLATED_FOLDER / settings.method)
+    folders = {alpha_folder(output, alpha): alpha for alpha in settings.alphas()}
     for folder in folders:
         if folder.exists():
             raise ValueError(f"{folder} is there already. Choose another `output_dir`, or move it away.")
@@ -40,9 +41,9 @@ def run(settings: ExtrapolationArguments) -> list[Path]:
     found = extrapolate(trajectory, settings.method, settings.steps_ahead, predictor)
     found.report["seconds"]["all"] = time.perf_counter() - started
     output.mkdir(parents=True, exist_ok=True)
-    draw_trajectory(found.report, output / FIGURE_NAME)
+    trajectory_figure(found.report).savefig(output / TRAJECTORY_FIGURE_NAME, dpi=160)
     for folder, alpha in folders.items():
-        write_extrapolation(trajectory, found, alpha, folder, settings.merged, output / FIGURE_NAME)
+        write_extrapolation(trajectory, found, alpha, folder, settings.merged, output / TRAJECTORY_FIGURE_NAME)
     _tell(found.report)
     return list(folders)
 

@@ -9,7 +9,6 @@ Nothing in the run's folder is changed.
 """
 
 import argparse
-import re
 import shutil
 import sys
 import tempfile
@@ -18,17 +17,30 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..reporting.card import CARD_NAME, CURVES_NAME, RECIPE_NAME, write_card
+from ..reporting.card import write_card
 from ..reporting.runs import holds_run
+from ..run_folder import (
+    ADAPTER_WEIGHTS,
+    CARD_NAME,
+    CURVES_NAME,
+    EXTRAPOLATED_FOLDER,
+    LOG_NAME,
+    MODEL_INDEX,
+    MODEL_WEIGHTS,
+    RECIPE_NAME,
+    RUN_NAME,
+    TRAJECTORY_FOLDER,
+    checkpoint_step,
+)
 from ..trainer.publishing import PUSH_ERRORS
 from ..trajectory.writing import merge_adapter
 
 
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-OF_THE_RUN = (CARD_NAME, CURVES_NAME, RECIPE_NAME, "run.json", "log.jsonl")
+WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, MODEL_INDEX, "pytorch_model.bin")
+OF_THE_RUN = (CARD_NAME, CURVES_NAME, RECIPE_NAME, RUN_NAME, LOG_NAME)
 NOT_OF_A_MODEL = ("optimizer*", "scheduler*", "rng_state*", "*.partial", "checkpoint-*", "_*", "global_step*")
-NOT_OF_A_MODEL += ("training_args.bin", "trajectory", "extrapolated", "runs", "pytorch_model_fsdp*", "latest")
-NOT_OF_A_MODEL += ("zero_to_fp32.py",)
+NOT_OF_A_MODEL += ("training_args.bin", TRAJECTORY_FOLDER, EXTRAPOLATED_FOLDER, "runs", "pytorch_model_fsdp*")
+NOT_OF_A_MODEL += ("latest", "zero_to_fp32.py")
 """What a folder holds beside the model: for going on with training, and models of their own."""
 
 
@@ -56,9 +68,9 @@ def gather(run: Path, folder: Path, merge: bool, evaluation: Path | None) -> Non
         ValueError: If there is no model, or `merge` finds no adapter.
     """
     model = model_folder(run)
-    checkpoint = re.fullmatch(r"checkpoint-(\d+)", model.name)
-    home = model.parent if checkpoint else run
-    if merge and not (model / WEIGHTS[0]).is_file():
+    step = checkpoint_step(model)
+    home = run if step is None else model.parent
+    if merge and not (model / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"`--merge` merges an adapter, and {model} holds whole weights. Leave it out.")
     is_run = holds_run(home) or holds_run(model)
     if evaluation is not None and not is_run:
@@ -68,7 +80,7 @@ def gather(run: Path, folder: Path, merge: bool, evaluation: Path | None) -> Non
         if (home / name).is_file():
             shutil.copy(home / name, folder)
     if is_run:
-        write_card(home, evaluation=evaluation, step=int(checkpoint[1]) if checkpoint else None, into=folder)
+        write_card(home, evaluation=evaluation, step=step, into=folder)
     if merge:
         merge_adapter(folder)
 

@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..reporting.arms import load_runs
 from ..reporting.page import write_report
-from ..reporting.runs import load_runs
 from ..reporting.sections import make_sections
 
 

@@ -30,12 +30,11 @@ from accelerate import PartialState
 from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from gxpo_trl.reporting.card import RECIPE_NAME
+from gxpo_trl.run_folder import ADAPTER_CONFIG, LOOP_FOLDERS, RECIPE_NAME, TRAINER_STATE_NAME, alpha_folder, is_adapter
 from gxpo_trl.scripts.dry_run import conclude, is_dry_run, rehearse
 from gxpo_trl.scripts.extrapolate import run as extrapolate
 from gxpo_trl.scripts.recipe import Recipe, as_recipe, parse_recipe
@@ -51,7 +50,6 @@ from gxpo_trl.trajectory.settings import ExtrapolationArguments
 
 
 TRAINERS = {"gxpo": GXPOTrainer, "sfpo": SFPOTrainer, "grpo": LookaheadTrainer}
-LOOP_FOLDERS = ("before", "extrapolated", "after")
 
 
 def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> LookaheadTrainer:
@@ -149,8 +147,8 @@ def load_adapter(
     Raises:
         ValueError: If the folder holds no adapter.
     """
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"`resume_adapter: {adapter}` holds no adapter_config.json. Name the folder of an adapter.")
+    if not is_adapter(Path(adapter)):
+        raise ValueError(f"`resume_adapter: {adapter}` holds no {ADAPTER_CONFIG}. Name the folder of an adapter.")
     if quantization_config is not None:
         model_options = {**model_options, "quantization_config": quantization_config}
     base = create_model_from_path(model, **model_options)
@@ -255,7 +253,7 @@ def train_around_extrapolation(arguments: list[str], recipe: Recipe, text: str) 
         alpha=str(loop.extrapolate_alpha),
         output_dir=str(between),
     )
-    adapter = between / f"alpha-{loop.extrapolate_alpha:g}"
+    adapter = alpha_folder(between, loop.extrapolate_alpha)
     if PartialState().is_main_process and not adapter.exists():
         extrapolate(settings)
     PartialState().wait_for_everyone()

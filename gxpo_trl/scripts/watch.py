@@ -9,8 +9,8 @@ import argparse
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from ..reporting.arms import load_runs
 from ..reporting.page import render
-from ..reporting.runs import load_runs
 from ..reporting.sections import make_sections
 
 

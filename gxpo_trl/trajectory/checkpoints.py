@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +14,10 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ..run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_INDEX, MODEL_WEIGHTS, TRAJECTORY_FOLDER, saved_steps
 from .lowrank import Factors, concatenate
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TRAJECTORY_FOLDER = "trajectory"
-STEP_FOLDER = re.compile(r"(?:step|checkpoint)-(\d+)")
 PREFIX = "base_model.model."
 OTHER_VARIANTS = (
     "target_parameters",
@@ -40,10 +37,6 @@ EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")
 """In the names of weights of a full model that are tables of tokens or positions, and no maps."""
 
 
-def step_folder_name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
 def find_steps(run: Path) -> dict[int, Path]:
     """The checkpoints of a run by step: those of `run/trajectory` if there is one, else those that Trainer saved.
 
@@ -51,12 +44,8 @@ def find_steps(run: Path) -> dict[int, Path]:
         ValueError: If there are none.
     """
     for folder in (run / TRAJECTORY_FOLDER, run):
-        found = {}
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if match := STEP_FOLDER.fullmatch(path.name):
-                found[int(match[1])] = path
-        if found:
-            return dict(sorted(found.items()))
+        if found := saved_steps(folder):
+            return found
     raise ValueError(
         f"{run} holds no checkpoints. Train with `trajectory_steps: 10` (adapters alone), or with "
         "`save_strategy: steps` and `save_steps`."
@@ -290,10 +279,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises:
         ValueError: If the folder holds no weights in safetensors.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / MODEL_INDEX
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    whole = folder / "model.safetensors"
+    whole = folder / MODEL_WEIGHTS
     if not whole.is_file():
         raise ValueError(f"{folder} holds no weights in safetensors.")
     with safe_open(whole, "pt") as tensors:
@@ -364,7 +353,7 @@ def check_adapter_settings(settings: dict[str, Any], what: str) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """PEFT's configuration of a saved adapter."""
-    return json.loads((folder / "adapter_config.json").read_text())
+    return json.loads((folder / ADAPTER_CONFIG).read_text())
 
 
 def _check_config(trajectory: AdapterTrajectory) -> None:

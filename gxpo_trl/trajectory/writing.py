@@ -6,7 +6,6 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -14,15 +13,25 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from .checkpoints import ADAPTER_WEIGHTS, PREFIX, AdapterTrajectory, FullTrajectory, Trajectory, factor_keys
+from ..run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD_NAME,
+    EXTRAPOLATION_NAME,
+    LOOKAHEAD_STATE_NAME,
+    TOKENIZER_CONFIG,
+    TRAINER_STATE_NAME,
+    TRAJECTORY_FIGURE_NAME,
+    ExtrapolationReport,
+    partial_path,
+)
+from .checkpoints import PREFIX, AdapterTrajectory, FullTrajectory, Trajectory, factor_keys
 from .deltas import in_chunks
 from .extrapolation import Extrapolation
 from .lowrank import Factors
 
 
-REPORT_NAME = "extrapolation.json"
-FIGURE_NAME = "trajectory.png"
-NOT_OF_A_MODEL = ("trainer_state.json", "lookahead_state.json")
+NOT_OF_A_MODEL = (TRAINER_STATE_NAME, LOOKAHEAD_STATE_NAME)
 
 
 def write_extrapolation(
@@ -38,7 +47,7 @@ def write_extrapolation(
         merged (`bool`): Whether an adapter is merged into its base model. Full fine-tuning is written whole anyway.
         figure (`Path`): Of the report.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if isinstance(trajectory, FullTrajectory):
@@ -47,10 +56,10 @@ def write_extrapolation(
         write_adapter(trajectory, found, alpha, partial)
         if merged:
             merge_adapter(partial)
-    shutil.copy(figure, partial / FIGURE_NAME)
-    report = {"alpha": alpha, "run": str(trajectory.run.resolve()), **found.report}
-    (partial / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
-    _card(trajectory, report, merged).save(partial / "README.md")
+    shutil.copy(figure, partial / TRAJECTORY_FIGURE_NAME)
+    report: ExtrapolationReport = {"alpha": alpha, "run": str(trajectory.run.resolve()), **found.report}
+    (partial / EXTRAPOLATION_NAME).write_text(json.dumps(report, indent=2) + "\n")
+    _card(trajectory, report, merged).save(partial / CARD_NAME)
     os.replace(partial, folder)
 
 
@@ -106,7 +115,7 @@ def _adapter_config(trajectory: AdapterTrajectory, tensors: dict[str, torch.Tens
 
 def _save_tokenizer(trajectory: AdapterTrajectory, folder: Path) -> None:
     """That of the run, else that of the base model."""
-    places = [path for path in (trajectory.folders[-1], trajectory.run) if (path / "tokenizer_config.json").is_file()]
+    places = [path for path in (trajectory.folders[-1], trajectory.run) if (path / TOKENIZER_CONFIG).is_file()]
     source = places[0] if places else trajectory.config.base_model_name_or_path
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
@@ -116,7 +125,7 @@ def merge_adapter(folder: Path) -> None:
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     dtype = AutoConfig.from_pretrained(model.peft_config["default"].base_model_name_or_path).dtype
     model.merge_and_unload().to(dtype or torch.float32).save_pretrained(folder)
-    for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         (folder / name).unlink()
 
 
@@ -143,7 +152,7 @@ def write_weights(trajectory: FullTrajectory, found: Extrapolation, alpha: float
 # ---- The card
 
 
-def _card(trajectory: Trajectory, report: dict[str, Any], merged: bool) -> ModelCard:
+def _card(trajectory: Trajectory, report: ExtrapolationReport, merged: bool) -> ModelCard:
     is_adapter = isinstance(trajectory, AdapterTrajectory) and not merged
     base = trajectory.config.base_model_name_or_path if isinstance(trajectory, AdapterTrajectory) else None
     data = ModelCardData(
@@ -162,7 +171,7 @@ def _card(trajectory: Trajectory, report: dict[str, Any], merged: bool) -> Model
         "",
         f"Not trained but predicted, from {len(report['steps'])} checkpoints of a run with reinforcement learning, up "
         f"to step {report['steps'][-1]}: W + α·ΔW with α = {report['alpha']:g} and ΔW by the method "
-        f"`{report['method']}` for {report['matrices']} weight matrices. `{REPORT_NAME}` holds all of it.",
+        f"`{report['method']}` for {report['matrices']} weight matrices. `{EXTRAPOLATION_NAME}` holds all of it.",
         "",
         f"How far each method would have been from what happened between steps {held_out['from_step']} and "
         f"{held_out['to_step']} (1 is as good as no prediction):",
@@ -171,7 +180,7 @@ def _card(trajectory: Trajectory, report: dict[str, Any], merged: bool) -> Model
         "|---|---|---|",
         *rows,
         "",
-        f"![Energy ratio and linearity of the trajectory]({FIGURE_NAME})",
+        f"![Energy ratio and linearity of the trajectory]({TRAJECTORY_FIGURE_NAME})",
         "",
         "Method: NExt, [Low-rank Optimization Trajectories Modeling for LLM RLVR Acceleration]"
         "(https://huggingface.co/papers/2604.11446). AlphaRL: [2510.00553](https://huggingface.co/papers/2510.00553). "

@@ -1,12 +1,9 @@
-"""Arms beside each other, over seeds: the papers' tables and figures, and what the differences are worth."""
+"""Tables of arms beside each other, over seeds, and what their differences are worth."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from .figures import COLORS, Picture, curve_pictures, draw_curves, frontier_picture
-from .runs import HELD_OUT, Arm, Run, benchmarks_of, group_arms
+from .arms import Arm, benchmarks_of
+from .runs import HELD_OUT, Run
 from .statistics import (
     BUDGETS,
     Mean,
@@ -20,20 +17,6 @@ from .statistics import (
     value_at,
 )
 from .tables import MISSING, Table, interval, number
-
-
-def find_baseline(arms: Sequence[Arm], label: str | None = None) -> Arm | None:
-    """The arm of that label; without one the first of GRPO, if there is another to compare with it.
-
-    Raises:
-        ValueError: If there is none of that label.
-    """
-    if label is not None:
-        for arm in arms:
-            if arm.label == label:
-                return arm
-        raise ValueError(f"No arm is called {label!r}. There are {', '.join(repr(arm.label) for arm in arms)}.")
-    return next((arm for arm in arms if arm.method == "GRPO"), None) if len(arms) > 1 else None
 
 
 def results_table(arms: Sequence[Arm]) -> Table:
@@ -145,38 +128,8 @@ def _verdict(difference: Mean | None) -> str:
     return "higher" if difference.value > 0 else "lower"
 
 
-def compare(runs: Sequence[Run], baseline_label: str | None = None) -> tuple[list[Table], list[Picture]]:
-    """All of the comparison.
-
-    Raises:
-        ValueError: If no arm has the baseline's label.
-    """
-    arms = group_arms(runs)
-    evaluated = [arm for arm in arms if any(run.points for run in arm.runs)]
-    baseline = find_baseline(arms, baseline_label)
-    if not evaluated:
-        return [], []
-    tables, pictures = [results_table(evaluated), spending_table(evaluated)], []
-    if baseline is not None and len(evaluated) > 1:
-        tables.append(difference_table(evaluated, baseline))
-    for benchmark in benchmarks_of(runs):
-        slug = benchmark.replace(" ", "-")
-        having = [arm for arm in evaluated if arm.curves(benchmark)]
-        if baseline is not None and len(having) > 1 and baseline.curves(benchmark):
-            tables.append(matching_table(having, baseline, benchmark, slug))
-        if len(having) > 1:
-            tables += filter(None, (budget_table(having, benchmark, b, slug) for b in ("backward_passes", "hours")))
-        pictures += curve_pictures(having, benchmark, slug)
-        frontier = frontier_picture(having, benchmark, "hours", f"{slug}-frontier")
-        pictures += [frontier] if frontier is not None and len(having) > 1 else []
-    return tables, pictures
-
-
-# ---- The demo's
-
-
 def demo_table(runs: Sequence[Run]) -> Table:
-    """One row a run."""
+    """What the demo says of its runs, a row each."""
     rows = []
     for run in runs:
         first, last = run.points[HELD_OUT][0], run.points[HELD_OUT][-1]
@@ -184,25 +137,3 @@ def demo_table(runs: Sequence[Run]) -> Table:
         rows.append([run.label, number(first.value), number(last.value), *spent])
     columns = ("method", "pass@1 at start", "pass@1 at end", "rollouts", "backward passes", "seconds")
     return Table("demo", "The demo", columns, rows)
-
-
-def draw_demo(runs: Sequence[Run], path: Path) -> None:
-    """Held-out pass@1 against rollouts and against backward passes."""
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, budget in zip(panels, ("rollouts", "backward_passes"), strict=True):
-        draw_curves(group_arms(runs), HELD_OUT, budget, axes)
-        axes.set_ylim(0, 1)
-        axes.set_ylabel("")
-        axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    for run in runs:
-        if run.shutoff_step is not None:
-            label = f"{run.label} shuts off, step {run.shutoff_step}"
-            ring = {"markerfacecolor": "white", "markeredgecolor": COLORS[run.method], "markeredgewidth": 1.6}
-            panels[0].plot([], [], "o", markersize=7, label=label, **ring)
-    panels[0].set_ylabel("held-out pass@1")
-    panels[0].legend(frameon=False, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)

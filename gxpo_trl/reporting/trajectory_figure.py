@@ -1,27 +1,21 @@
 """The trajectory of a run as a picture: how much of it one direction holds, and how straight it is."""
 
-from pathlib import Path
-from typing import Any
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from ..run_folder import ExtrapolationReport
+from .figures import style_axes
 
 
 COLOR = "#6A4C93"
 SHADES = ("#6A4C93", "#A78BC0", "#D6C8E2", "#F2EDF6")  # from the most crooked to the straightest
 
 
-def draw_trajectory(report: dict[str, Any], path: Path) -> None:
-    """Saves the `trajectory_figure`."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    trajectory_figure(report).savefig(path, dpi=160)
-
-
-def trajectory_figure(report: dict[str, Any]) -> Figure:
+def trajectory_figure(report: ExtrapolationReport) -> Figure:
     """Against the step, the energy ratio, and R² of straight lines so far and ahead (NExt, figures 2 and 3).
 
     Args:
-        report (`dict`): Of `extrapolation.json`.
+        report (`ExtrapolationReport`): Of `extrapolation.json`.
     """
     figure = Figure(figsize=(12.0, 3.9), layout="constrained")
     energy, so_far, ahead = figure.subplots(1, 3)
@@ -36,9 +30,7 @@ def trajectory_figure(report: dict[str, Any]) -> Figure:
         axes.set_ylim(0, 1)
         axes.set_xlim(0, report["steps"][-1] + 1)
         axes.set_xlabel("optimizer step")
-        axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        style_axes(axes)
     return figure
 
 

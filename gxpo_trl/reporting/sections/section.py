@@ -1,0 +1,28 @@
+"""What a section of the page is."""
+
+from dataclasses import dataclass, field
+
+from ..figures import Picture
+from ..tables import Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is under it.
+
+    Attributes:
+        title (`str`): The heading.
+        notes (`list[str]`): What is missing, and other sentences.
+        tables (`list[Table]`), pictures (`list[Picture]`): In order.
+        samples (`list[dict[str, str]]`): Completions, with `title`, `prompt`, `completion` and `score`.
+    """
+
+    title: str
+    notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.notes or self.tables or self.pictures or self.samples)
