@@ -26,6 +26,7 @@ OTHER_VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
+    "monteclora_config",
     "velora_config",
 )
 """Settings of PEFT that make an adapter something else than s·B·A of linear layers."""

@@ -1,0 +1,138 @@
+"""What we rely on where vLLM samples: in training on TRL's class for it, in `gxpo eval` on vLLM itself.
+
+vLLM need not be installed for the first part: a stand-in answers for TRL's class.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+from contracts import Name, check, parameter_names
+from helpers import make_trainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+
+from gxpo_trl.evaluation.sampling import vllm_sampler
+from gxpo_trl.evaluation.settings import EvaluationArguments
+
+
+BOTH = (GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)
+SAMPLING, PLAN, LOOKAHEAD = "evaluation/sampling.py", "scripts/plan.py", "trainer/lookahead_trainer.py"
+
+NAMES_OF_TRL = [
+    Name("trl.GRPOTrainer", "use_vllm", "trainer/generating.py", "leaves sampling to vLLM by it"),
+    Name("trl.RLOOTrainer", "use_vllm", "trainer/generating.py", "leaves sampling to vLLM by it"),
+    Name("trl.RLOOTrainer", "num_generations_eval", "trainer/rloo.py", "refuses benchmarks with vLLM by it"),
+    Name(
+        *("trl.GRPOTrainer", "vllm_importance_sampling_correction", LOOKAHEAD),
+        "knows by it that VESPO's loss sees padding",
+    ),
+    Name("trl.GRPOConfig", "vllm_mode", PLAN, "says by it where vLLM's memory is taken"),
+    Name("trl.GRPOConfig", "vllm_gpu_memory_utilization", PLAN, "says how much memory vLLM takes"),
+]
+
+NAMES_OF_VLLM = [
+    Name("vllm", "LLM", SAMPLING, "loads a checkpoint with it"),
+    Name("vllm.LLM", "generate", SAMPLING, "samples with it", "prompts, sampling_params, * use_tqdm"),
+    Name(
+        *("vllm", "SamplingParams", SAMPLING, "asks for samples with it"),
+        "* n, temperature, top_p, top_k, max_tokens, seed",
+    ),
+    Name("vllm", "TokensPrompt", SAMPLING, "gives prompts as tokens with it"),
+    Name("vllm.outputs.RequestOutput", "outputs", SAMPLING, "reads the samples of a prompt there"),
+    *(
+        Name("vllm.outputs.CompletionOutput", name, SAMPLING, use)
+        for name, use in (
+            ("text", "reads a completion there"),
+            ("token_ids", "counts a completion's tokens there"),
+            ("finish_reason", "knows by `length` that a completion was cut"),
+        )
+    ),
+]
+NAMES = NAMES_OF_TRL + NAMES_OF_VLLM
+
+
+@pytest.mark.parametrize("touched", NAMES_OF_TRL, ids=str)
+def test_the_names_that_we_touch_of_trl_are_there(touched):
+    check(touched)
+
+
+@pytest.mark.parametrize("touched", NAMES_OF_VLLM, ids=str)
+def test_the_names_that_we_touch_of_vllm_are_there(touched):
+    pytest.importorskip("vllm", reason="vLLM, an extra, is not installed")
+    check(touched)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_import_fails_as_we_expect():
+    with pytest.raises(ValueError, match="needs vLLM"):
+        vllm_sampler("model", EvaluationArguments(backend="vllm", samples=1, temperature=0.0))
+
+
+class SpyingGeneration:
+    """Stands in for TRL's class. Answers each prompt with its length, and writes down what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sync_weights(self):
+        self.calls.append("sync")
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        self.calls.append(("generate", num_generations))
+        completions = [[len(prompt)] for prompt in prompts]
+        return prompts, completions, [[[-0.5]] for _ in prompts], None
+
+
+def test_trls_class_for_vllm_is_asked_so():
+    generate, sync = parameter_names(VLLMGeneration.generate), parameter_names(VLLMGeneration.sync_weights)
+    assert generate == ["prompts", "images", "num_generations", "profiler"] and sync == [], (
+        "TRL's VLLMGeneration takes other arguments in `generate` or `sync_weights` now: these tests stand in for it, "
+        "and trainer/generating.py goes through it."
+    )
+
+
+@pytest.fixture(params=BOTH, ids=["GRPO", "RLOO"])
+def sampling_with_vllm(request, tmp_path):
+    """A plain trainer of TRL that takes a stand-in for vLLM."""
+    trainer = make_trainer(tmp_path, *request.param, scripted=False)
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, SpyingGeneration(), -1
+    return trainer
+
+
+def sample(trainer, num_generations: int):
+    more = (num_generations,) if isinstance(trainer, GRPOTrainer) else ()
+    output = trainer._generate_single_turn([[5, 6], [5, 6], [8], [8]], None, {}, *more)
+    return output[0] if isinstance(trainer, GRPOTrainer) else output
+
+
+def test_weights_go_to_vllm_once_for_each_step_and_before_it_samples(sampling_with_vllm):
+    trainer = sampling_with_vllm
+    sample(trainer, 2)
+    sample(trainer, 2)
+    trainer.state.global_step += 1
+    sample(trainer, 2)
+    kinds = [call if call == "sync" else "generate" for call in trainer.vllm_generation.calls]
+    assert kinds == ["sync", "generate", "generate", "sync", "generate"], (
+        f"{type(trainer).__name__} of TRL does not send its weights to vLLM once for each step any more, when it "
+        "samples: trainer/lookahead_trainer.py has vLLM see committed weights only because of that."
+    )
+
+
+def test_completions_of_vllm_are_returned_as_those_of_generate_are(sampling_with_vllm):
+    assert sample(sampling_with_vllm, 2) == [[2], [2], [1], [1]], (
+        f"{type(sampling_with_vllm).__name__}._generate_single_turn of TRL does not return one completion for each "
+        "prompt with vLLM any more: trainer/generating.py samples benchmarks through it."
+    )
+
+
+def test_grpo_asks_vllm_for_as_many_samples_as_it_is_told_and_rloo_for_its_own_number(sampling_with_vllm):
+    trainer = sampling_with_vllm
+    trainer.model.eval()
+    trainer.num_generations_eval = 4
+    sample(trainer, 2)
+    expected = 2 if isinstance(trainer, GRPOTrainer) else 4
+    assert trainer.vllm_generation.calls[-1] == ("generate", expected), (
+        f"{type(trainer).__name__} of TRL asks vLLM for another number of samples of a prompt now: "
+        "`_why_no_benchmarks` in trainer/lookahead_trainer.py and rloo.py says which `eval_samples` can be had with "
+        "vLLM."
+    )
