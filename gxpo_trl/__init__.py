@@ -7,7 +7,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .rollout.generation import sample_grouped
+    from .sampling.grouped import sample_grouped
     from .trainer.gxpo import GXPOConfig, GXPOTrainer
     from .trainer.lookahead_config import LookaheadConfig
     from .trainer.lookahead_trainer import LookaheadTrainer
@@ -37,7 +37,7 @@ HOMES = {
     "LookaheadTrainer": ".trainer.lookahead_trainer",
     "SFPOConfig": ".trainer.sfpo",
     "SFPOTrainer": ".trainer.sfpo",
-    "sample_grouped": ".rollout.generation",
+    "sample_grouped": ".sampling.grouped",
 }
 """Where the public names live. They are imported when they are asked for: a report needs no TRL."""
 

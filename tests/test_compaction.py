@@ -36,7 +36,7 @@ from gxpo_trl.rollout.compaction import (
     prune,
     scored_tokens,
 )
-from gxpo_trl.rollout.model_traits import draws_at_random, has_relative_positions
+from gxpo_trl.sampling.model_traits import draws_at_random, has_relative_positions
 
 
 VOCABULARY, PROMPT, COMPLETION = 30, 5, 9

@@ -16,8 +16,8 @@ from ..rollout.compaction import (
     prune,
     scored_tokens,
 )
-from ..rollout.model_traits import draws_at_random, has_relative_positions
 from ..rollout.window import RolloutWindow
+from ..sampling.model_traits import draws_at_random, has_relative_positions
 
 
 RATIO_MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")

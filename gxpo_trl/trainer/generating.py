@@ -9,7 +9,7 @@ from transformers import GenerationConfig, StoppingCriteriaList, StopStringCrite
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from ..rollout.generation import pad_left, sample_grouped, why_not_grouped
+from ..sampling.grouped import pad_left, sample_grouped, why_not_grouped
 
 
 logger = get_logger(__name__)

@@ -40,8 +40,8 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from gxpo_trl import GXPOConfig, GXPORLOOConfig, GXPORLOOTrainer, GXPOTrainer
-from gxpo_trl.rollout.generation import KEEP_ROWS, _Sampler, sample_grouped, why_not_grouped
-from gxpo_trl.rollout.model_traits import cache_argument, why_not_known
+from gxpo_trl.sampling.grouped import KEEP_ROWS, _Sampler, sample_grouped, why_not_grouped
+from gxpo_trl.sampling.model_traits import cache_argument, why_not_known
 from gxpo_trl.tasks import TINY_MODEL_PATH
 
 
@@ -123,7 +123,7 @@ class SpySampler(_Sampler):
 @pytest.fixture
 def passes(monkeypatch):
     SpySampler.passes = []
-    monkeypatch.setattr("gxpo_trl.rollout.generation._Sampler", SpySampler)
+    monkeypatch.setattr("gxpo_trl.sampling.grouped._Sampler", SpySampler)
     return SpySampler.passes
 
 
@@ -594,8 +594,8 @@ def test_what_no_decoder_has_any_more_is_said_to_be_the_librarys_doing(
 ):
     """It would be every model of every user: a warning, and an error where grouped generation is asked for."""
     decoder = type("Decoder", (), {"forward": forward, "prepare_inputs_for_generation": prepare_inputs})
-    monkeypatch.setattr("gxpo_trl.rollout.model_traits.LlamaForCausalLM", decoder)
-    monkeypatch.setattr("gxpo_trl.rollout.model_traits.why_not_known", why_not_known.__wrapped__)
+    monkeypatch.setattr("gxpo_trl.sampling.model_traits.LlamaForCausalLM", decoder)
+    monkeypatch.setattr("gxpo_trl.sampling.model_traits.why_not_known", why_not_known.__wrapped__)
     trainer = make_trainer(tmp_path, scripted=False)
     said = [text for text in warnings_of(caplog) if f"transformers {transformers.__version__} has no" in text]
     assert trainer._samples_grouped == (missing is None) == (not said)
