@@ -8,6 +8,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .sampling.grouped import sample_grouped
+    from .trainer.grouped import GroupedSamplingArguments, sample_in_groups
     from .trainer.gxpo import GXPOConfig, GXPOTrainer
     from .trainer.lookahead_config import LookaheadConfig
     from .trainer.lookahead_trainer import LookaheadTrainer
@@ -20,12 +21,14 @@ __all__ = [
     "GXPORLOOConfig",
     "GXPORLOOTrainer",
     "GXPOTrainer",
+    "GroupedSamplingArguments",
     "LookaheadConfig",
     "LookaheadTrainer",
     "SFPOConfig",
     "SFPOTrainer",
     "__version__",
     "sample_grouped",
+    "sample_in_groups",
 ]
 
 HOMES = {
@@ -33,11 +36,13 @@ HOMES = {
     "GXPOTrainer": ".trainer.gxpo",
     "GXPORLOOConfig": ".trainer.rloo",
     "GXPORLOOTrainer": ".trainer.rloo",
+    "GroupedSamplingArguments": ".trainer.grouped",
     "LookaheadConfig": ".trainer.lookahead_config",
     "LookaheadTrainer": ".trainer.lookahead_trainer",
     "SFPOConfig": ".trainer.sfpo",
     "SFPOTrainer": ".trainer.sfpo",
     "sample_grouped": ".sampling.grouped",
+    "sample_in_groups": ".trainer.grouped",
 }
 """Where the public names live. They are imported when they are asked for: a report needs no TRL."""
 

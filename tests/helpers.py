@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer, RLOOTrainer
 
-from gxpo_trl import GXPOConfig, GXPOTrainer
+from gxpo_trl import GXPOConfig, GXPOTrainer, sample_in_groups
 from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
 
 
@@ -38,8 +38,8 @@ ON_CPU = {
 METHOD = {"learning_rate": 3e-4, "max_grad_norm": 0.5, "epsilon": 0.05, "adam_epsilon": 1e-3, "weight_decay": 0.0}
 
 
-AS_TRL = {"compact_batches": False, "generation_backend": "transformers"}
-"""Rollouts are sampled and laid out by TRL alone: what is left to compare is the update."""
+AS_TRL = {"compact_batches": False}
+"""Rollouts are laid out by TRL alone, which samples them too: what is left to compare is the update."""
 
 
 class Recording:
@@ -154,16 +154,21 @@ def make_trainer(
     peft_config=None,
     callbacks=None,
     optimizers=(None, None),
+    generation_backend: str | None = None,
+    generation_token_budget: int | None = None,
     **settings,
 ):
-    """A trainer on the embedded model; with scripted rollouts, or sampled ones and the task's own reward."""
+    """A trainer on the embedded model; with scripted rollouts, or sampled ones and the task's own reward.
+
+    It samples in groups where `generation_backend` or a budget asks for it.
+    """
     dataset = load_arithmetic(train_size=64, test_size=16)
     if not scripted:
         settings.setdefault("max_completion_length", 28)  # room for a worked answer, so that some are right
     settings = {**ON_CPU, **TINY_BATCH, **settings}
     if "loss_type" not in config_class.__dataclass_fields__:
         del settings["loss_type"]
-    return trainer_class(
+    trainer = trainer_class(
         model=model or tiny_model(),
         reward_funcs=reward or (text_reward if scripted else arithmetic_reward),
         args=config_class(str(output_dir), **settings),
@@ -175,6 +180,9 @@ def make_trainer(
         optimizers=optimizers,
         **({"rollout_func": rollout_func} if scripted else {}),  # RLOO has none
     )
+    if generation_backend is not None or generation_token_budget is not None:
+        sample_in_groups(trainer, generation_backend or "auto", generation_token_budget)
+    return trainer
 
 
 def train(*args, resume_from_checkpoint=None, **kwargs):

@@ -210,6 +210,7 @@ def test_completions_come_from_one_method_that_grouped_generation_stands_in_for(
     names = ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
     assert parameter_names(trainer_class._get_per_token_logps_and_entropies)[:5] == names
     trainer = make_trainer(tmp_path, trainer_class, config_class, scripted=False)
+    assert trainer._generate_single_turn.__func__ is trainer_class._generate_single_turn  # by which it is known
     more = (2,) if trainer_class is GRPOTrainer else ()
     prompts = [[5, 6, 7], [5, 6, 7], [8], [8]]
     output = trainer._generate_single_turn(prompts, None, {}, *more)
@@ -219,6 +220,8 @@ def test_completions_come_from_one_method_that_grouped_generation_stands_in_for(
     assert not trainer.use_vllm and not trainer.use_transformers_continuous_batching
     assert not trainer._dist.is_zero3 and not trainer._dist.is_fsdp
     assert trainer._tokenizer is trainer.processing_class
+    assert trainer.generation_config.do_sample and trainer.generation_config.temperature == trainer.temperature
+    assert (trainer.num_iterations, trainer.args.steps_per_generation, trainer.args.tf32) == (1, 2, None)
     if trainer_class is GRPOTrainer:
         assert not trainer.tools and trainer.rollout_func is None
 

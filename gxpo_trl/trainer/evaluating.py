@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
+from trl import GRPOTrainer
 
 from ..evaluation.benchmark import Benchmark, Record, judge_samples
 from ..evaluation.evaluate import load_benchmark
@@ -120,3 +121,9 @@ class BenchmarkMixin:
             for ids in self._sample(prompts, n)
         ]
         return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+    def _sample(self, prompt_ids: list[list[int]], num_generations: int) -> list[list[int]]:
+        """One completion of each prompt, of which `num_generations` in a row are equal, by whatever backend."""
+        if isinstance(self, GRPOTrainer):
+            return self._generate_single_turn(prompt_ids, None, {}, num_generations)[0]
+        return self._generate_single_turn(prompt_ids, None, {})

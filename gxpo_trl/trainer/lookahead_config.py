@@ -131,18 +131,6 @@ class LookaheadArguments:
         max_tokens_per_micro_batch (`int`, *optional*):
             Pack micro-batches by tokens, padding included, instead of by rows. The first pass keeps its number of
             micro-batches, and exceeds this where it has to; later passes take as few as hold. Needs `compact_batches`.
-        generation_backend (`str`, *optional*, defaults to `"auto"`):
-            What samples completions without vLLM: `"grouped"` prefills each distinct prompt once and drops rows as
-            they finish, `"transformers"` is TRL's call of `generate`. `"auto"` takes `"grouped"` where it gives the
-            same completions, and warns at the start where it doesn't.
-        generation_token_budget (`int`, *optional*):
-            Bounds the memory of generation: completions under way on one device, times the tokens that prompt and
-            completion may come to, stay within it; further prompts are admitted as completions finish. Unset for all
-            at once. Needs grouped generation.
-        old_logps_from_sampling (`bool`, *optional*, defaults to `False`):
-            Whether the log-probabilities that completions were sampled with serve as the old ones, in place of a
-            forward pass of their own where TRL makes one. In bf16 the two differ by rounding. Needs grouped
-            generation.
         eval_benchmarks (`list[str]`, *optional*):
             Problem sets, by name or file, that are scored every `eval_steps` steps as `eval/<benchmark>/avg@n`,
             sampled as in training and independent of `eval_strategy`.
@@ -341,30 +329,6 @@ class LookaheadArguments:
             "`compact_batches`."
         },
     )
-    generation_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "What samples completions without vLLM: 'grouped' prefills each distinct prompt once and drops "
-            "rows as they finish, 'transformers' is TRL's call of `generate`. 'auto' takes 'grouped' where it gives "
-            "the same completions, and warns at the start where it doesn't."
-        },
-    )
-    generation_token_budget: int | None = field(
-        default=None,
-        metadata={
-            "help": "Bounds the memory of generation: completions under way on one device, times the tokens that "
-            "prompt and completion may come to, stay within it; further prompts are admitted as completions finish. "
-            "Unset for all at once. Needs grouped generation."
-        },
-    )
-    old_logps_from_sampling: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the log-probabilities that completions were sampled with serve as the old ones, in place "
-            "of a forward pass of their own where TRL makes one. In bf16 the two differ by rounding. Needs grouped "
-            "generation."
-        },
-    )
     eval_benchmarks: list[str] | None = field(
         default=None,
         metadata={
@@ -431,7 +395,6 @@ class LookaheadArguments:
         self._check_choice("ratio_anchor", ("rollout", "current"))
         self._check_choice("gate_signal", ("grad_norm", "entropy", "cosine", "never"))
         self._check_choice("gate_fallback", ("permanent", "temporary"))
-        self._check_choice("generation_backend", ("auto", "grouped", "transformers"))
         self._check_choice("snapshot_device", ("model", "cpu"))
         self._check_choice("snapshot_dtype", (None, "float32", "bfloat16"))
 
@@ -444,7 +407,7 @@ class LookaheadArguments:
         for name in ("gate_patience", "gate_cooldown_steps", "eval_samples"):
             self._check_at_least(name, 1)
         self._check_at_least("gate_window", 2)
-        for name in ("max_tokens_per_micro_batch", "max_active_steps", "trajectory_steps", "generation_token_budget"):
+        for name in ("max_tokens_per_micro_batch", "max_active_steps", "trajectory_steps"):
             if getattr(self, name) is not None:
                 self._check_at_least(name, 1)
         if not self.gate_threshold > 0:
@@ -463,11 +426,6 @@ class LookaheadArguments:
             )
         if self.eval_benchmarks and not self.eval_steps:
             raise ValueError("`eval_benchmarks` needs to know when: set `eval_steps`.")
-        if self.old_logps_from_sampling and self.ratio_anchor == "current":
-            raise ValueError(
-                "`old_logps_from_sampling: true` fixes what `ratio_anchor: current` moves, the old log-probabilities. "
-                "Leave one of them out."
-            )
 
     def _set_accumulation(self) -> None:
         self._check_at_least("prompts_per_step", 1)
@@ -480,15 +438,6 @@ class LookaheadArguments:
                 f"{self.prompts_per_step}`, which takes {steps}. Leave one of them out."
             )
         self.gradient_accumulation_steps = steps
-
-    def needs_grouped_generation(self) -> list[str]:
-        """The settings in use that only grouped generation can serve."""
-        needs = {
-            "generation_backend: grouped": self.generation_backend == "grouped",
-            "generation_token_budget": self.generation_token_budget is not None,
-            "old_logps_from_sampling": self.old_logps_from_sampling,
-        }
-        return [name for name, is_set in needs.items() if is_set]
 
     def lookahead_rule(self) -> LookaheadRule:
         """The update rule as the update step reads it."""

@@ -31,7 +31,6 @@ from ..update.step import LookaheadReport, lookahead_step
 from .advice import Advisor
 from .compacting import CompactingMixin, Shares
 from .evaluating import BenchmarkMixin
-from .generating import GroupedGenerationMixin
 from .lookahead_config import LookaheadArguments, LookaheadConfig
 from .publishing import PublishingMixin
 from .recording import RecordingMixin
@@ -54,7 +53,6 @@ class LookaheadMixin(
     CompactingMixin,
     RecordingMixin,
     BenchmarkMixin,
-    GroupedGenerationMixin,
     TrajectoryMixin,
     PublishingMixin,
     TrackingMixin,
@@ -100,7 +98,6 @@ class LookaheadMixin(
         self._advisor = Advisor(args)
         self._engine: Engine | None = None  # chosen at the first active step, when the model is wrapped
         self._set_up_compaction()
-        self._set_up_generation()
         self._set_up_recording()
         self._set_up_tracking()
         self._set_up_benchmarks()
@@ -359,20 +356,10 @@ class LookaheadTrainer(LookaheadMixin, GRPOTrainer):
     def _ratio_per_token(self) -> bool:
         return self.importance_sampling_level == "token"
 
-    def _why_not_sampled_here(self) -> str | None:
-        if self.rollout_func is not None:
-            return "`rollout_func` generates"
-        return "tools are called between turns" if self.tools else super()._why_not_sampled_here()
-
     def _why_no_benchmarks(self) -> str | None:
         if self.rollout_func is not None:
             return "`rollout_func` generates"
         return "tools are called between turns" if self.tools else None
-
-    @property
-    def _computes_old_logps(self) -> bool:
-        # Where a generation batch is not used up by one optimizer step, which leaves it the policy that sampled it.
-        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def _loss_allows(self) -> Compaction | None:
         corrects_by_sequence = self.loss_type == "vespo" and self.use_vllm and self.vllm_importance_sampling_correction

@@ -40,7 +40,6 @@ class GXPORLOOTrainer(LookaheadMixin, RLOOTrainer):
     _freezes_old_logps = False
     _token_means = ("entropy",)
     _ratio_per_token = False
-    _returns_logprobs = False
     _tag_names = ["trl", "rloo", "gxpo"]
     _name = "RLOO with GXPO"
     _paper = GXPOTrainer._paper
