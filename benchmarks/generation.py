@@ -25,7 +25,7 @@ import torch
 from common import describe_machine, keep_freed_memory, peak_bytes, save_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2Config
 
-from gxpo_trl.rollout.generation import pad_left, sample_grouped
+from gxpo_trl.sampling.grouped import pad_left, sample_grouped
 from gxpo_trl.tasks import TINY_MODEL_PATH, load_arithmetic
 
 

@@ -9,6 +9,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .sampling.grouped import sample_grouped
     from .trainer.config import LookaheadConfig
+    from .trainer.grouped import GroupedSamplingArguments, sample_in_groups
     from .trainer.gxpo import GXPOConfig, GXPOTrainer
     from .trainer.sfpo import SFPOConfig, SFPOTrainer
     from .trainer.trainer import LookaheadTrainer
@@ -17,22 +18,26 @@ if TYPE_CHECKING:
 __all__ = [
     "GXPOConfig",
     "GXPOTrainer",
+    "GroupedSamplingArguments",
     "LookaheadConfig",
     "LookaheadTrainer",
     "SFPOConfig",
     "SFPOTrainer",
     "__version__",
     "sample_grouped",
+    "sample_in_groups",
 ]
 
 HOMES = {
     "GXPOConfig": ".trainer.gxpo",
     "GXPOTrainer": ".trainer.gxpo",
+    "GroupedSamplingArguments": ".trainer.grouped",
     "LookaheadConfig": ".trainer.config",
     "LookaheadTrainer": ".trainer.trainer",
     "SFPOConfig": ".trainer.sfpo",
     "SFPOTrainer": ".trainer.sfpo",
     "sample_grouped": ".sampling.grouped",
+    "sample_in_groups": ".trainer.grouped",
 }
 """Where the public names live. They are imported when they are asked for: a report needs no TRL."""
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer, RLOOTrainer
 
-from gxpo_trl import GXPOConfig, LookaheadTrainer
+from gxpo_trl import GXPOConfig, LookaheadTrainer, sample_in_groups
 from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
 
 
@@ -39,8 +39,8 @@ ON_CPU = {
 METHOD = {"learning_rate": 3e-4, "max_grad_norm": 0.5, "epsilon": 0.05, "adam_epsilon": 1e-3, "weight_decay": 0.0}
 
 
-AS_TRL = {"compact_batches": False, "generation_backend": "transformers"}
-"""Rollouts are sampled and laid out by TRL alone: what is left to compare is the update."""
+AS_TRL = {"compact_batches": False}
+"""Rollouts are laid out by TRL alone, which samples them too: what is left to compare is the update."""
 
 
 class Recording:
@@ -157,11 +157,13 @@ def make_trainer(
     callbacks=None,
     optimizers=(None, None),
     rule=None,
+    generation_backend: str | None = None,
+    generation_token_budget: int | None = None,
     **settings,
 ):
     """A trainer on the embedded model; with scripted rollouts, or sampled ones and the task's own reward.
 
-    `rule` changes the update rule beyond what settings can.
+    `rule` changes the update rule beyond what settings can. It samples in groups where `generation_backend` or a budget asks for it.
     """
     dataset = load_arithmetic(train_size=64, test_size=16)
     if not scripted:
@@ -183,6 +185,8 @@ def make_trainer(
     )
     if rule is not None:
         trainer.lookahead.rule = dataclasses.replace(trainer.lookahead.rule, **rule)
+    if generation_backend is not None or generation_token_budget is not None:
+        sample_in_groups(trainer, generation_backend or "auto", generation_token_budget)
     return trainer
 
 

@@ -42,7 +42,7 @@ def test_training_goes_on_as_if_nothing_had_been_scored(tmp_path):
 
 def test_old_log_probabilities_of_sampling_are_not_those_of_a_benchmark(tmp_path):
     """The benchmark's completions are sampled between two steps on one batch."""
-    options = {"old_logps_from_sampling": True, "num_iterations": 2}
+    options = {"generation_backend": "grouped", "num_iterations": 2}
     scored = train(tmp_path, **{**SCORED, "eval_steps": 1}, **options)
     assert_equal_parameters(scored, train(tmp_path, scripted=False, max_steps=4, **options))
 

@@ -36,7 +36,7 @@ from gxpo_trl.rollout.compaction import (
     prune,
     scored_tokens,
 )
-from gxpo_trl.rollout.model_traits import draws_at_random, has_relative_positions
+from gxpo_trl.sampling.model_traits import draws_at_random, has_relative_positions
 
 
 VOCABULARY, PROMPT, COMPLETION = 30, 5, 9
@@ -334,9 +334,7 @@ def test_rloo_ends_where_it_does_without_compaction(tmp_path, float64):
 def test_the_plain_rule_with_compaction_is_trl_to_rounding(tmp_path, trainer_class, config_class):
     base = (GRPOTrainer, GRPOConfig) if trainer_class is GXPOTrainer else (RLOOTrainer, RLOOConfig)
     options = {**SAMPLED, "scripted": False, "reward": text_reward, "max_completion_length": 12}
-    ours = train(
-        tmp_path, trainer_class, config_class, update_rule="grpo", generation_backend="transformers", **options
-    )
+    ours = train(tmp_path, trainer_class, config_class, update_rule="grpo", **options)
     assert_close_parameters(parameters(ours), parameters(train(tmp_path, *base, **options)), atol=1e-6)
 
 

@@ -410,13 +410,13 @@ def test_the_entropy_controller_is_these_three_attributes(tmp_path):
         "entropy_coef_delta": 0.01,
     }
     trainer = trl_trainer(tmp_path, max_steps=1, **settings)
-    moving = GXPOTrainer._moved_by_loss
+    moving = MOVED_BY_LOSS
     before = {name: value for name, value in vars(trainer).items() if "entropy" in name}
     trainer.train()
     moved = {name for name, value in before.items() if getattr(trainer, name) is not value}
     assert moved <= set(moving) <= before.keys(), (
-        f"TRL's entropy controller moves {', '.join(sorted(moved))} now: `_moved_by_loss` in "
-        "trainer/lookahead_trainer.py names what replays must not move."
+        f"TRL's entropy controller moves {', '.join(sorted(moved))} now: `MOVED_BY_LOSS` in "
+        "trainer/update.py names what replays must not move."
     )
     found = [getattr(trainer, name) for name in moving]
     assert found[0] == pytest.approx(0.02) and found[1] > 0 and found[2] is None, (

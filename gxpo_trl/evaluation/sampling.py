@@ -9,8 +9,8 @@ from accelerate.logging import get_logger
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from ..rollout.generation import pad_left, sample_grouped, why_not_grouped
 from ..run_folder import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, is_adapter
+from ..sampling.grouped import pad_left, sample_grouped, why_not_grouped
 from .settings import EvaluationArguments
 
 

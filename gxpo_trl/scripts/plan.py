@@ -143,5 +143,5 @@ def _describe_sampling_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     a_token = 2 * text.num_hidden_layers * heads * size * (2 if args.bf16 else 4)
     rows = args.per_device_train_batch_size * args.steps_per_generation
-    tokens = min(rows * args.max_completion_length, args.generation_token_budget or math.inf)
+    tokens = min(rows * args.max_completion_length, recipe.sampling.generation_token_budget or math.inf)
     return f"sampling: the KV cache of {rows:,} completions on a device, up to {format_bytes(tokens * a_token)}"

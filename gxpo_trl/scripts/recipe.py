@@ -11,6 +11,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ..spelling import nearest
+from ..trainer.grouped import GroupedSamplingArguments
 from ..trainer.gxpo import GXPOConfig
 from ..trainer.lookahead_config import LookaheadConfig
 from ..trainer.sfpo import SFPOConfig
@@ -91,6 +92,7 @@ class Recipe(NamedTuple):
     model: ModelConfig
     mixture: DatasetMixtureConfig
     problems: ProblemArguments
+    sampling: GroupedSamplingArguments
     loop: ExtrapolationLoopArguments
     rehearsal: RehearsalArguments
 
@@ -113,7 +115,8 @@ def parse_recipe(arguments: list[str], prog: str | None = None) -> Recipe:
 
 
 def _parse_training(arguments: list[str], config_class: type[LookaheadConfig], prog: str | None) -> Recipe:
-    others = (ModelConfig, DatasetMixtureConfig, ProblemArguments, ExtrapolationLoopArguments, RehearsalArguments)
+    others = (ModelConfig, DatasetMixtureConfig, ProblemArguments, GroupedSamplingArguments)
+    others += (ExtrapolationLoopArguments, RehearsalArguments)
     return Recipe(*parse_keys(arguments, (GRPOScriptArguments, config_class, *others), prog))
 
 

@@ -41,6 +41,7 @@ from gxpo_trl.scripts.recipe import Recipe, as_recipe, parse_recipe
 from gxpo_trl.tasks import resolve_dataset, resolve_model, resolve_reward
 from gxpo_trl.tasks.datasets import hub_dataset
 from gxpo_trl.tasks.names import EMBEDDED_MODEL
+from gxpo_trl.trainer.grouped import sample_in_groups
 from gxpo_trl.trainer.gxpo import GXPOTrainer
 from gxpo_trl.trainer.lookahead_trainer import LookaheadTrainer
 from gxpo_trl.trainer.publishing import PUSH_ERRORS
@@ -56,7 +57,8 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
     """The trainer that a recipe describes.
 
     Raises:
-        ValueError: If the recipe names no dataset, no model or no reward, or one that does not exist.
+        ValueError: If the recipe names no dataset, no model or no reward, or one that does not exist; if it asks for
+            grouped sampling where that can't be had.
     """
     script_args, training_args, model_args, loop_args = recipe.script, recipe.training, recipe.model, recipe.loop
     _check_names(recipe)
@@ -86,6 +88,7 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
         quantization_config=quantization_config,
         peft_config=peft_config,
     )
+    sample_in_groups(trainer, recipe.sampling.generation_backend, recipe.sampling.generation_token_budget)
     if recipe.rehearsal.dry_run:  # its end says all of it
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)

@@ -1,4 +1,4 @@
-"""Grouped generation gives what `generate` gives, with fewer passes over fewer rows."""
+"""Grouped sampling gives what `generate` gives, with fewer passes over fewer rows, in any trainer that asks for it."""
 
 import copy
 import math
@@ -37,11 +37,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
-from gxpo_trl import GXPOConfig, GXPORLOOConfig, GXPORLOOTrainer, GXPOTrainer
-from gxpo_trl.rollout.generation import KEEP_ROWS, _Sampler, sample_grouped, why_not_grouped
-from gxpo_trl.rollout.model_traits import cache_argument, why_not_known
+from gxpo_trl import GroupedSamplingArguments, GXPOConfig, GXPOTrainer, sample_in_groups
+from gxpo_trl.sampling.grouped import KEEP_ROWS, _Sampler, sample_grouped, why_not_grouped
+from gxpo_trl.sampling.model_traits import cache_argument, why_not_known
 from gxpo_trl.tasks import TINY_MODEL_PATH
 
 
@@ -123,7 +123,7 @@ class SpySampler(_Sampler):
 @pytest.fixture
 def passes(monkeypatch):
     SpySampler.passes = []
-    monkeypatch.setattr("gxpo_trl.rollout.generation._Sampler", SpySampler)
+    monkeypatch.setattr("gxpo_trl.sampling.grouped._Sampler", SpySampler)
     return SpySampler.passes
 
 
@@ -487,7 +487,7 @@ def test_under_gradient_checkpointing_a_model_says_so_or_answers_the_same():
         assert torch.equal(completions, expected)
 
 
-# ---- In the trainer
+# ---- In a trainer
 
 
 def text_length(completions, **kwargs) -> list[float]:
@@ -507,28 +507,33 @@ class Rollouts:
         return output
 
 
-class Rollout(Rollouts, GXPOTrainer):
+class GXPORollout(Rollouts, GXPOTrainer):
     pass
 
 
-class RLOORollout(Rollouts, GXPORLOOTrainer):
+class GRPORollout(Rollouts, GRPOTrainer):
     pass
 
 
-def greedy_trainer(tmp_path, trainer_class=Rollout, config_class=GXPOConfig, **settings):
-    settings = {"scripted": False, "generation_kwargs": {"do_sample": False}, "temperature": 0.7, **settings}
-    return make_trainer(tmp_path, trainer_class, config_class, **settings)
+class RLOORollout(Rollouts, RLOOTrainer):
+    pass
+
+
+each_trainer = pytest.mark.parametrize(
+    "trainer_class, config_class",
+    [(GRPORollout, GRPOConfig), (RLOORollout, RLOOConfig), (GXPORollout, GXPOConfig)],
+    ids=["grpo", "rloo", "gxpo"],
+)
 
 
 @pytest.mark.parametrize("settings", [{}, {"generation_token_budget": 300}, {"gradient_checkpointing": True}], ids=str)
-@pytest.mark.parametrize(
-    "trainer_class, config_class", [(Rollout, GXPOConfig), (RLOORollout, GXPORLOOConfig)], ids=["grpo", "rloo"]
-)
+@each_trainer
 def test_the_trainer_scores_the_completions_that_generate_gives(tmp_path, trainer_class, config_class, settings):
+    greedy = {"scripted": False, "generation_kwargs": {"do_sample": False}, "temperature": 0.7}
     trainers, evaluated = {}, {}
     for backend in ("grouped", "transformers"):
-        allowed = settings if backend == "grouped" else {}
-        trainer = greedy_trainer(tmp_path, trainer_class, config_class, generation_backend=backend, **allowed)
+        allowed = greedy | (settings if backend == "grouped" else {})
+        trainer = make_trainer(tmp_path, trainer_class, config_class, generation_backend=backend, **allowed)
         evaluated[backend] = trainer.evaluate()["eval_reward"]
         trainer.train()
         trainers[backend] = trainer
@@ -540,15 +545,35 @@ def test_the_trainer_scores_the_completions_that_generate_gives(tmp_path, traine
 
 
 def test_sampled_runs_are_repeatable(tmp_path):
-    first, second = (train(tmp_path, Rollout, scripted=False, max_steps=2) for _ in range(2))
+    first, second = (train(tmp_path, scripted=False, generation_backend="auto", max_steps=2) for _ in range(2))
     assert_equal_parameters(first, second)
 
 
-def test_the_transformers_backend_is_trls_own_run_bit_for_bit(tmp_path):
-    ours = train(tmp_path, scripted=False, update_rule="grpo", **AS_TRL)
-    assert_equal_parameters(ours, train(tmp_path, GRPOTrainer, GRPOConfig, scripted=False))
-    grouped_run = train(tmp_path, scripted=False, update_rule="grpo", compact_batches=False)
-    assert logged(grouped_run, "reward") != logged(ours, "reward")
+def trl_trainer(tmp_path, trainer_class=GRPOTrainer, config_class=GRPOConfig, **settings):
+    return make_trainer(tmp_path, trainer_class, config_class, scripted=False, **settings)
+
+
+REPLACED = {"_generate_single_turn", "_generate_and_score_completions", "_get_per_token_logps_and_entropies"}
+
+
+def replaced(trainer) -> set[str]:
+    return REPLACED & vars(trainer).keys()
+
+
+def test_nothing_else_of_a_trainer_is_touched(tmp_path):
+    trainer = trl_trainer(tmp_path, num_iterations=2)
+    before = dict(vars(trainer))
+    assert not sample_in_groups(trainer, "transformers") and vars(trainer) == before
+    assert sample_in_groups(trainer)
+    assert {name: value for name, value in vars(trainer).items() if name not in REPLACED} == before
+    assert replaced(trainer) == REPLACED
+
+
+def test_without_the_opt_in_generate_samples(tmp_path):
+    plain = train(tmp_path, scripted=False, update_rule="grpo", **AS_TRL)
+    grouped_run = train(tmp_path, scripted=False, update_rule="grpo", generation_backend="grouped", **AS_TRL)
+    assert_equal_parameters(plain, train(tmp_path, GRPOTrainer, GRPOConfig, scripted=False))
+    assert logged(grouped_run, "reward") != logged(plain, "reward")
 
 
 def warnings_of(caplog) -> list[str]:
@@ -556,15 +581,73 @@ def warnings_of(caplog) -> list[str]:
 
 
 def test_auto_leaves_to_generate_what_it_serves_alone_and_warns(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, scripted=False, generation_kwargs={"no_repeat_ngram_size": 2})
-    assert not trainer._samples_grouped
+    assert not sample_in_groups(trl_trainer(tmp_path, generation_kwargs={"no_repeat_ngram_size": 2}))
     (warning,) = [text for text in warnings_of(caplog) if "sampled by" in text]
     assert "takes longer: the setting `no_repeat_ngram_size: 2` is not served." in warning
     caplog.clear()
-    assert make_trainer(tmp_path, scripted=False)._samples_grouped
-    assert not make_trainer(tmp_path, scripted=False, generation_backend="transformers")._samples_grouped
-    assert not make_trainer(tmp_path, scripted=True)._samples_grouped
+    assert sample_in_groups(trl_trainer(tmp_path))
+    assert not sample_in_groups(trl_trainer(tmp_path), "transformers")
     assert not any("sampled by" in text for text in warnings_of(caplog))
+
+
+ELSEWHERE = {"use_vllm": True, "use_transformers_continuous_batching": True, "rollout_func": print, "tools": [print]}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_where_something_else_samples_auto_says_nothing(tmp_path, caplog, name):
+    trainer = trl_trainer(tmp_path)
+    setattr(trainer, name, ELSEWHERE[name])
+    assert not sample_in_groups(trainer)
+    assert not replaced(trainer) and not any("sampled by" in text for text in warnings_of(caplog))
+    for asked in ({"backend": "grouped"}, {"token_budget": 300}, {"backend": "transformers", "token_budget": 300}):
+        with pytest.raises(ValueError, match="can't have grouped generation"):
+            sample_in_groups(trainer, **asked)
+
+
+class OwnTrainer(GRPOTrainer):
+    def _generate_single_turn(self, *args, **kwargs):
+        return super()._generate_single_turn(*args, **kwargs)
+
+
+def test_a_trainer_that_samples_in_its_own_way_goes_on_so(tmp_path, caplog):
+    trainer = trl_trainer(tmp_path, OwnTrainer)
+    assert not sample_in_groups(trainer) and not replaced(trainer)
+    (warning,) = [text for text in warnings_of(caplog) if "sampled by" in text]
+    assert "this OwnTrainer has a `_generate_single_turn` of its own" in warning
+
+
+def test_a_budget_needs_it(tmp_path):
+    with pytest.raises(
+        ValueError, match="`generation_backend` is `transformers`. Leave out `generation_token_budget`"
+    ):
+        sample_in_groups(trl_trainer(tmp_path), "transformers", token_budget=300)
+
+
+def test_it_is_asked_for_once(tmp_path):
+    trainer = trl_trainer(tmp_path, generation_backend="auto")
+    with pytest.raises(ValueError, match="already"):
+        sample_in_groups(trainer)
+
+
+def test_another_trainer_is_refused(tmp_path):
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+    dataset = Dataset.from_dict({"text": ["A: 1"]})
+    trainer = SFTTrainer(tiny_model(), args, train_dataset=dataset, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="GRPOTrainer or RLOOTrainer of TRL, got a SFTTrainer"):
+        sample_in_groups(trainer)
+
+
+@pytest.mark.parametrize("setting, value", [("generation_backend", "vllm"), ("generation_token_budget", 0)])
+def test_a_setting_out_of_bounds_is_named(setting, value):
+    with pytest.raises(ValueError, match=f"`{setting}` must be .*got {value!r}"):
+        GroupedSamplingArguments(**{setting: value})
+
+
+def test_every_setting_has_help_and_a_documented_default():
+    for field in GroupedSamplingArguments.__dataclass_fields__.values():
+        assert field.metadata["help"].endswith(".")
+        assert f"{field.name} (`" in GroupedSamplingArguments.__doc__
 
 
 def take_mask(self, input_ids, attention_mask=None, cache: Cache | None = None): ...
@@ -594,15 +677,15 @@ def test_what_no_decoder_has_any_more_is_said_to_be_the_librarys_doing(
 ):
     """It would be every model of every user: a warning, and an error where grouped generation is asked for."""
     decoder = type("Decoder", (), {"forward": forward, "prepare_inputs_for_generation": prepare_inputs})
-    monkeypatch.setattr("gxpo_trl.rollout.model_traits.LlamaForCausalLM", decoder)
-    monkeypatch.setattr("gxpo_trl.rollout.model_traits.why_not_known", why_not_known.__wrapped__)
-    trainer = make_trainer(tmp_path, scripted=False)
+    monkeypatch.setattr("gxpo_trl.sampling.model_traits.LlamaForCausalLM", decoder)
+    monkeypatch.setattr("gxpo_trl.sampling.model_traits.why_not_known", why_not_known.__wrapped__)
+    samples_grouped = sample_in_groups(trl_trainer(tmp_path))
     said = [text for text in warnings_of(caplog) if f"transformers {transformers.__version__} has no" in text]
-    assert trainer._samples_grouped == (missing is None) == (not said)
+    assert samples_grouped == (missing is None) == (not said)
     if missing is not None:
         assert len(said) == 1 and missing in said[0]
         with pytest.raises(ValueError, match=re.escape(missing)):
-            make_trainer(tmp_path, scripted=False, generation_backend="grouped")
+            sample_in_groups(trl_trainer(tmp_path), "grouped")
 
 
 class Renamed(LlamaForCausalLM):
@@ -626,9 +709,7 @@ def test_the_cache_is_found_by_its_type_whatever_its_name():
     assert torch.equal(grouped(renamed, REQUEST, **GREEDY, token_budget=300), expected)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"generation_backend": "grouped"}, {"generation_token_budget": 300}, {"old_logps_from_sampling": True}]
-)
+@pytest.mark.parametrize("setting", [{"generation_backend": "grouped"}, {"generation_token_budget": 300}], ids=str)
 @pytest.mark.parametrize(
     "obstacle, reason",
     [
@@ -651,8 +732,9 @@ def test_stop_strings_work_in_the_trainer(tmp_path):
     tokenizer, letters = letters_tokenizer(), "abcdef"
     settings = {**ON_CPU, **TINY_BATCH, "max_steps": 1, "generation_kwargs": {"stop_strings": list(letters)}}
     dataset = Dataset.from_dict({"prompt": ["xyz", "zy", "yxzx", "zx"]})
-    args = GXPOConfig(str(tmp_path), **settings)
-    trainer = Rollout(build(MODELS["llama"]), text_length, args, dataset, processing_class=tokenizer)
+    args = GRPOConfig(str(tmp_path), **settings)
+    trainer = GRPORollout(build(MODELS["llama"]), text_length, args, dataset, processing_class=tokenizer)
+    sample_in_groups(trainer, "grouped")
     trainer.train()
     texts = tokenizer.batch_decode(trainer.scored[0]["completion_ids"], skip_special_tokens=True)
     assert any(text[-1:] in letters for text in texts if text)
@@ -661,7 +743,7 @@ def test_stop_strings_work_in_the_trainer(tmp_path):
 
 def test_stop_strings_that_the_tokenizer_cannot_spell_are_an_error_at_the_start(tmp_path):
     with pytest.raises(ValueError, match="stop_strings"):
-        make_trainer(tmp_path, scripted=False, generation_kwargs={"stop_strings": ["="]})
+        sample_in_groups(trl_trainer(tmp_path, generation_kwargs={"stop_strings": ["="]}))
 
 
 # ---- Log-probabilities of the sampled tokens as the old ones
@@ -687,24 +769,31 @@ class OldLogpsMixin(Rollouts):
         return output
 
 
-class OldLogps(OldLogpsMixin, GXPOTrainer):
+class GXPOOldLogps(OldLogpsMixin, GXPOTrainer):
     pass
 
 
-class RLOOOldLogps(OldLogpsMixin, GXPORLOOTrainer):
+class GRPOOldLogps(OldLogpsMixin, GRPOTrainer):
+    pass
+
+
+class RLOOOldLogps(OldLogpsMixin, RLOOTrainer):
     pass
 
 
 @pytest.mark.parametrize(
     "trainer_class, config_class, settings, saved",
     [
-        (OldLogps, GXPOConfig, {}, 0),
-        (OldLogps, GXPOConfig, {"num_iterations": 2}, 1),
-        (OldLogps, GXPOConfig, {"beta": 0.1}, 0),
-        (OldLogps, GXPOConfig, {"beta": 0.1, "num_iterations": 2}, 1),
-        (RLOOOldLogps, GXPORLOOConfig, {}, 1),
+        (GRPOOldLogps, GRPOConfig, {}, 0),
+        (GRPOOldLogps, GRPOConfig, {"num_iterations": 2}, 1),
+        (GRPOOldLogps, GRPOConfig, {"steps_per_generation": 4}, 1),
+        (GRPOOldLogps, GRPOConfig, {"beta": 0.1}, 0),
+        (GRPOOldLogps, GRPOConfig, {"beta": 0.1, "num_iterations": 2}, 1),
+        (GXPOOldLogps, GXPOConfig, {"num_iterations": 2}, 1),
+        (RLOOOldLogps, RLOOConfig, {}, 1),
+        (RLOOOldLogps, RLOOConfig, {"beta": 0.1}, 1),
     ],
-    ids=["grpo", "grpo, needs them", "with a reference", "with a reference, needs them", "rloo"],
+    ids=str,
 )
 def test_sampling_gives_the_old_log_probabilities(tmp_path, monkeypatch, trainer_class, config_class, settings, saved):
     """The same numbers, without the pass that TRL makes for them."""
@@ -725,14 +814,30 @@ def test_sampling_gives_the_old_log_probabilities(tmp_path, monkeypatch, trainer
         trainer = train(tmp_path, trainer_class, config_class, scripted=False, peft_config=adapter, **given)
         return sum(passes_without_grad), trainer
 
-    passes, trainer = run(old_logps_from_sampling=True)
+    passes, trainer = run(generation_backend="grouped")
     assert run()[0] - passes == saved
-    assert trainer.pairs
+    assert replaced(trainer) == (REPLACED if saved else {"_generate_single_turn"})
+    assert bool(trainer.pairs) == bool(saved)
     for kept, computed in trainer.pairs:
         assert kept.abs().max() > 0
         assert torch.allclose(kept, computed, atol=1e-4)
 
 
-def test_log_probabilities_that_the_anchor_would_move_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="old_logps_from_sampling.*ratio_anchor"):
-        GXPOConfig(str(tmp_path), old_logps_from_sampling=True, ratio_anchor="current", bf16=False)
+@pytest.mark.parametrize(
+    "trainer_class, config_class, settings",
+    [
+        (RLOOTrainer, RLOOConfig, {"bf16": True}),
+        (RLOOTrainer, RLOOConfig, {"dtype": torch.bfloat16}),
+        (RLOOTrainer, RLOOConfig, {"generation_kwargs": {"do_sample": False}}),
+        (RLOOTrainer, RLOOConfig, {"generation_kwargs": {"temperature": 0.5}}),
+        (GXPOTrainer, GXPOConfig, {"num_iterations": 2, "ratio_anchor": "current"}),
+    ],
+    ids=str,
+)
+def test_where_sampling_computes_otherwise_trls_own_pass_stays(tmp_path, trainer_class, config_class, settings):
+    """By rounding, at another temperature, or where the anchor is to move."""
+    model = tiny_model(dtype=settings.get("dtype", torch.float32))
+    settings = {name: value for name, value in settings.items() if name != "dtype"}
+    trainer = trl_trainer(tmp_path, trainer_class, config_class, model=model, **settings)
+    assert sample_in_groups(trainer)
+    assert replaced(trainer) == {"_generate_single_turn"}

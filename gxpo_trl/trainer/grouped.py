@@ -1,0 +1,255 @@
+"""Grouped sampling for any GRPOTrainer or RLOOTrainer of TRL, in place of its call of `generate`.
+
+    trainer = GRPOTrainer(...)
+    sample_in_groups(trainer)
+    trainer.train()
+
+All of its state is in one object, which the trainer's own methods are replaced by on this one instance.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from trl import GRPOTrainer, RLOOTrainer
+from trl.extras.profiling import profiling_context
+from trl.models import unwrap_model_for_generation
+
+from ..sampling.grouped import pad_left, sample_grouped, why_not_grouped
+
+
+logger = get_logger(__name__)
+
+BACKENDS = ("auto", "grouped", "transformers")
+OWN_SAMPLING = (GRPOTrainer._generate_single_turn, RLOOTrainer._generate_single_turn)
+"""What grouped sampling stands in for, and nothing else."""
+
+
+@dataclass
+class GroupedSamplingArguments:
+    r"""
+    What samples completions where vLLM does not, as [`sample_in_groups`] takes it.
+
+    Parameters:
+        generation_backend (`str`, *optional*, defaults to `"auto"`):
+            What samples completions without vLLM: `"grouped"` prefills each distinct prompt once and drops rows as
+            they finish, `"transformers"` is TRL's call of `generate`. `"auto"` takes `"grouped"` where it gives the
+            same completions, and warns at the start where it doesn't.
+        generation_token_budget (`int`, *optional*):
+            Bounds the memory of generation: completions under way on one device, times the tokens that prompt and
+            completion may come to, stay within it; further prompts are admitted as completions finish. Unset for all
+            at once. Needs grouped generation.
+    """
+
+    generation_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "What samples completions without vLLM: 'grouped' prefills each distinct prompt once and drops "
+            "rows as they finish, 'transformers' is TRL's call of `generate`. 'auto' takes 'grouped' where it gives "
+            "the same completions, and warns at the start where it doesn't."
+        },
+    )
+    generation_token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bounds the memory of generation: completions under way on one device, times the tokens that "
+            "prompt and completion may come to, stay within it; further prompts are admitted as completions finish. "
+            "Unset for all at once. Needs grouped generation."
+        },
+    )
+
+    def __post_init__(self):
+        if self.generation_backend not in BACKENDS:
+            raise ValueError(
+                f"`generation_backend` must be one of {', '.join(map(repr, BACKENDS))}, got "
+                f"{self.generation_backend!r}."
+            )
+        if self.generation_token_budget is not None and self.generation_token_budget < 1:
+            raise ValueError(
+                f"`generation_token_budget` must be at least 1, got {self.generation_token_budget}. Leave it out for "
+                "no bound."
+            )
+
+    def needs(self) -> list[str]:
+        """The settings in use that only grouped generation can serve."""
+        needs = {
+            "generation_backend: grouped": self.generation_backend == "grouped",
+            "generation_token_budget": self.generation_token_budget is not None,
+        }
+        return [name for name, is_set in needs.items() if is_set]
+
+
+def sample_in_groups(
+    trainer: GRPOTrainer | RLOOTrainer, backend: str = "auto", token_budget: int | None = None
+) -> bool:
+    """Lets a trainer sample its completions in groups from here on.
+
+    Greedy completions are those of `generate` token for token, sampled ones have the same distribution. Where TRL
+    makes a forward pass for the old log-probabilities and sampling has the same numbers, that pass is spared.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): Of this class or one below it, before it trains.
+        backend (`str`): `"auto"` samples in groups where that gives the same completions; where it doesn't, the call
+            of `generate` stays, with a warning. `"grouped"` makes that an error. `"transformers"` leaves `generate`.
+        token_budget (`int`, *optional*): Completions under way on one device, times the tokens that prompt and
+            completion may come to, stay within so many tokens. Unset: all at once.
+
+    Returns:
+        `bool`: Whether the trainer samples in groups. It doesn't, without a warning, where vLLM, continuous batching
+            or `rollout_func` generates, or tools are called between turns.
+
+    Raises:
+        `ValueError`: If it can't sample in groups and `backend` or `token_budget` ask for it; if it does already; if
+            an argument is out of its bounds, or the trainer is another one.
+    """
+    settings = GroupedSamplingArguments(backend, token_budget)
+    if not isinstance(trainer, (GRPOTrainer, RLOOTrainer)):
+        raise ValueError(
+            f"Grouped sampling takes a GRPOTrainer or RLOOTrainer of TRL, got a {type(trainer).__name__}."
+        )
+    if isinstance(getattr(trainer._generate_single_turn, "__self__", None), GroupedSampling):
+        raise ValueError("The trainer samples in groups already. Call `sample_in_groups` once.")
+    elsewhere = _why_not_by_generate(trainer)
+    reason = elsewhere or _why_not_in_groups(trainer, backend)
+    if reason is None:
+        GroupedSampling(trainer, token_budget).attach()
+        return True
+    if needs := settings.needs():
+        raise ValueError(f"This run can't have grouped generation: {reason}. Leave out `{'`, `'.join(needs)}`.")
+    if elsewhere is None and backend == "auto":
+        logger.warning(
+            f"Completions are sampled by transformers' `generate`, which takes longer: {reason}. Set "
+            "`generation_backend: transformers` if that is meant."
+        )
+    return False
+
+
+def _why_not_by_generate(trainer: GRPOTrainer | RLOOTrainer) -> str | None:
+    """Why it is not TRL's call of `generate` that samples completions; `None` if it is."""
+    if isinstance(trainer, GRPOTrainer) and trainer.rollout_func is not None:
+        return "`rollout_func` generates"
+    if isinstance(trainer, GRPOTrainer) and trainer.tools:
+        return "tools are called between turns"
+    if trainer.use_vllm:
+        return "vLLM generates"
+    return "continuous batching generates" if trainer.use_transformers_continuous_batching else None
+
+
+def _why_not_in_groups(trainer: GRPOTrainer | RLOOTrainer, backend: str) -> str | None:
+    """Why the call of `generate` is to stay, or has to; `None` if it need not."""
+    if backend == "transformers":
+        return "`generation_backend` is `transformers`"
+    if getattr(trainer._generate_single_turn, "__func__", None) not in OWN_SAMPLING:
+        return f"this {type(trainer).__name__} has a `_generate_single_turn` of its own"
+    return why_not_grouped(trainer.model, trainer.generation_config, in_training=True)
+
+
+class GroupedSampling:
+    """Samples the completions of one trainer with `sample_grouped`.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): Its settings are read now, its model at each call.
+        token_budget (`int`, *optional*): As [`sample_in_groups`] takes it.
+
+    Raises:
+        `ValueError`: If transformers can't look for the stop strings of `generation_kwargs`.
+    """
+
+    def __init__(self, trainer: GRPOTrainer | RLOOTrainer, token_budget: int | None):
+        self.trainer, self.token_budget = trainer, token_budget
+        self.config, self.stopping_criteria = _read_settings(trainer)
+        self._trl_score = trainer._generate_and_score_completions
+        self._trl_logps = trainer._get_per_token_logps_and_entropies
+        self._scores = False  # whether completions are being sampled and scored
+        self._sampled_logps: torch.Tensor | None = None  # (B, T), of the completions that are being scored
+
+    def attach(self) -> None:
+        """Stands in for the trainer's own methods, on this instance alone."""
+        self.trainer._generate_single_turn = self._generate_single_turn
+        if _has_old_logps(self.trainer, self.config):
+            self.trainer._generate_and_score_completions = self._generate_and_score_completions
+            self.trainer._get_per_token_logps_and_entropies = self._get_per_token_logps_and_entropies
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        completions = self.sample(prompt_ids)
+        return (completions, None) if isinstance(self.trainer, GRPOTrainer) else completions
+
+    def sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """One completion of each prompt, with the token that ended it."""
+        trainer = self.trainer
+        prompts = [torch.tensor(ids, device=trainer.accelerator.device) for ids in prompt_ids]
+        input_ids, attention_mask = pad_left(prompts, trainer._tokenizer.pad_token_id)
+        with (
+            profiling_context(trainer, "transformers.generate"),
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+        ):
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=self.config,
+                stopping_criteria=self.stopping_criteria,
+                custom_generate=sample_grouped,
+                token_budget=self.token_budget,
+                lockstep=trainer.accelerator.num_processes > 1 and (trainer._dist.is_zero3 or trainer._dist.is_fsdp),
+            )
+        if self._scores:
+            self._sampled_logps = output.logps
+        completions = output.sequences[:, -output.logps.size(1) :].tolist()
+        return [ids[:length] for ids, length in zip(completions, output.lengths.tolist(), strict=True)]
+
+    # ---- Log-probabilities of the sampled tokens as the old ones
+
+    def _generate_and_score_completions(self, inputs):
+        self._scores = True
+        try:
+            return self._trl_score(inputs)
+        finally:
+            self._scores, self._sampled_logps = False, None
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        logps, self._sampled_logps = self._sampled_logps, None
+        if logps is None:
+            return self._trl_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        return F.pad(logps, (0, logits_to_keep - logps.size(1))), None, None  # TRL asks for the old ones first
+
+
+def _read_settings(trainer: GRPOTrainer | RLOOTrainer) -> tuple[GenerationConfig, StoppingCriteriaList]:
+    """TRL's settings; stop strings as the criterion they stand for, since custom decoding gets no tokenizer."""
+    config = copy.deepcopy(trainer.generation_config)
+    config.return_dict_in_generate = True
+    strings, config.stop_strings = config.stop_strings, None
+    if strings is None:
+        return config, StoppingCriteriaList()
+    try:
+        return config, StoppingCriteriaList([StopStringCriteria(trainer._tokenizer, strings)])
+    except ValueError as error:
+        raise ValueError(
+            f"`generation_kwargs: stop_strings`: transformers can't look for {strings} in this tokenizer's output "
+            f"({error}). Leave them out, or end completions with `eos_token_id`."
+        ) from error
+
+
+def _has_old_logps(trainer: GRPOTrainer | RLOOTrainer, config: GenerationConfig) -> bool:
+    """Whether TRL makes a forward pass for the old log-probabilities whose numbers sampling has.
+
+    GRPO makes one where a generation batch is not used up by one optimizer step, RLOO always. Sampling has the same
+    numbers in fp32 and at the same temperature; in bf16 and TF32 the two differ by rounding.
+    """
+    args = trainer.args
+    lasts = args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) != 0
+    makes_pass = lasts or isinstance(trainer, RLOOTrainer)
+    in_fp32 = all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    alike = in_fp32 and trainer.accelerator.mixed_precision == "no" and not args.tf32
+    alike = alike and config.do_sample and config.temperature == trainer.temperature
+    moves = getattr(args, "ratio_anchor", "rollout") == "current"  # ours: the policy of each pass itself
+    return makes_pass and alike and not moves
