@@ -1,0 +1,1 @@
+"""Callbacks for any trainer of TRL: benchmarks, trajectories, run records, trackers, Hub."""

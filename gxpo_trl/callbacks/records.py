@@ -1,0 +1,217 @@
+"""What a run is, what it has spent, and its log as it goes: `run.json` and `log.jsonl` in its folder, for reports."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl.trainer.utils import get_config_model_id
+
+from ..version import __version__
+from .wrapping import wrap_method
+
+
+logger = get_logger(__name__)
+
+RUN_NAME, LOG_NAME = "run.json", "log.jsonl"
+SPENT_NAME = "gxpo_trl.run_record"
+"""Under which a checkpoint's trainer_state.json keeps what was spent."""
+DERIVED = ("do_eval", "activation_checkpointing", "generation_batch_size", "pad_to_multiple_of", "hub_token")
+"""Settings that are made from others, or nobody's business."""
+PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets")
+TIMED = {"_generate": "generation_time", "_calculate_rewards": "reward_time"}
+"""What the log calls the time that a method of TRL's trainers takes."""
+
+
+class RunRecordCallback(TrainerCallback):
+    """Writes what a run is when it begins, and each entry of its log when it is made. Counts what the run spends.
+
+    What was spent goes on after a resumption. It is kept beside the state of transformers' stateful callbacks and not
+    as one of them: those are made anew without their trainer (`restore_callback_states_from_checkpoint`), and a
+    checkpoint that knows nothing of them can't be gone on with.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Any trainer.
+        settings (`dict[str, Any]`, *optional*): Those of the run that are not in `trainer.args`, by name.
+
+    Attributes:
+        rollouts (`int`): Completions sampled for training, over all ranks.
+        seconds (`float`): Of training, evaluations left out.
+    """
+
+    def __init__(self, trainer: Trainer, settings: dict[str, Any] | None = None):
+        self.trainer, self.settings = trainer, settings or {}
+        self.rollouts = 0
+        self._seconds = 0.0  # until the clock was started
+        self._clock_started: float | None = None
+        self._samples = wrap_method(trainer, "_generate_and_score_completions", self._count_rollouts)
+        timed = [name for name in TIMED if wrap_method(trainer, name, functools.partial(self._time, TIMED[name]))]
+        self._times = {TIMED[name]: 0.0 for name in timed}  # of this rank, in the optimizer step under way
+        wrap_method(trainer, "evaluate", self._evaluate)
+
+    # ---- What was spent
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + (0.0 if self._clock_started is None else time.perf_counter() - self._clock_started)
+
+    def spent(self) -> dict[str, float]:
+        """What the run has spent so far; without `rollouts` where the trainer samples none."""
+        spent = {"backward_passes": getattr(self.trainer, "backward_passes", self.trainer.state.global_step)}
+        if self._samples:
+            spent["rollouts"] = self.rollouts
+        return spent | {"seconds": self.seconds}
+
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Around what is no training."""
+        was_running = self._clock_started is not None
+        self._stop_clock()
+        try:
+            yield
+        finally:
+            if was_running:
+                self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._clock_started = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        self._seconds, self._clock_started = self.seconds, None
+
+    def _evaluate(self, evaluate, *args, **kwargs):
+        with self.off_the_clock():
+            return evaluate(*args, **kwargs)
+
+    def _count_rollouts(self, generate_and_score, inputs, *args, **kwargs):
+        if self.trainer.model.training:
+            self.rollouts += len(inputs) * self.trainer.accelerator.num_processes
+        return generate_and_score(inputs, *args, **kwargs)
+
+    def _time(self, name: str, method, *args, **kwargs):
+        started = time.perf_counter()
+        output = method(*args, **kwargs)
+        if self.trainer.model.training:
+            self._times[name] += time.perf_counter() - started
+        return output
+
+    # ---- Events
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            self._resume(state.stateful_callbacks.get(SPENT_NAME))
+        self._start_clock()
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{RUN_NAME}.partial"
+        partial.write_text(json.dumps(self.describe_run(), indent=2, default=str) + "\n")
+        os.replace(partial, folder / RUN_NAME)
+        (folder / LOG_NAME).write_text("".join(map(_line, state.log_history)))  # of a resumed run
+
+    def _resume(self, spent: dict[str, float] | None) -> None:
+        if spent is None:
+            logger.warning("The checkpoint does not say what the run has spent: the count starts with this step.")
+        else:
+            self.rollouts, self._seconds = spent["rollouts"], spent["seconds"]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        metrics = getattr(self.trainer, "_metrics", None)
+        if metrics is not None:  # transformers' own trainers have none
+            for name, seconds in self._times.items():
+                metrics["train"][f"lookahead/{name}"].append(seconds)
+            # A total: TRL logs the mean of the list over the logging interval, and of it only the last counts.
+            metrics["train"]["lookahead/elapsed_time"] = [self.seconds]
+        self._times = dict.fromkeys(self._times, 0.0)
+        state.stateful_callbacks[SPENT_NAME] = {"rollouts": self.rollouts, "seconds": self.seconds}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and state.log_history:
+            with open(Path(args.output_dir) / LOG_NAME, "a") as file:
+                file.write(_line(state.log_history[-1]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._stop_clock()
+
+    def describe_run(self) -> dict[str, Any]:
+        """For `run.json`."""
+        return describe_run(self.trainer, self.settings)
+
+
+def find_record(trainer: Trainer) -> RunRecordCallback | None:
+    """The callback that records the run of a trainer, if there is one."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, RunRecordCallback)), None)
+
+
+def describe_run(trainer: Trainer, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `run.json` says of a run; `settings` are those that are not in `trainer.args`."""
+    args, model, settings = trainer.args, trainer.model, settings or {}
+    completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return {
+        "package": __version__,
+        "trainer": type(trainer).__name__,
+        "model": get_config_model_id(model.config),
+        "adapter": _adapter_settings(model),
+        "rewards": list(getattr(trainer, "reward_func_names", [])),
+        "training_examples": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "processes": args.world_size,
+        "completions_per_step": completions if hasattr(trainer, "_generate_and_score_completions") else None,
+        "settings": args.to_dict() | settings,
+        "changed": _changed(args) | {name: value for name, value in settings.items() if value not in (None, [], ())},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def _adapter_settings(model: torch.nn.Module) -> dict[str, Any] | None:
+    """PEFT's settings of the adapter in use, also of one without a `PeftModel` around it; `None` if there is none."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    active = getattr(model, "active_adapter", None)  # a name in a `PeftModel`; others call it otherwise
+    config = configs[active] if isinstance(active, str) else next(iter(configs.values()))
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+
+
+def _changed(args: TrainingArguments) -> dict[str, Any]:
+    """The settings that are not their defaults, which nothing else follows from."""
+    settings, changed = args.to_dict(), {}
+    for f in dataclasses.fields(args):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        is_plain = isinstance(getattr(args, f.name), (str, int, float, bool, type(None), list, tuple, Enum))
+        if f.init and is_plain and f.name not in DERIVED and getattr(args, f.name) not in (default, [], ()):
+            changed[f.name] = settings[f.name]
+    return changed
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> float | str:
+    """What JSON has in place of a value that it doesn't know: the number that it is, else its text."""
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+        return value.item()
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return str(value)

@@ -1,0 +1,103 @@
+"""Records a run's trajectory: its adapter, every so many steps, on any engine and in any trainer."""
+
+import copy
+import itertools
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import Trainer, TrainerCallback
+
+from ..trajectory.checkpoints import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, check_adapter_settings, step_folder_name
+from ..update.engines import whole_parameters
+from .checks import check_at_least
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class TrajectoryArguments:
+    r"""
+    When adapters are saved, as [`TrajectoryCallback`] does it.
+
+    Parameters:
+        trajectory_steps (`int`, *optional*):
+            Saves the LoRA adapter alone, every so many steps, under `<output_dir>/trajectory/step-000010/`, for `gxpo
+            extrapolate`. Unset for never.
+    """
+
+    trajectory_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Saves the LoRA adapter alone, every so many steps, under `<output_dir>/trajectory/step-000010/`, "
+            "for `gxpo extrapolate`. Unset for never."
+        },
+    )
+
+    def __post_init__(self):
+        if self.trajectory_steps is not None:
+            check_at_least("trajectory_steps", self.trajectory_steps, 1)
+
+
+class TrajectoryCallback(TrainerCallback):
+    """Saves the adapter before the first step and after every `every_steps` steps, beside the ordinary checkpoints.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Any trainer of a LoRA adapter.
+        every_steps (`int`): How many optimizer steps lie between two adapters.
+
+    Raises:
+        ValueError: If there is no adapter, or one whose trajectory `gxpo extrapolate` can't read.
+    """
+
+    def __init__(self, trainer: Trainer, every_steps: int):
+        check_at_least("trajectory_steps", every_steps, 1)
+        if not isinstance(trainer.model, PeftModel):
+            raise ValueError("`trajectory_steps` records an adapter, and there is none. Train with LoRA.")
+        check_adapter_settings(trainer.model.active_peft_config.to_dict(), "the model's adapter")
+        self.trainer, self.every_steps = trainer, every_steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            return  # resumed
+        folder = Path(args.output_dir) / TRAJECTORY_FOLDER
+        if args.should_save and folder.is_dir():
+            _move_away(folder)
+        self.save_adapter(folder / step_folder_name(0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every_steps == 0:
+            self.save_adapter(Path(args.output_dir) / TRAJECTORY_FOLDER / step_folder_name(state.global_step))
+
+    def save_adapter(self, folder: Path) -> None:
+        """The adapter in the precision that is stepped. The folder appears when it is complete."""
+        trainer, should_save = self.trainer, self.trainer.args.should_save
+        tensors = {}
+        for name, tensor in whole_parameters(trainer.accelerator, trainer.model_wrapped):  # on every rank
+            if should_save:
+                tensors[name] = tensor.cpu()
+        if not should_save:
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        adapter = get_peft_model_state_dict(model, tensors, model.active_adapter, save_embedding_layers=False)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, partial / ADAPTER_WEIGHTS)
+        config = copy.copy(model.active_peft_config)
+        config.inference_mode = True  # as PEFT saves it
+        config.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+
+
+def _move_away(folder: Path) -> None:
+    """Keeps what an earlier run with the same output folder recorded, under another name."""
+    number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-{i}").exists())
+    folder.rename(folder.with_name(f"{folder.name}-{number}"))
+    logger.warning(f"{folder} held the trajectory of another run, which is in {folder.name}-{number} now.")
