@@ -40,7 +40,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer  # noqa: E402
 from gxpo_trl.update.snapshot import Origin  # noqa: E402
-from gxpo_trl.update.step import lookahead_step  # noqa: E402
+from gxpo_trl.update.algorithm import lookahead_step  # noqa: E402
 
 
 class PoisonedOnOneRankTrainer(GXPOTrainer):

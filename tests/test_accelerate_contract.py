@@ -12,15 +12,15 @@ from accelerate.utils import DistributedType, fsdp_utils
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
 from contracts import Name, check, parameter_names
 
-from gxpo_trl.update.engines.choice import REPLICATED
-from gxpo_trl.update.engines.deepspeed import BackwardOnly
+from gxpo_trl.engines.support import REPLICATED
+from gxpo_trl.engines.deepspeed import BackwardOnly
 
 
 ACCELERATOR = "accelerate.Accelerator"
 STATE = "accelerate.state.AcceleratorState"
 PROCESS = "accelerate.state.PartialState"
-BASE, CHOICE, OF_DEEPSPEED, WHOLE = (f"update/engines/{name}.py" for name in ("base", "choice", "deepspeed", "whole"))
-EVALUATING, COMPACTING, SHIM = "trainer/evaluating.py", "trainer/compacting.py", "tests/cpu_engines.py"
+BASE, CHOICE, OF_DEEPSPEED, WHOLE = (f"engines/{name}.py" for name in ("base", "choice", "deepspeed", "whole"))
+EVALUATING, COMPACTING, SHIM = "callbacks/benchmarks.py", "trainer/layout.py", "tests/cpu_engines.py"
 
 NAMES = [
     Name(ACCELERATOR, "backward", BASE, "goes backward with it", "loss"),
@@ -28,9 +28,9 @@ NAMES = [
     Name(ACCELERATOR, "gradient_state", BASE, "sets there whether gradients synchronise"),
     Name("accelerate.state.GradientState", "_set_sync_gradients", BASE, "says so with it", "sync_gradients"),
     Name(ACCELERATOR, "device", BASE, "adds totals up there"),
-    Name(ACCELERATOR, "sync_gradients", "trainer/lookahead_trainer.py", "knows by it that pass 1 is over"),
+    Name(ACCELERATOR, "sync_gradients", "trainer/trainer.py", "knows by it that pass 1 is over"),
     Name(
-        *(ACCELERATOR, "clip_grad_norm_", "update/engines/replicated.py", "clips as the trainer does"),
+        *(ACCELERATOR, "clip_grad_norm_", "engines/replicated.py", "clips as the trainer does"),
         "parameters, max_norm",
     ),
     Name(ACCELERATOR, "deepspeed_engine_wrapped", OF_DEEPSPEED, "puts `BackwardOnly` in its place"),
@@ -51,15 +51,15 @@ NAMES = [
     Name(ACCELERATOR, "process_index", EVALUATING, "deals problems out by it"),
     Name(ACCELERATOR, "gather", COMPACTING, "agrees with the other ranks on widths", "tensor"),
     Name(ACCELERATOR, "reduce", COMPACTING, "adds tokens up over ranks", "tensor"),
-    Name(ACCELERATOR, "print", "trainer/lookahead_trainer.py", "says what a batch is"),
+    Name(ACCELERATOR, "print", "trainer/trainer.py", "says what a batch is"),
     Name(ACCELERATOR, "is_main_process", "scripts/dry_run.py", "removes the rehearsal's folder once"),
     Name(ACCELERATOR, "wait_for_everyone", "scripts/dry_run.py", "removes that folder when all are done", ""),
     Name("accelerate.utils", "gather_object", EVALUATING, "gathers the samples of all ranks", "object"),
     Name(
-        *("accelerate.utils", "get_int_from_env", "trainer/lookahead_config.py"),
+        *("accelerate.utils", "get_int_from_env", "trainer/config.py"),
         *("knows the number of processes before there is a trainer", "env_keys, default"),
     ),
-    Name("accelerate.logging", "get_logger", "trainer/publishing.py", "warns once, not on every rank", "name"),
+    Name("accelerate.logging", "get_logger", "callbacks/hub.py", "warns once, not on every rank", "name"),
     Name(PROCESS, "_prepare_backend", SHIM, "stands in for it", "cpu, sagemaker_dp, backend"),
     Name(PROCESS, "_shared_state", SHIM, "knows by it whether a state is the first"),
     Name(PROCESS, "distributed_type", SHIM, "has FSDP2 run without an accelerator by it"),
@@ -93,7 +93,7 @@ def test_gradients_synchronise_by_hand_and_a_step_acts_only_then(prepared):
     optimizer.step()
     assert held_back and accelerator.sync_gradients and parameter.tolist() == [-1.0, -1.0], (
         "accelerate's optimizer does not act by `_set_sync_gradients` alone any more: `micro_batch` in "
-        "update/engines/base.py sets it by hand."
+        "engines/base.py sets it by hand."
     )
 
 
@@ -103,7 +103,7 @@ def test_a_prepared_optimizer_is_a_wrapper_that_shares_groups_and_state(prepared
         isinstance(optimizer, AcceleratedOptimizer) and optimizer.param_groups is optimizer.optimizer.param_groups
     ), (
         "accelerate's AcceleratedOptimizer does not show the param groups of the optimizer below it any more: "
-        "update/engines/base.py and replicated.py read and restore them through it."
+        "engines/base.py and replicated.py read and restore them through it."
     )
 
 
@@ -114,7 +114,7 @@ def test_a_norm_is_returned_from_before_clipping(prepared):
     factor = torch.clamp(1.0 / (norm + 1e-6), max=1.0)
     assert norm == 5.0 and torch.equal(parameter.grad, torch.tensor([3.0, 4.0]) * factor), (
         "accelerate's `clip_grad_norm_` does not multiply gradients with min(1, max / (norm + 1e-6)) any more: "
-        "`clip_gradients` in update/engines/replicated.py and fsdp2.py takes that for the factor."
+        "`clip_gradients` in engines/replicated.py and fsdp2.py takes that for the factor."
     )
 
 
@@ -122,7 +122,7 @@ def test_the_kinds_of_process_groups_have_their_names():
     named = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU")
     assert [kind.name for kind in REPLICATED] == list(named), (
         "accelerate's DistributedType calls the kinds of plain data parallelism otherwise now: REPLICATED in "
-        "update/engines/choice.py lists them."
+        "engines/support.py lists them."
     )
 
 
@@ -131,7 +131,7 @@ def test_every_kind_of_process_group_is_accepted_or_refused_knowingly():
     refused = {"MULTI_SDAA", "MULTI_MUSA", "MULTI_NEURON", "XLA", "MEGATRON_LM", "TP"}
     new = {kind.name for kind in DistributedType if kind not in known} - refused
     assert not new, (
-        f"accelerate's DistributedType has {', '.join(sorted(new))} now: update/engines/choice.py refuses it; if it "
+        f"accelerate's DistributedType has {', '.join(sorted(new))} now: engines/support.py refuses it; if it "
         "is plain data parallelism it belongs to REPLICATED, else to `refused` here."
     )
 
@@ -139,7 +139,7 @@ def test_every_kind_of_process_group_is_accepted_or_refused_knowingly():
 @pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
 def test_the_sizes_of_parallelism_are_one_unless_set(size):
     assert getattr(ParallelismConfig(), size, None) == 1, (
-        f"accelerate's ParallelismConfig has no `{size}` of 1 by default any more: update/engines/choice.py refuses a "
+        f"accelerate's ParallelismConfig has no `{size}` of 1 by default any more: engines/support.py refuses a "
         "run by it."
     )
 
@@ -152,11 +152,11 @@ def test_the_precision_of_reductions_can_be_set_in_the_plugin_before_the_model_i
     policy = plugin.mixed_precision_policy
     assert policy.reduce_dtype == torch.bfloat16 and "reduce_dtype" in policy.__dataclass_fields__, (
         "accelerate's FullyShardedDataParallelPlugin has no `mixed_precision_policy` with a `reduce_dtype` any more: "
-        "`reduce_in_fp32` in update/engines/choice.py replaces it."
+        "`reduce_in_fp32` in engines/support.py replaces it."
     )
     assert "fsdp2_plugin.mixed_precision_policy" in inspect.getsource(fsdp_utils.fsdp2_prepare_model), (
         "accelerate's `fsdp2_prepare_model` does not read `mixed_precision_policy` from the plugin any more: "
-        "`reduce_in_fp32` in update/engines/choice.py sets it there."
+        "`reduce_in_fp32` in engines/support.py sets it there."
     )
 
 
@@ -165,7 +165,7 @@ def test_fsdp2_keeps_parameters_in_fp32_under_the_condition_that_we_repeat():
     condition = 'accelerator.mixed_precision != "no" and not model_has_params4bit'
     assert condition in source and "Params4bit" in source, (
         "accelerate's `fsdp2_prepare_model` upcasts parameters under another condition now: `keeps_fp32_parameters` "
-        "in update/engines/choice.py repeats the old one."
+        "in engines/support.py repeats the old one."
     )
 
 
@@ -189,11 +189,11 @@ def test_the_backward_pass_of_deepspeeds_wrapper_differs_from_ours_by_the_step_a
     BackwardOnly(ours).backward(1.0, sync_gradients=last, scale_wrt_gas=False)
     assert theirs.calls == ours.calls + ([("step",)] if last else []), (
         "accelerate's DeepSpeedEngineWrapper does more in `backward`, or less, than to go backward and step: "
-        "`BackwardOnly` in update/engines/deepspeed.py has to do the same without the step."
+        "`BackwardOnly` in engines/deepspeed.py has to do the same without the step."
     )
     assert parameter_names(DeepSpeedEngineWrapper.backward) == parameter_names(BackwardOnly.backward), (
         "accelerate's DeepSpeedEngineWrapper.backward takes other arguments now: `BackwardOnly` in "
-        "update/engines/deepspeed.py stands in for it."
+        "engines/deepspeed.py stands in for it."
     )
 
 
@@ -209,7 +209,7 @@ def test_the_accelerator_goes_backward_through_the_wrapper_and_passes_arguments_
     expected = [("set_gradient_accumulation_boundary", ("is_boundary", True))]
     assert engine.calls == [*expected, ("backward", 8.0, ("scale_wrt_gas", False))], (
         "accelerate's `backward` does not hand the loss undivided to `deepspeed_engine_wrapped` any more: "
-        "update/engines/deepspeed.py puts `BackwardOnly` there."
+        "engines/deepspeed.py puts `BackwardOnly` there."
     )
 
 
@@ -219,7 +219,7 @@ def test_a_loss_is_taken_as_it_is_by_an_accelerator_that_accumulates_nothing():
     Accelerator(cpu=True).backward(loss)
     assert loss.grad == 1.0, (
         "accelerate's `backward` scales a loss although it accumulates over one micro-batch: `backward` in "
-        "update/engines/base.py hands it losses divided already."
+        "engines/base.py hands it losses divided already."
     )
 
 
@@ -231,5 +231,5 @@ def test_deepspeeds_optimizer_wrapper_does_not_step():
     wrapper.step()
     wrapper.zero_grad()
     assert isinstance(wrapper, AcceleratedOptimizer) and not counting.calls, (
-        "accelerate's DeepSpeedOptimizerWrapper steps now: `finish` in update/engines/deepspeed.py would step twice."
+        "accelerate's DeepSpeedOptimizerWrapper steps now: `finish` in engines/deepspeed.py would step twice."
     )

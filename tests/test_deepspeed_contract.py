@@ -14,7 +14,7 @@ import pytest
 import torch
 from contracts import Name, check
 
-from gxpo_trl.update.engines.choice import DEEPSPEED_SETTINGS, ZERO_ENGINES
+from gxpo_trl.engines.support import DEEPSPEED_SETTINGS, ZERO_ENGINES
 
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed, an extra, is not installed")
@@ -26,8 +26,8 @@ BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
 PARTITIONED = "deepspeed.runtime.zero.partition_parameters.Init"
 """What gives the parameters of ZeRO-3 their attributes."""
 
-OF_THE_ENGINE = "update/engines/deepspeed.py"
-OF_ZERO_12, OF_ZERO_3, OF_BF16 = (f"update/engines/{name}.py" for name in ("zero12", "zero3", "bf16_optimizer"))
+OF_THE_ENGINE = "engines/deepspeed.py"
+OF_ZERO_12, OF_ZERO_3, OF_BF16 = (f"engines/{name}.py" for name in ("zero12", "zero3", "bf16_optimizer"))
 
 NAMES = [
     # ---- The engine, which wraps the model
@@ -110,7 +110,7 @@ NAMES = [
     Name(PARTITIONED, "all_gather", OF_ZERO_3, "gathers persistent parameters with it"),
     Name(PARTITIONED, "ds_id", "tests/engine_worker.py", "knows a partitioned parameter by it"),
     # ---- The rest
-    Name("deepspeed.utils", "safe_get_full_fp32_param", "update/engines/whole.py", "reads whole parameters", "param"),
+    Name("deepspeed.utils", "safe_get_full_fp32_param", "engines/whole.py", "reads whole parameters", "param"),
     Name("deepspeed.runtime.zero", "GatheredParameters", "tests/engine_worker.py", "reads whole parameters"),
     Name("deepspeed.ops", "__compatible_ops__", "tests/cpu_engines.py", "keeps an operation from being compiled"),
 ]
@@ -124,7 +124,7 @@ def test_the_names_that_the_engines_touch_are_there(touched):
 def test_the_engine_is_chosen_by_these_class_names():
     classes = {path.rpartition(".")[2] for path in (ZERO_12, ZERO_3, BF16)}
     assert classes == set(ZERO_ENGINES), (
-        "update/engines/choice.py chooses an engine by the name of DeepSpeed's optimizer, and the contract knows "
+        "engines/support.py chooses an engine by the name of DeepSpeed's optimizer, and the contract knows "
         f"{', '.join(sorted(classes ^ set(ZERO_ENGINES)))} in one of the two places alone."
     )
 
@@ -149,14 +149,14 @@ def lines_of(owner: str, method: str) -> set[str]:
 def test_a_step_of_the_engine_counts_as_ours_does(method, statement):
     assert statement in lines_of(ENGINE, method), (
         f"DeepSpeedEngine.{method} of DeepSpeed has no `{statement}` any more: the step that "
-        "update/engines/deepspeed.py takes after a fall-back, in `finish`, has to count as DeepSpeed's own does."
+        "engines/deepspeed.py takes after a fall-back, in `finish`, has to count as DeepSpeed's own does."
     )
 
 
 def test_the_first_micro_batch_of_a_pass_follows_minus_one():
     stage = pkgutil.resolve_name("deepspeed.runtime.zero.stage_1_and_2")
     assert stage.INITIAL_MICRO_STEP_ID == -1, (
-        "DeepSpeed's INITIAL_MICRO_STEP_ID is no longer -1, to which update/engines/zero12.py sets `micro_step_id` so "
+        "DeepSpeed's INITIAL_MICRO_STEP_ID is no longer -1, to which engines/zero12.py sets `micro_step_id` so "
         "that the next micro-batch is the first of its pass."
     )
 
@@ -171,7 +171,7 @@ def test_gradients_are_accumulated_in_the_second_of_the_data_types():
     )
     assert types == (torch.bfloat16, torch.float32), (
         "DeepSpeedEngine.get_data_types of DeepSpeed does not return the precision of accumulation in second place "
-        "any more: update/engines/deepspeed.py warns by it."
+        "any more: engines/deepspeed.py warns by it."
     )
 
 
@@ -207,7 +207,7 @@ def test_one_partition_is_stepped_and_the_param_groups_are_left_as_they_were(own
     stepped = [id(p) for p in optimizer.stepped[0]]
     assert stepped == [id(second)] and optimizer.param_groups == groups, (
         f"`_optimizer_step` of DeepSpeed's {owner.rpartition('.')[2]} does not step one partition alone any more: "
-        "`step_partition` in update/engines/zero12.py and zero3.py relies on it."
+        "`step_partition` in engines/zero12.py and zero3.py relies on it."
     )
 
 
@@ -236,7 +236,7 @@ def test_gradients_are_clipped_by_the_factor_that_we_use(clip, norm):
     factor = min(1.0, 0.5 / (norm + 1e-6))
     assert gradient.item() == pytest.approx(norm * factor, rel=1e-6), (
         "DeepSpeed does not multiply gradients with min(1, max / (norm + 1e-6)) any more: `clip_gradients` in "
-        "update/engines/deepspeed.py clips the gradients of probes so."
+        "engines/deepspeed.py clips the gradients of probes so."
     )
 
 
@@ -261,7 +261,7 @@ def test_the_settings_that_are_refused_go_by_these_names(setting):
     fields = pkgutil.resolve_name(CONFIGURATIONS[part]).model_fields
     known = {*fields, *(field.alias for field in fields.values())}
     assert name in known, (
-        f"DeepSpeed's configuration has no `{setting}` any more: DEEPSPEED_SETTINGS in update/engines/choice.py looks "
+        f"DeepSpeed's configuration has no `{setting}` any more: DEEPSPEED_SETTINGS in engines/support.py looks "
         "there for what it has to refuse."
     )
 
@@ -271,6 +271,6 @@ def test_the_settings_without_a_class_are_named_in_the_sources(setting):
     modules = [pkgutil.resolve_name(f"deepspeed.runtime.{name}") for name in ("config", "constants")]
     texts = " ".join(inspect.getsource(module) for module in modules)
     assert all(f'"{part}"' in texts for part in setting.removeprefix("zero_optimization.").split(".")), (
-        f"DeepSpeed does not read `{setting}` any more: DEEPSPEED_SETTINGS in update/engines/choice.py looks there "
+        f"DeepSpeed does not read `{setting}` any more: DEEPSPEED_SETTINGS in engines/support.py looks there "
         "for what it has to refuse."
     )

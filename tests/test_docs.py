@@ -25,7 +25,7 @@ from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.tasks.datasets import EMBEDDED_DATASET
 from gxpo_trl.tasks.names import EMBEDDED_MODEL
 from gxpo_trl.tasks.rewards import maths_reward
-from gxpo_trl.trainer.lookahead_config import LookaheadArguments, LookaheadConfig
+from gxpo_trl.trainer.config import LookaheadArguments, LookaheadConfig
 from gxpo_trl.trajectory.settings import ExtrapolationArguments
 
 

@@ -50,7 +50,9 @@ def active_step(engine: State, rollback: bool = False, **settings) -> None:
 
 @pytest.fixture
 def engine(monkeypatch) -> State:
-    monkeypatch.setattr("gxpo_trl.update.slices.SLICE_SIZE", 2**12)  # temporaries of the extrapolation count for nothing
+    monkeypatch.setattr(
+        "gxpo_trl.update.slices.SLICE_SIZE", 2**12
+    )  # temporaries of the extrapolation count for nothing
     model = Layers()
     engine = prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False), max_grad_norm=1.0)
     plain_step(engine)  # the moments exist

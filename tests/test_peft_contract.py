@@ -25,7 +25,7 @@ from gxpo_trl.trajectory.checkpoints import (
 
 MODEL, LORA = "peft.PeftModel", "peft.LoraConfig"
 TRAITS, RECORDER, CHECKPOINTS, WRITING = (
-    *("rollout/model_traits.py", "trainer/trajectory.py"),
+    *("sampling/model_traits.py", "callbacks/trajectories.py"),
     *("trajectory/checkpoints.py", "trajectory/writing.py"),
 )
 
@@ -102,12 +102,12 @@ def test_adapters_are_saved_under_these_names(tmp_path):
     picked = get_peft_model_state_dict(model, dict(model.named_parameters()), "default", save_embedding_layers=False)
     assert picked.keys() == keys, (
         "PEFT's `get_peft_model_state_dict` picks other tensors from those it is given than `save_pretrained` writes: "
-        "trainer/trajectory.py saves an adapter with it."
+        "callbacks/trajectories.py saves an adapter with it."
     )
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["peft_type"] == "LORA" and settings["inference_mode"] is True, (
         "PEFT does not write `peft_type: LORA` and `inference_mode: true` into adapter_config.json any more: "
-        "trajectory/checkpoints.py reads it, and trainer/trajectory.py writes it."
+        "trajectory/checkpoints.py reads it, and callbacks/trajectories.py writes it."
     )
     check_adapter_settings(settings, "this one")
 
@@ -191,5 +191,5 @@ def test_prompt_learning_is_told_from_lora():
     prompt, lora = PromptTuningConfig(num_virtual_tokens=2), LoraConfig()
     assert prompt.is_prompt_learning and not lora.is_prompt_learning and not lora.alora_invocation_tokens, (
         "PEFT's `is_prompt_learning` or `alora_invocation_tokens` does not tell adapters that change the prompt from "
-        "plain LoRA any more: rollout/model_traits.py refuses them by it."
+        "plain LoRA any more: sampling/model_traits.py refuses them by it."
     )

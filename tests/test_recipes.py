@@ -14,7 +14,7 @@ from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.recipes import recipe_names, recipe_path
 from gxpo_trl.tasks import resolve_reward
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, problem_set
-from gxpo_trl.trainer.lookahead_config import accumulation_steps
+from gxpo_trl.trainer.config import accumulation_steps
 
 
 ROOT = Path(__file__).parents[1]

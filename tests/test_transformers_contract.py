@@ -36,7 +36,7 @@ from transformers.generation import EosTokenCriteria
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer
 
-from gxpo_trl.rollout.generation import SERVED_SETTINGS
+from gxpo_trl.sampling.grouped import SERVED_SETTINGS
 from gxpo_trl.tasks import TINY_MODEL_PATH
 
 
@@ -50,7 +50,7 @@ CONFIG, CACHES = "transformers.GenerationConfig", "transformers.cache_utils"
 LOOKAHEAD, EVALUATING, PUBLISHING, TRACKING, RECORDING = (
     f"trainer/{name}.py" for name in ("lookahead_trainer", "evaluating", "publishing", "tracking", "recording")
 )
-GENERATION, TRAITS, GENERATING = "rollout/generation.py", "rollout/model_traits.py", "trainer/generating.py"
+GENERATION, TRAITS, GENERATING = "sampling/grouped.py", "sampling/model_traits.py", "trainer/grouped.py"
 SHIM, CARD, PUSH, WRITING = "tests/cpu_engines.py", "reporting/card.py", "scripts/push.py", "trajectory/writing.py"
 
 NAMES = [
@@ -78,12 +78,12 @@ NAMES = [
     Name(TRAINER, "save_state", "scripts/train.py", "saves the trainer's state with it", ""),
     Name(TRAINER, "push_to_hub", "scripts/train.py", "sends the finished run with it"),
     Name(ARGUMENTS, "to_dict", RECORDING, "writes the settings down with it", ""),
-    Name(ARGUMENTS, "world_size", "trainer/lookahead_config.py", "checks the number of processes by it"),
-    Name(ARGUMENTS, "eval_steps", "trainer/lookahead_config.py", "asks for it where there are benchmarks"),
-    Name(ARGUMENTS, "fp16", "trainer/lookahead_config.py", "refuses it"),
-    Name(ARGUMENTS, "optim", "trainer/lookahead_config.py", "refuses optimizers by it"),
-    Name(ARGUMENTS, "weight_decay", "trainer/lookahead_config.py", "refuses it with some optimizers"),
-    Name(ARGUMENTS, "per_device_train_batch_size", "trainer/lookahead_config.py", "computes accumulation from it"),
+    Name(ARGUMENTS, "world_size", "trainer/config.py", "checks the number of processes by it"),
+    Name(ARGUMENTS, "eval_steps", "trainer/config.py", "asks for it where there are benchmarks"),
+    Name(ARGUMENTS, "fp16", "trainer/config.py", "refuses it"),
+    Name(ARGUMENTS, "optim", "trainer/config.py", "refuses optimizers by it"),
+    Name(ARGUMENTS, "weight_decay", "trainer/config.py", "refuses it with some optimizers"),
+    Name(ARGUMENTS, "per_device_train_batch_size", "trainer/config.py", "computes accumulation from it"),
     Name(ARGUMENTS, "should_save", LOOKAHEAD, "writes its state on one process"),
     Name(ARGUMENTS, "process_index", "scripts/dry_run.py", "prints the plan once"),
     Name(ARGUMENTS, "distributed_state", "scripts/dry_run.py", "has all processes wait with it"),
@@ -203,13 +203,13 @@ def test_the_overridden_methods_keep_their_signatures(name):
 def test_a_repository_is_created_with_token_and_privacy():
     assert parameter_names(Trainer.init_hf_repo) == ["token", "private"], (
         "transformers' Trainer.init_hf_repo takes other arguments than `token` and `private` now: "
-        "trainer/publishing.py overrides it and passes them on."
+        "callbacks/hub.py overrides it and passes them on."
     )
 
 
 def test_pushes_in_the_background_are_a_list():
     assert PushInProgress().jobs == [], (
-        "transformers' PushInProgress does not begin with an empty list of jobs any more: trainer/publishing.py takes "
+        "transformers' PushInProgress does not begin with an empty list of jobs any more: callbacks/hub.py takes "
         "those that are done out of it."
     )
 
@@ -226,14 +226,14 @@ def test_an_entry_is_in_the_history_when_callbacks_hear_of_it(tmp_path):
     trainer.control.should_log = True
     Trainer.log(trainer, {"eval/probe": 2.0})
     assert callback.entry["eval/probe"] == callback.logs["eval/probe"] == 2.0, (
-        "transformers' Trainer.log calls `on_log` before the entry is in `state.log_history`: trainer/recording.py "
+        "transformers' Trainer.log calls `on_log` before the entry is in `state.log_history`: callbacks/records.py "
         "copies the last entry to log.jsonl."
     )
     assert not trainer.control.should_log, (
-        "transformers' Trainer.log does not reset `control.should_log` any more: trainer/evaluating.py restores it."
+        "transformers' Trainer.log does not reset `control.should_log` any more: callbacks/benchmarks.py restores it."
     )
     assert trainer._metrics["train"]["probe"] == [1.0], (
-        "transformers' Trainer.log touches TRL's `_metrics`: trainer/evaluating.py calls it so that the step's "
+        "transformers' Trainer.log touches TRL's `_metrics`: callbacks/benchmarks.py calls it so that the step's "
         "metrics stay."
     )
 
@@ -254,7 +254,7 @@ CACHE = cache_arguments(LlamaForCausalLM.forward)[0]
 def test_the_cache_is_the_one_argument_that_is_annotated_as_one(function):
     assert cache_arguments(function) == [CACHE], (
         f"transformers' LlamaForCausalLM.{function.__name__} has not exactly one argument that is annotated as a "
-        "`Cache`, of one name in `forward` and `prepare_inputs_for_generation`: rollout/generation.py hands the cache "
+        "`Cache`, of one name in `forward` and `prepare_inputs_for_generation`: sampling/grouped.py hands the cache "
         "over under that name."
     )
 
@@ -281,11 +281,11 @@ def test_inputs_are_prepared_for_the_last_tokens_and_the_cache_goes_with_them():
         expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
     assert inputs["input_ids"].tolist() == [[9], [7]] and inputs[CACHE] is cache and logits.size(1) == 1, (
         "transformers' `prepare_inputs_for_generation` does not cut the inputs to the last `next_sequence_length` "
-        "tokens, or does not pass on the cache and `logits_to_keep`: rollout/generation.py relies on it."
+        "tokens, or does not pass on the cache and `logits_to_keep`: sampling/grouped.py relies on it."
     )
     assert torch.allclose(logits[:, -1], expected, atol=1e-5), (
         "transformers' models do not give the logits of a whole sequence from a cache and its last token any more: "
-        "rollout/generation.py decodes so."
+        "sampling/grouped.py decodes so."
     )
 
 
@@ -295,7 +295,7 @@ def test_a_cache_holds_rows_first_and_columns_last_but_one():
     layer = cache.layers[0]
     assert type(layer) is DynamicLayer and not layer.is_initialized and cache.get_seq_length() == 0, (
         "transformers' DynamicCache of a Llama does not begin with empty `DynamicLayer`s any more: "
-        "rollout/model_traits.py and generation.py know the stock cache by them."
+        "sampling/model_traits.py and generation.py know the stock cache by them."
     )
     with torch.no_grad():
         model(input_ids=torch.tensor([[3, 4, 5], [6, 7, 8]]), use_cache=True, **{CACHE: cache})
@@ -304,11 +304,11 @@ def test_a_cache_holds_rows_first_and_columns_last_but_one():
     shapes = {tuple(layer.keys.shape[i] for i in (0, -2)), tuple(layer.values.shape[i] for i in (0, -2))}
     assert layer.is_initialized and shapes == {(3, 3)} and cache.get_seq_length() == 3, (
         "transformers' DynamicLayer does not hold rows in the first and columns in the last dimension but one any "
-        "more: rollout/generation.py pads and joins `keys` and `values` so."
+        "more: sampling/grouped.py pads and joins `keys` and `values` so."
     )
     assert torch.equal(layer.keys, before[[1, 0, 0]]), (
         "transformers' `batch_select_indices` does not pick rows in the order of the indices, repeated ones included: "
-        "rollout/generation.py repeats a prompt's row by it."
+        "sampling/grouped.py repeats a prompt's row by it."
     )
 
 
@@ -322,7 +322,7 @@ def test_a_sliding_window_keeps_one_column_less_than_it_is_wide_and_counts_all()
     found = (type(layer), layer.sliding_window, layer.keys.size(-2), layer.cumulative_length)
     assert found == (DynamicSlidingWindowLayer, 4, 3, 6), (
         "transformers' DynamicSlidingWindowLayer does not keep `sliding_window - 1` columns and count all of them in "
-        "`cumulative_length` any more: `_pad` in rollout/generation.py cuts it so."
+        "`cumulative_length` any more: `_pad` in sampling/grouped.py cuts it so."
     )
 
 
@@ -350,28 +350,28 @@ def test_a_decoding_method_of_ones_own_gets_what_generate_has_prepared():
     )
     assert output is ids and seen["token_budget"] == 7 and torch.equal(seen["attention_mask"], mask), (
         "transformers' `generate` does not return what `custom_generate` returns, or hands over other arguments than "
-        "it names: `sample_grouped` in rollout/generation.py is called so."
+        "it names: `sample_grouped` in sampling/grouped.py is called so."
     )
     config = seen["generation_config"]
     assert (config.max_length, int(config._pad_token_tensor)) == (3 + 5, 0), (
         "transformers' `generate` does not prepare `max_length` and `_pad_token_tensor` for `custom_generate` any "
-        "more: rollout/generation.py reads both."
+        "more: sampling/grouped.py reads both."
     )
     processors = {type(processor).__name__ for processor in seen["logits_processor"]}
     assert processors == {"RepetitionPenaltyLogitsProcessor", "TopKLogitsWarper"}, (
         "transformers' `generate` prepares other logits processors for `custom_generate` than the settings ask for: "
-        "rollout/generation.py applies them as they come."
+        "sampling/grouped.py applies them as they come."
     )
     criteria = {type(criterion).__name__ for criterion in seen["stopping_criteria"]}
     assert criteria == {"MaxLengthCriteria", "EosTokenCriteria", "MaxTimeCriteria"}, (
         "transformers' `generate` prepares other stopping criteria for `custom_generate` than the settings ask for: "
-        "rollout/generation.py leaves out MaxLengthCriteria alone."
+        "sampling/grouped.py leaves out MaxLengthCriteria alone."
     )
     known = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE}
     others = (seen.keys() - {"generation_config", "logits_processor", "stopping_criteria", "token_budget"}) ^ known
     assert not others, (
         f"transformers' `generate` hands `{', '.join(sorted(others))}` to `custom_generate` now, or does so no more: "
-        "`sample_grouped` in rollout/generation.py knows which model inputs there are, and refuses others."
+        "`sample_grouped` in sampling/grouped.py knows which model inputs there are, and refuses others."
     )
 
 
@@ -379,12 +379,12 @@ def test_the_neutral_values_of_generations_settings_are_known():
     neutral = GenerationConfig._get_default_generation_params()
     assert neutral["num_beams"] == 1 and neutral["use_cache"] is True, (
         "transformers' GenerationConfig._get_default_generation_params does not name neutral values any more: "
-        "rollout/generation.py takes a setting with another value for one that it can't serve."
+        "sampling/grouped.py takes a setting with another value for one that it can't serve."
     )
     gone = (set(neutral) | SERVED_SETTINGS) - GenerationConfig().to_dict().keys()
     assert not gone, (
         f"transformers' GenerationConfig has no setting {', '.join(sorted(gone))} any more: SERVED_SETTINGS in "
-        "rollout/generation.py lists it."
+        "sampling/grouped.py lists it."
     )
 
 
@@ -393,7 +393,7 @@ def test_defaults_fill_in_what_is_left_open_alone():
     config.update(top_k=5, top_p=0.5, defaults_only=True)
     assert (config.top_k, config.top_p) == (3, 0.5), (
         "transformers' GenerationConfig.update overwrites settings although `defaults_only` is set: "
-        "rollout/generation.py fills in a model's defaults with it."
+        "sampling/grouped.py fills in a model's defaults with it."
     )
 
 
@@ -404,7 +404,7 @@ def test_the_repetition_penalty_leaves_out_each_rows_own_padding():
     penalized = processor(ids, scores)
     assert processor.penalty == 2.0 and penalized.tolist() == [[1.0, 1.0, 0.5, 1.0], [1.0, 0.5, 0.5, 1.0]], (
         "transformers' RepetitionPenaltyLogitsProcessor does not leave out as many tokens of each row as the tensor "
-        "`prompt_ignore_length` says: rollout/generation.py tells it the padding so."
+        "`prompt_ignore_length` says: sampling/grouped.py tells it the padding so."
     )
 
 
@@ -413,7 +413,7 @@ def test_criteria_look_at_tokens_alone_and_none_of_them_end_nothing():
     ended = StoppingCriteriaList([EosTokenCriteria(torch.tensor([1]))])(ids, None)
     assert ended.tolist() == [True, False] and StoppingCriteriaList()(ids, None).tolist() == [False, False], (
         "transformers' StoppingCriteriaList does not answer for each row without scores any more: "
-        "rollout/generation.py asks it so."
+        "sampling/grouped.py asks it so."
     )
 
 
@@ -423,9 +423,9 @@ def test_a_criterion_finds_stop_strings_or_says_that_it_cannot():
     criterion = StopStringCriteria(PreTrainedTokenizerFast(tokenizer_object=letters), ["c}"])
     assert criterion(torch.tensor([[2, 6], [6, 2]]), None).tolist() == [True, False], (
         "transformers' StopStringCriteria does not find a stop string at the end of a row any more: "
-        "trainer/generating.py hands it to `generate` in place of `stop_strings`."
+        "trainer/grouped.py hands it to `generate` in place of `stop_strings`."
     )
-    with pytest.raises(ValueError):  # no letters there; said by trainer/generating.py in other words
+    with pytest.raises(ValueError):  # no letters there; said by trainer/grouped.py in other words
         StopStringCriteria(AutoTokenizer.from_pretrained(TINY_MODEL_PATH), ["c}"])
 
 
@@ -436,7 +436,7 @@ def test_a_models_own_code_is_told_from_transformers():
     remote = type("Remote", (LlamaForCausalLM,), {"_auto_class": "AutoModelForCausalLM"})
     assert remote.is_remote_code() and not LlamaForCausalLM.is_remote_code(), (
         "transformers' `is_remote_code` does not tell a model's own code from the library's any more: "
-        "rollout/model_traits.py refuses it by that."
+        "sampling/model_traits.py refuses it by that."
     )
 
 
@@ -444,7 +444,7 @@ def test_rotary_embeddings_name_their_type_once_or_for_each_kind_of_layer():
     single, layered = LlamaConfig().rope_parameters, Gemma3TextConfig().rope_parameters
     assert single["rope_type"] == "default" and {rope["rope_type"] for rope in layered.values()} == {"default"}, (
         "transformers' configurations do not name the type of rotary embeddings in `rope_parameters` any more, once "
-        "or for each kind of layer: rollout/model_traits.py reads it there."
+        "or for each kind of layer: sampling/model_traits.py reads it there."
     )
 
 
@@ -452,7 +452,7 @@ def test_the_kinds_of_attention_have_these_names():
     kinds = set(Gemma3TextConfig().layer_types)
     assert kinds == {"full_attention", "sliding_attention"} and Llama4TextConfig().attention_chunk_size, (
         "transformers' configurations do not name kinds of attention in `layer_types`, or chunks in "
-        "`attention_chunk_size`, any more: rollout/model_traits.py refuses attention that is cut by them."
+        "`attention_chunk_size`, any more: sampling/model_traits.py refuses attention that is cut by them."
     )
 
 
@@ -460,7 +460,7 @@ def test_a_plain_decoders_text_configuration_is_its_own():
     config = LlamaConfig()
     assert config.get_text_config(decoder=True) is config and config.get_text_config() is config, (
         "transformers' `get_text_config` of a plain decoder is not its own configuration any more: "
-        "rollout/model_traits.py takes such a model for a multimodal one."
+        "sampling/model_traits.py takes such a model for a multimodal one."
     )
 
 
@@ -468,5 +468,5 @@ def test_dropout_goes_by_these_names():
     names = LlamaConfig().to_dict().keys() & {"attention_dropout"} | GPT2Config().to_dict().keys() & {"attn_pdrop"}
     assert names == {"attention_dropout", "attn_pdrop"}, (
         "transformers' configurations do not call dropout `…dropout` and `…pdrop` any more: `draws_at_random` in "
-        "rollout/model_traits.py looks for these names."
+        "sampling/model_traits.py looks for these names."
     )

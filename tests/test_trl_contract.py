@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
 
 from gxpo_trl import GXPOTrainer
 from gxpo_trl.rollout.compaction import KNOWN
-from gxpo_trl.trainer.compacting import RATIO_MEANS
+from gxpo_trl.trainer.layout import RATIO_MEANS
 
 
 BOTH = [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)]
@@ -41,9 +41,9 @@ NAMES = [
             ("_dist", GENERATING, "asks it whether forward passes communicate"),
             ("generation_config", GENERATING, "samples by it"),
             ("use_transformers_continuous_batching", GENERATING, "leaves sampling to TRL by it"),
-            ("_calculate_rewards", "trainer/recording.py", "measures the time of it"),
-            ("_generate", "trainer/recording.py", "measures the time of it"),
-            ("reward_func_names", "trainer/recording.py", "writes them into run.json"),
+            ("_calculate_rewards", "callbacks/records.py", "measures the time of it"),
+            ("_generate", "callbacks/records.py", "measures the time of it"),
+            ("reward_func_names", "callbacks/records.py", "writes them into run.json"),
             ("_tag_names", "trainer/rloo.py", "has the card tagged by it"),
             ("_name", "trainer/rloo.py", "has the card name the method by it"),
             ("_paper", "trainer/rloo.py", "has the card cite the paper by it"),
@@ -75,7 +75,7 @@ NAMES = [
     Name("trl.extras.profiling", "profiling_context", GENERATING, "is profiled as TRL is", "trainer, name"),
     Name("trl.GRPOConfig", "ds3_gather_for_generation", GENERATING, "gathers parameters by it"),
     Name("trl.GRPOConfig", "steps_per_generation", COMPACTING, "knows by it how long a buffer is"),
-    Name("trl.GRPOConfig", "num_generations", "trainer/lookahead_config.py", "computes accumulation from it"),
+    Name("trl.GRPOConfig", "num_generations", "trainer/config.py", "computes accumulation from it"),
     Name("trl.GRPOConfig", "max_completion_length", PLAN, "says by it how long completions may get"),
     Name(
         *("trl.TrlParser", "parse_args_and_config", RECIPE, "reads recipes with it"),
@@ -155,7 +155,7 @@ def test_rollouts_wait_in_a_buffer_of_micro_batches_with_entries_that_compaction
     trainer = trl_trainer(tmp_path, max_steps=1, beta=0.01, num_iterations=2, steps_per_generation=4)
     trainer.train()
     assert len(trainer._buffered_inputs) == 4, (
-        "TRL's `_buffered_inputs` is no list of `steps_per_generation` micro-batches any more: trainer/compacting.py "
+        "TRL's `_buffered_inputs` is no list of `steps_per_generation` micro-batches any more: trainer/layout.py "
         "lays them out anew."
     )
     new = set(trainer._buffered_inputs[0]) - KNOWN
@@ -170,7 +170,7 @@ def test_rollouts_wait_in_a_buffer_of_micro_batches_with_entries_that_compaction
     )
     assert trainer._prepare_inputs(None) is trainer._buffered_inputs[trainer._step % 4], (
         "TRL's `_prepare_inputs` does not return the micro-batch of `_step` from the buffer any more: "
-        "trainer/compacting.py returns its own from there."
+        "trainer/layout.py returns its own from there."
     )
 
 
@@ -183,7 +183,7 @@ def test_what_the_loss_depends_on_is_said_by_these_attributes(tmp_path, trainer_
     neutral = dict(zip(names, [False, "grpo", 0.0, "token", False, 1.0], strict=False))
     assert found == neutral, (
         f"TRL's {trainer_class.__name__} says {found} of a plain loss and not {neutral} any more: `_loss_allows` in "
-        "trainer/lookahead_trainer.py and rloo.py reads these."
+        "trainer/trainer.py and rloo.py reads these."
     )
 
 
@@ -195,14 +195,14 @@ def test_completions_come_from_one_method_that_grouped_generation_stands_in_for(
     completions, logprobs = output if trainer_class is GRPOTrainer else (output, None)
     assert len(completions) == 4 and all(isinstance(ids, list) for ids in completions) and logprobs is None, (
         f"TRL's {trainer_class.__name__}._generate_single_turn does not return a list of tokens for each prompt any "
-        "more, GRPO's with log-probabilities beside them: trainer/generating.py stands in for it."
+        "more, GRPO's with log-probabilities beside them: trainer/grouped.py stands in for it."
     )
     elsewhere = [trainer.use_vllm, trainer.use_transformers_continuous_batching]
     if trainer_class is GRPOTrainer:
         elsewhere += [trainer.tools, trainer.rollout_func]
     assert isinstance(trainer.generation_config, GenerationConfig) and not any(elsewhere), (
         f"TRL's {trainer_class.__name__} does not say of a plain run that `generate` samples it by "
-        "`generation_config` any more: `_why_not_sampled_here` in trainer/generating.py and lookahead_trainer.py asks "
+        "`generation_config` any more: `_why_not_sampled_here` in trainer/grouped.py and lookahead_trainer.py asks "
         "it."
     )
 
@@ -212,7 +212,7 @@ def test_one_process_holds_whole_parameters_and_gathers_nothing(tmp_path, traine
     trainer = make_trainer(tmp_path, trainer_class, config_class, scripted=False)
     with trainer._dist.summon_full_params(trainer.model, recurse=False) as yielded:
         assert yielded is None and not trainer._dist.is_zero3 and not trainer._dist.is_fsdp, (
-            f"TRL's {trainer_class.__name__}._dist takes a single process for a sharded one: trainer/generating.py "
+            f"TRL's {trainer_class.__name__}._dist takes a single process for a sharded one: trainer/grouped.py "
             "keeps ranks in step and gathers parameters by what it says."
         )
 
@@ -226,11 +226,11 @@ def test_prompts_are_tokenized_as_the_chat_template_has_it(tmp_path, trainer_cla
     expected = tokenizer.apply_chat_template(prompts, **template)["input_ids"]
     assert trainer._tokenize_prompts(prompts)[0] == expected, (
         f"TRL's {trainer_class.__name__}._tokenize_prompts does not return the tokens of prompts in first place any "
-        "more: trainer/evaluating.py tokenizes the prompts of benchmarks with it."
+        "more: callbacks/benchmarks.py tokenizes the prompts of benchmarks with it."
     )
     assert tokenizer is trainer.processing_class and tokenizer.eos_token_id in trainer.eos_token_ids, (
         f"TRL's {trainer_class.__name__} does not keep its tokenizer in `_tokenizer`, or what ends a completion in "
-        "`eos_token_ids`, any more: trainer/evaluating.py reads completions by them."
+        "`eos_token_ids`, any more: callbacks/benchmarks.py reads completions by them."
     )
 
 
@@ -298,11 +298,11 @@ def test_a_training_step_prepares_computes_one_loss_and_goes_backward(tmp_path):
     calls = [call for call in trainer.calls if call != "logps without grad"]
     assert calls == STEP * 4, (
         "TRL's GRPOTrainer.training_step does not prepare inputs, compute one loss with one forward pass and go "
-        "backward any more: trainer/lookahead_trainer.py records micro-batches and replays them so."
+        "backward any more: trainer/trainer.py records micro-batches and replays them so."
     )
     assert trainer.synchronises == [False, True] * 2, (
         "TRL's GRPOTrainer computes losses with other `sync_gradients` than False up to the last micro-batch: "
-        "trainer/lookahead_trainer.py knows by it that pass 1 is over."
+        "trainer/trainer.py knows by it that pass 1 is over."
     )
 
 
@@ -310,7 +310,7 @@ def test_log_probabilities_come_first_and_are_those_of_the_completion(trained):
     logps = trained.logps[0]
     assert logps.shape == trained.prepared["completion_ids"].shape and logps.requires_grad, (
         "TRL's `_get_per_token_logps_and_entropies` does not return the completions' log-probabilities in first place "
-        "any more: trainer/lookahead_trainer.py keeps them for replays."
+        "any more: trainer/trainer.py keeps them for replays."
     )
 
 
@@ -320,7 +320,7 @@ def test_the_step_counter_moves_in_training_step_alone(trained):
     trained.compute_loss(trained.model, trained.prepared)
     assert before == trained._step == trained.args.gradient_accumulation_steps, (
         "TRL's `compute_loss` advances `_step`, or `training_step` does so no more: replays in "
-        "trainer/lookahead_trainer.py call `compute_loss` and must leave it alone."
+        "trainer/trainer.py call `compute_loss` and must leave it alone."
     )
 
 
@@ -346,7 +346,7 @@ def test_the_loss_measures_its_ratio_against_old_per_token_logps(trained):
 def test_the_loss_is_scaled_for_accumulation_by_compute_loss_in_grpo_and_by_the_step_in_rloo():
     """Replays go backward with what `compute_loss` returns, as `training_step` does."""
     assert GRPOTrainer.loss_is_scaled_for_ga is True and RLOOTrainer.loss_is_scaled_for_ga is False, (
-        "TRL's `loss_is_scaled_for_ga` has changed: `_replay` in trainer/lookahead_trainer.py divides the loss of "
+        "TRL's `loss_is_scaled_for_ga` has changed: `_replay` in trainer/trainer.py divides the loss of "
         "RLOO by the accumulation steps, and GRPO's not."
     )
 
@@ -357,7 +357,7 @@ def test_rloo_goes_through_the_same_step_and_keeps_its_own_old_log_probabilities
     calls = [call for call in trainer.calls if call != "logps without grad"]
     assert calls == STEP * 2, (
         "TRL's RLOOTrainer.training_step does not prepare inputs, compute one loss with one forward pass and go "
-        "backward any more: trainer/lookahead_trainer.py records micro-batches and replays them so."
+        "backward any more: trainer/trainer.py records micro-batches and replays them so."
     )
     assert trainer.prepared["old_logps"].shape == trainer.prepared["advantages"].shape, (
         "TRL's RLOOTrainer does not keep one old log-probability a completion in `old_logps` any more: "
@@ -381,7 +381,7 @@ def test_metrics_are_lists_by_name_that_log_averages_and_clears(tmp_path):
     trainer.train()
     assert logged(trainer, "lookahead/probe") == [2.0] and not trainer._metrics["train"], (
         "TRL's `log` does not average the lists in `_metrics['train']` and clear them any more: "
-        "trainer/lookahead_trainer.py logs through them."
+        "trainer/trainer.py logs through them."
     )
 
 
@@ -397,7 +397,7 @@ def test_what_a_pass_measures_goes_by_these_names(tmp_path, settings, names):
     trainer.train()
     gone = [name for name in names if len(logged(trainer, name)) != 1]
     assert not gone, (
-        f"TRL does not log {', '.join(gone)} any more: SLOW_METRICS in trainer/lookahead_trainer.py and RATIO_MEANS "
+        f"TRL does not log {', '.join(gone)} any more: SLOW_METRICS in trainer/trainer.py and RATIO_MEANS "
         "in compacting.py name it."
     )
 
@@ -421,7 +421,7 @@ def test_the_entropy_controller_is_these_three_attributes(tmp_path):
     found = [getattr(trainer, name) for name in moving]
     assert found[0] == pytest.approx(0.02) and found[1] > 0 and found[2] is None, (
         "TRL's entropy controller does not take a step of `entropy_coef_delta` after an optimizer step any more: "
-        "trainer/lookahead_trainer.py restores it after replays."
+        "trainer/trainer.py restores it after replays."
     )
 
 

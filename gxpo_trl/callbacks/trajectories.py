@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
 from ..trajectory.checkpoints import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, check_adapter_settings, step_folder_name
-from ..update.engines import whole_parameters
+from ..engines import whole_parameters
 from .checks import check_at_least
 
 

@@ -13,7 +13,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from ..spelling import nearest
 from ..trainer.grouped import GroupedSamplingArguments
 from ..trainer.gxpo import GXPOConfig
-from ..trainer.lookahead_config import LookaheadConfig
+from ..trainer.config import LookaheadConfig
 from ..trainer.sfpo import SFPOConfig
 from .recipes import recipe_path
 

@@ -129,9 +129,7 @@ class LookaheadConfig(GRPOConfig):
     )
     active_threshold: float = field(
         default=1e-8,
-        metadata={
-            "help": "δ: coordinates where |g0| is not above it keep the observed two-step displacement."
-        },
+        metadata={"help": "δ: coordinates where |g0| is not above it keep the observed two-step displacement."},
     )
     retention_min: float = field(
         default=-2.0,

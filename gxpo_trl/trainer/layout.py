@@ -174,7 +174,11 @@ def _loss_allows(trainer: GRPOTrainer) -> Compaction | None:
     corrects_by_sequence = (
         trainer.loss_type == "vespo" and trainer.use_vllm and trainer.vllm_importance_sampling_correction
     )
-    if type(trainer)._compute_loss is not GRPOTrainer._compute_loss or trainer.aux_loss_enabled or corrects_by_sequence:
+    if (
+        type(trainer)._compute_loss is not GRPOTrainer._compute_loss
+        or trainer.aux_loss_enabled
+        or corrects_by_sequence
+    ):
         return None  # not TRL's loss; or one that sees padding: the router's load, VESPO's unmasked sum
     additive = trainer.loss_type != "bnpo" and not trainer._entropy_bonus_enabled and trainer.top_entropy_quantile >= 1
     return Compaction(
