@@ -14,18 +14,19 @@ if "LOCAL_RANK" in os.environ:
 
 import torch  # noqa: E402
 
+from gxpo_trl.engines.fsdp2 import FSDP2State  # noqa: E402
+from gxpo_trl.engines.replicated import ReplicatedState  # noqa: E402
 from gxpo_trl.scripts import train  # noqa: E402
 from gxpo_trl.scripts.recipes import recipe_names  # noqa: E402
-from gxpo_trl.engines import FSDP2Engine, TorchEngine  # noqa: E402
 
 
-def accumulates_in(engine) -> torch.dtype:
+def accumulates_in(state) -> torch.dtype:
     """The precision in which gradients are accumulated and reduced."""
-    if isinstance(engine, FSDP2Engine):
-        return engine.accelerator.state.fsdp_plugin.mixed_precision_policy.reduce_dtype
-    if isinstance(engine, TorchEngine):
-        return engine.parameters()[0].dtype
-    return engine.model.get_data_types()[1]
+    if isinstance(state, FSDP2State):
+        return state.accelerator.state.fsdp_plugin.mixed_precision_policy.reduce_dtype
+    if isinstance(state, ReplicatedState):
+        return state.parameters()[0].dtype
+    return state.model.get_data_types()[1]
 
 
 def completions_per_step(name: str, arguments: list[str]) -> list[int]:
@@ -48,15 +49,15 @@ def main() -> None:
         return train.main(arguments)
     trainer = train.build_trainer(recipe)
     train.train(trainer, recipe)
-    engine = trainer._engine
+    state = trainer.lookahead.engine.state
     result = {
-        "engine": type(engine).__name__,
+        "engine": type(state).__name__,
         "processes": trainer.accelerator.num_processes,
         "bf16": trainer.args.bf16,
-        "parameters": str(engine.parameters()[0].dtype),
-        "accumulates": str(accumulates_in(engine)),
-        "clips_at": engine.max_grad_norm,
-        "passes": trainer._backward_passes,
+        "parameters": str(state.parameters()[0].dtype),
+        "accumulates": str(accumulates_in(state)),
+        "clips_at": state.max_grad_norm,
+        "passes": trainer.backward_passes,
         "steps": {name: completions_per_step(name, arguments) for name in recipe_names()},
         "norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
     }

@@ -12,8 +12,8 @@ from accelerate.utils import DistributedType, fsdp_utils
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
 from contracts import Name, check, parameter_names
 
-from gxpo_trl.engines.support import REPLICATED
 from gxpo_trl.engines.deepspeed import BackwardOnly
+from gxpo_trl.engines.support import REPLICATED
 
 
 ACCELERATOR = "accelerate.Accelerator"

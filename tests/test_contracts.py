@@ -15,7 +15,7 @@ import test_vllm_contract
 from contracts import ROOT, has
 from trl import GRPOTrainer, RLOOTrainer
 
-from gxpo_trl import GXPORLOOTrainer, GXPOTrainer, SFPOTrainer
+from gxpo_trl import GXPOTrainer, SFPOTrainer
 
 
 CONTRACTS = (
@@ -110,7 +110,7 @@ def test_whatever_the_trainers_ask_of_themselves_is_in_a_contract():
 
 
 @pytest.mark.parametrize(
-    "trainer_class, base", [(GXPOTrainer, GRPOTrainer), (SFPOTrainer, GRPOTrainer), (GXPORLOOTrainer, RLOOTrainer)]
+    "trainer_class, base", [(GXPOTrainer, GRPOTrainer), (SFPOTrainer, GRPOTrainer)]
 )
 def test_no_name_of_ours_on_a_trainer_is_theirs_by_accident(trainer_class, base):
     """Were TRL to keep something under a name that we use, each would overwrite what is the other's."""

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
-from ..trajectory.checkpoints import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, check_adapter_settings, step_folder_name
 from ..engines import whole_parameters
+from ..trajectory.checkpoints import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, check_adapter_settings, step_folder_name
 from .checks import check_at_least
 
 

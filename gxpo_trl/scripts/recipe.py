@@ -11,9 +11,9 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ..spelling import nearest
+from ..trainer.config import LookaheadConfig
 from ..trainer.grouped import GroupedSamplingArguments
 from ..trainer.gxpo import GXPOConfig
-from ..trainer.config import LookaheadConfig
 from ..trainer.sfpo import SFPOConfig
 from .recipes import recipe_path
 

@@ -43,9 +43,9 @@ from gxpo_trl.tasks.datasets import hub_dataset
 from gxpo_trl.tasks.names import EMBEDDED_MODEL
 from gxpo_trl.trainer.grouped import sample_in_groups
 from gxpo_trl.trainer.gxpo import GXPOTrainer
-from gxpo_trl.trainer.trainer import LookaheadTrainer
 from gxpo_trl.trainer.publishing import PUSH_ERRORS
 from gxpo_trl.trainer.sfpo import SFPOTrainer
+from gxpo_trl.trainer.trainer import LookaheadTrainer
 from gxpo_trl.trajectory.extrapolation import checkpoints_ahead
 from gxpo_trl.trajectory.settings import ExtrapolationArguments
 
