@@ -85,7 +85,7 @@ def test_a_loop_with_an_extrapolation_goes_on_from_it(tmp_path, engine):
     assert json.loads((tmp_path / "after" / "trainer_state.json").read_text())["global_step"] == 1
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct/gxpo_k5", "qwen2.5-1.5b-instruct/next"])
+@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct/gxpo", "qwen2.5-1.5b-instruct/next"])
 def test_a_recipe_is_rehearsed_on_the_engine_it_is_for(tmp_path, name):
     """The plan once, not once for each process; and nothing is left of the rehearsal."""
     options = ["--config_file", "recipes/accelerate/fsdp2.yaml", "--num_processes", "2"]
