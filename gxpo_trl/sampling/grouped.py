@@ -12,6 +12,7 @@ its position, and attention sees columns only through the mask and their distanc
 """
 
 import copy
+import functools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     Cache,
@@ -88,7 +90,22 @@ def why_not_grouped(model: torch.nn.Module, config: GenerationConfig, in_trainin
     return why_not_row_by_row(model, in_training) or _why_not_settings(config)
 
 
+@functools.cache
+def penalizes_by_row() -> bool:
+    """Whether transformers can leave padding out of a repetition penalty, as from 5.23 on: rows differ in theirs."""
+    try:
+        RepetitionPenaltyLogitsProcessor(1.0, prompt_ignore_length=torch.zeros(1, dtype=torch.long))
+    except ValueError:
+        return False
+    return True
+
+
 def _why_not_settings(config: GenerationConfig) -> str | None:
+    if config.repetition_penalty not in (None, 1.0) and not penalizes_by_row():
+        return (
+            f"transformers {transformers.__version__} penalizes padding as a repetition with `repetition_penalty: "
+            f"{config.repetition_penalty}`, and 5.23 or later does not"
+        )
     if config.cache_implementation not in (None, "dynamic"):
         return f"`cache_implementation: {config.cache_implementation}` asks for another cache"
     neutral, default = GenerationConfig._get_default_generation_params(), GenerationConfig().to_dict()
