@@ -175,8 +175,8 @@ def _split_to(count: int, sizes: list[int]) -> list[int]:
 
 
 def _least_bound(widths: list[int], count: int, max_tokens: int) -> int:
-    """The least bound, from `max_tokens` on, that `count` micro-batches can keep."""
-    low, high = max_tokens, max(max_tokens, len(widths) * widths[0])
+    """The least bound, from `max_tokens` on, that `count` micro-batches can keep; the widest row has to keep it too."""
+    low, high = max(max_tokens, widths[0]), max(max_tokens, len(widths) * widths[0])
     while low < high:
         middle = (low + high) // 2
         if len(pack(widths, middle)) <= count:
