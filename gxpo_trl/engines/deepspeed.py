@@ -72,9 +72,8 @@ class DeepSpeedState(EngineState):
 
     def gradients(self) -> Iterator[torch.Tensor | None]:
         for i in range(len(self._regions)):
-            yield from self._views(
-                self.reduced_gradient(i) if self._own_gradients is None else self._own_gradients[i], i
-            )
+            flat = self._own_gradients[i] if self.holds_gradients else self.reduced_gradient(i)
+            yield from self._views(flat, i)
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
         self._own_gradients = [torch.zeros_like(p) for p in self.optimized()]
