@@ -14,9 +14,9 @@ if "LOCAL_RANK" in os.environ:
 
 import torch  # noqa: E402
 
+from gxpo_trl.engines import FSDP2Engine, TorchEngine  # noqa: E402
 from gxpo_trl.scripts import train  # noqa: E402
 from gxpo_trl.scripts.recipes import recipe_names  # noqa: E402
-from gxpo_trl.engines import FSDP2Engine, TorchEngine  # noqa: E402
 
 
 def accumulates_in(engine) -> torch.dtype:

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gxpo_trl import GXPORLOOConfig, GXPORLOOTrainer, LookaheadConfig, LookaheadTrainer
 from gxpo_trl.reporting.card import MARKER, write_card
 from gxpo_trl.scripts import train as train_script
+from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.scripts.push import gather, model_folder
-from gxpo_trl.scripts.recipe import parse_recipe
 
 
 SCRIPT = Path(__file__).parent / "pushing_script.py"

@@ -14,11 +14,11 @@ from gxpo_trl import SFPOConfig, SFPOTrainer
 from gxpo_trl.evaluation.sampling import load_tokenizer
 from gxpo_trl.reporting.statistics import icer
 from gxpo_trl.run_folder import ADAPTER_WEIGHTS
-from gxpo_trl.scripts.recipe import parse_recipe
+from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.scripts.train import build_trainer, check_loop, main
 from gxpo_trl.trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer
 from gxpo_trl.trajectory.checkpoints import load_trajectory
-from gxpo_trl.trajectory.extrapolation import extrapolate
+from gxpo_trl.trajectory.forecast import extrapolate
 
 
 LORA = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -9,8 +9,8 @@ import yaml
 
 from gxpo_trl.scripts import recipes, train
 from gxpo_trl.scripts.dry_run import in_small, is_dry_run
+from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.scripts.plan import describe_plan
-from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.recipes import recipe_names, recipe_path
 from gxpo_trl.tasks import resolve_reward
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, problem_set

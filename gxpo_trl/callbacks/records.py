@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -20,13 +19,13 @@ from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
+from ..run_folder import ELAPSED_TIME, LOG_NAME, RUN_NAME, RunDescription, write_whole
 from ..version import __version__
 from .wrapping import wrap_method
 
 
 logger = get_logger(__name__)
 
-RUN_NAME, LOG_NAME = "run.json", "log.jsonl"
 SPENT_NAME = "gxpo_trl.run_record"
 """Under which a checkpoint's trainer_state.json keeps what was spent."""
 DERIVED = ("do_eval", "activation_checkpointing", "generation_batch_size", "pad_to_multiple_of", "hub_token")
@@ -118,9 +117,7 @@ class RunRecordCallback(TrainerCallback):
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{RUN_NAME}.partial"
-        partial.write_text(json.dumps(self.describe_run(), indent=2, default=str) + "\n")
-        os.replace(partial, folder / RUN_NAME)
+        write_whole(folder / RUN_NAME, json.dumps(self.describe_run(), indent=2, default=str) + "\n")
         (folder / LOG_NAME).write_text("".join(map(_line, state.log_history)))  # of a resumed run
 
     def _resume(self, spent: dict[str, float] | None) -> None:
@@ -135,7 +132,7 @@ class RunRecordCallback(TrainerCallback):
             for name, seconds in self._times.items():
                 metrics["train"][f"lookahead/{name}"].append(seconds)
             # A total: TRL logs the mean of the list over the logging interval, and of it only the last counts.
-            metrics["train"]["lookahead/elapsed_time"] = [self.seconds]
+            metrics["train"][ELAPSED_TIME] = [self.seconds]
         self._times = dict.fromkeys(self._times, 0.0)
         state.stateful_callbacks[SPENT_NAME] = {"rollouts": self.rollouts, "seconds": self.seconds}
 
@@ -147,7 +144,7 @@ class RunRecordCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._stop_clock()
 
-    def describe_run(self) -> dict[str, Any]:
+    def describe_run(self) -> RunDescription:
         """For `run.json`."""
         return describe_run(self.trainer, self.settings)
 
@@ -158,7 +155,7 @@ def find_record(trainer: Trainer) -> RunRecordCallback | None:
     return next((callback for callback in callbacks if isinstance(callback, RunRecordCallback)), None)
 
 
-def describe_run(trainer: Trainer, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+def describe_run(trainer: Trainer, settings: dict[str, Any] | None = None) -> RunDescription:
     """What `run.json` says of a run; `settings` are those that are not in `trainer.args`."""
     args, model, settings = trainer.args, trainer.model, settings or {}
     completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps

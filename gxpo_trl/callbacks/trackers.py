@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
+
+from ..run_folder import TRACKERS_NAME, TRAINER_STATE_NAME
 
 
-TRACKERS_NAME = "trackers.json"
 WANDB_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME")
 
 

@@ -12,8 +12,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
-from ..trajectory.checkpoints import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, check_adapter_settings, step_folder_name
-from ..engines import whole_parameters
+from ..engines.whole import whole_parameters
+from ..run_folder import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, partial_path, step_folder
+from ..trajectory.checkpoints import check_adapter_settings
 from .checks import check_at_least
 
 
@@ -68,11 +69,11 @@ class TrajectoryCallback(TrainerCallback):
         folder = Path(args.output_dir) / TRAJECTORY_FOLDER
         if args.should_save and folder.is_dir():
             _move_away(folder)
-        self.save_adapter(folder / step_folder_name(0))
+        self.save_adapter(step_folder(Path(args.output_dir), 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every_steps == 0:
-            self.save_adapter(Path(args.output_dir) / TRAJECTORY_FOLDER / step_folder_name(state.global_step))
+            self.save_adapter(step_folder(Path(args.output_dir), state.global_step))
 
     def save_adapter(self, folder: Path) -> None:
         """The adapter in the precision that is stepped. The folder appears when it is complete."""
@@ -85,7 +86,7 @@ class TrajectoryCallback(TrainerCallback):
             return
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         adapter = get_peft_model_state_dict(model, tensors, model.active_adapter, save_embedding_layers=False)
-        partial = folder.with_suffix(".partial")
+        partial = partial_path(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, partial / ADAPTER_WEIGHTS)
