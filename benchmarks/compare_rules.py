@@ -3,6 +3,7 @@
     python benchmarks/compare_rules.py                     # all parts, two runs at a time: about two hours
     python benchmarks/compare_rules.py --parts equal lora  # some of them
     python benchmarks/compare_rules.py --quick             # few batches, two seeds: minutes, to see that it runs
+    python benchmarks/compare_rules.py --draw              # trains nothing: pages and figure from the committed JSON
 
 All arms of a part start from one warm start and see the same prompts, seed by seed, and as many rollouts. A lookahead
 moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal`
@@ -12,7 +13,9 @@ that falls to 0, and with longer problems; `precision` measures the noise under 
 of the lookahead, `next` what NExt adds.
 
 What has been trained is not trained again; `--out` holds the runs. Each part leaves `results/compare_rules/PART.json`
-and the report of its runs beside it. Seconds are of CPU time, so that a busy machine matters less.
+and a page, `PART.html`, beside it. Git has the JSON and the figure, not the pages: `--draw` makes them from the JSON,
+with every curve and the medians of the diagnostics; those of a training also show metrics over steps and the time.
+Seconds are of CPU time, so that a busy machine matters less.
 """
 
 import argparse
@@ -33,10 +36,14 @@ from training import HELD_OUT, Settings, start_worker, train_loop, train_run
 from gxpo_trl.reporting.arms import Arm as ArmOfRuns
 from gxpo_trl.reporting.arms import group_arms
 from gxpo_trl.reporting.figures import COLORS
-from gxpo_trl.reporting.page import write_report
+from gxpo_trl.reporting.page import render, write_report
 from gxpo_trl.reporting.runs import Run, load_run
 from gxpo_trl.reporting.sections import make_sections
+from gxpo_trl.reporting.sections.comparison import comparison_section
+from gxpo_trl.reporting.sections.section import Section
+from gxpo_trl.reporting.sections.sweeps import sweep_section
 from gxpo_trl.reporting.statistics import Mean, area, final, match_peak, mean_of, paired_difference, peak
+from gxpo_trl.reporting.tables import Table, number
 from gxpo_trl.scripts.demo import quieten
 from gxpo_trl.tasks.arithmetic import OPERATIONS, load_arithmetic
 from gxpo_trl.tasks.names import EMBEDDED_MODEL
@@ -404,6 +411,52 @@ def draw(results: Path) -> Path:
     return path
 
 
+def draw_page(results: Path, part: Part) -> Path:
+    """The page of a part from its JSON alone, without the runs: they are not kept in git."""
+    result = json.loads((results / f"{part.name}.json").read_text())
+    arms = {arm.label: arm for arm in (*part.arms, *SCHEDULED)}
+    rows = [row for row in result["rows"] if row["arm"] in ON_PAGES]
+    runs = [run for row in rows for run in runs_of(row, part, arms[row["arm"]], result["batches"])]
+    sections = [comparison_section(runs, rows[0]["arm"]), sweep_section(runs), medians_section(result["rows"])]
+    page = results / f"{part.name}.html"
+    page.write_text(render(runs, [section for section in sections if not section.is_empty]))
+    return page
+
+
+def runs_of(row: dict, part: Part, arm: Arm, batches: int) -> list[Run]:
+    """The runs of an arm as far as its row in the JSON has them: seeds, curves, and where the gates shut off."""
+    settings = {"update_rule": "grpo", "learning_rate": row["learning_rate"], **part.settings, **arm.settings}
+    steps = batches * settings.get("num_iterations", 1)
+    shutoffs = row["shutoff_steps"] if len(row["shutoff_steps"]) == len(row["runs"]) else [None] * len(row["runs"])
+    found = []
+    for of_seed, shutoff in zip(row["runs"], shutoffs, strict=True):
+        log = []
+        for rollouts, value, passes in of_seed["curve"]:
+            step = steps * rollouts // of_seed["curve"][-1][0]
+            spent = {"eval/rollouts": rollouts, "eval/backward_passes": passes}
+            log.append({"step": step, f"eval/{HELD_OUT}/avg@{SAMPLES}": value, **spent})
+        if shutoff is not None:
+            log[-1]["lookahead/shutoff_step"] = shutoff
+        about = {"settings": settings | {"seed": of_seed["seed"]}}
+        found.append(Run(Path(part.name) / f"seed-{of_seed['seed']}", row["arm"], log, about=about))
+    return found
+
+
+def medians_section(rows: Sequence[dict]) -> Section:
+    """What the JSON has of the log of each arm, those without a curve on the page too."""
+    names = [name for name in (*DIAGNOSTICS, *ERRORS) if any(name in row["diagnostics"] for row in rows)]
+    columns = ["arm", "learning rate", "backward passes", "CPU s", *(name.replace("_", " ") for name in names)]
+    cells = [
+        [row["arm"], f"{row['learning_rate']:g}", number(row["backward_passes"], 0), number(row["cpu_seconds"], 1)]
+        + [number(row["diagnostics"].get(name), 4) for name in names]
+        for row in rows
+    ]
+    note = "Medians over the logged steps of all seeds; passes are means, seconds medians over seeds."
+    return Section(
+        "All arms", tables=[Table("medians", "Cost, and diagnostics of the active phase", columns, cells, note)]
+    )
+
+
 OTHER_PARTS = {"precision": (precision, 3, 20), "next": (extrapolated, 4, 72)}
 """What measures them, with how many seeds and batches."""
 
@@ -413,11 +466,25 @@ def main() -> None:
     names = [*(part.name for part in PARTS), *OTHER_PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few batches, two seeds; leaves no results")
+    parser.add_argument("--draw", action="store_true", help="train nothing: draw pages and figure from the JSON there")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/compare_rules"), help="where runs are kept")
     options = parser.parse_args()
     folder = (options.out / "quick" if options.quick else options.out).resolve()
     results = folder / "results" if options.quick else RESULTS / "compare_rules"
+    if not options.draw:
+        measure_parts(options, folder, results)
+    elif not (there := [p for p in PARTS if p.name in options.parts and (results / f"{p.name}.json").is_file()]):
+        parser.error(f"{results} holds no results of these parts that have a page")
+    else:
+        for part in there:
+            print(f"drawn in {draw_page(results, part)}", flush=True)
+    if any((results / f"{part.name}.json").is_file() for part in PARTS if len(part.learning_rates) > 1):
+        print(f"drawn in {draw(results)}")
+
+
+def measure_parts(options: argparse.Namespace, folder: Path, results: Path) -> None:
+    """Trains what is not trained yet, and leaves the JSON and the page of each part."""
     results.mkdir(parents=True, exist_ok=True)
     quieten()
     make_tasks(folder, harder="harder" in options.parts)
@@ -444,8 +511,6 @@ def main() -> None:
                 print(f"\n{name}", flush=True)
                 rows = measure(bench, *((2, batches // 4) if options.quick else (seeds, batches)))
                 save(results, name, {"rows": rows, **machine})
-    if any((results / f"{part.name}.json").is_file() for part in PARTS if len(part.learning_rates) > 1):
-        print(f"drawn in {draw(results)}")
 
 
 def save(folder: Path, name: str, result: dict) -> None:

@@ -17,9 +17,9 @@ from common import describe_machine, peak_bytes, save_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gxpo_trl.engines import TorchEngine
+from gxpo_trl.update.algorithm import LookaheadRule, lookahead_step
 from gxpo_trl.update.extrapolation import Extrapolation
 from gxpo_trl.update.snapshot import Storage
-from gxpo_trl.update.algorithm import LookaheadRule, lookahead_step
 
 
 GXPO = LookaheadRule(probes=2, alpha=0.5, extrapolation=Extrapolation(5, scale_max=3.5))

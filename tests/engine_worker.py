@@ -38,9 +38,9 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from gxpo_trl import GXPOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer  # noqa: E402
-from gxpo_trl.update.snapshot import Origin  # noqa: E402
+from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadTrainer, SFPOConfig, SFPOTrainer  # noqa: E402
 from gxpo_trl.update.algorithm import lookahead_step  # noqa: E402
+from gxpo_trl.update.snapshot import Origin  # noqa: E402
 
 
 class PoisonedOnOneRankTrainer(GXPOTrainer):
@@ -82,6 +82,12 @@ class Warnings(logging.Handler):
         return messages
 
 
+def state_of(trainer):
+    """Where the parameters are; `None` of TRL's own trainer, and of a run that never was active."""
+    lookahead = getattr(trainer, "lookahead", None)
+    return None if lookahead is None or lookahead.engine is None else lookahead.engine.state
+
+
 class Watching(TrainerCallback):
     """Notes how far each step moves the parameters of this rank."""
 
@@ -89,8 +95,8 @@ class Watching(TrainerCallback):
         self.trainer, self.before, self.moved = None, None, []
 
     def on_step_end(self, *args, **kwargs):
-        engine = getattr(self.trainer, "_engine", None)
-        after = None if engine is None else [p.clone() for p in engine.parameters()]
+        state = state_of(self.trainer)
+        after = None if state is None else [p.clone() for p in state.parameters()]
         if self.before is not None:
             pairs = zip(after, self.before, strict=True)
             self.moved.append(max((a - b).abs().max().item() for a, b in pairs if a.numel()))
@@ -115,6 +121,7 @@ class CountingEveryCollective:
 
 TRAINERS = {
     "gxpo": (GXPOTrainer, GXPOConfig),
+    "plain": (LookaheadTrainer, GXPOConfig),
     "sfpo": (SFPOTrainer, SFPOConfig),
     "trl": (GRPOTrainer, GRPOConfig),
     "rising gate": (RisingGateTrainer, GXPOConfig),
@@ -168,14 +175,14 @@ def outcome(trainer) -> dict:
     result = {"parameters": full_parameters(trainer), "log": trainer.state.log_history}
     result["wrapped"] = type(trainer.model_wrapped).__name__
     result["optimizer"] = type(getattr(trainer.model_wrapped, "optimizer", None)).__name__
-    if getattr(trainer, "_engine", None) is None:  # a plain run
+    if (state := state_of(trainer)) is None:  # a plain run
         return result
     return result | {
-        "engine": type(trainer._engine).__name__,
-        "master_dtype": trainer._engine.parameters()[0].dtype,
+        "engine": type(state).__name__,
+        "master_dtype": state.parameters()[0].dtype,
         "moved": trainer.watching.moved,  # from the first step on
-        "passes": trainer._backward_passes,
-        "gate": trainer._gate.state_dict(),
+        "passes": trainer.backward_passes,
+        "gate": trainer.lookahead.gate.state_dict(),
     }
 
 
@@ -211,29 +218,29 @@ def count_communication(job: dict, folder: Path) -> dict:
     """The collectives of an active update and of a plain one, on the engine that a run of one step leaves."""
     trainer = build(job, folder)
     trainer.train()
-    engine, model = trainer._engine, trainer.model_wrapped
-    rule = trainer.args.lookahead_rule()
+    engine, model, rule = trainer.lookahead.engine, trainer.model_wrapped, trainer.lookahead.rule
+    state, passes = engine.state, engine.passes
     tokens = torch.arange(48).view(2, 2, 12)
 
     def one_pass():
         for i, micro_batch in enumerate(tokens):
-            with engine.micro_batch(last=i == 1):
-                engine.backward(model(input_ids=micro_batch, labels=micro_batch).loss / 2)
+            with passes.micro_batch(last=i == 1):
+                passes.backward(model(input_ids=micro_batch, labels=micro_batch).loss / 2)
 
     def plain_update(active: bool = False):
         one_pass()
         if active:
-            lookahead_step(engine, one_pass, rule)
-        engine.finish()
-        if engine.accelerator.distributed_type != DistributedType.DEEPSPEED:  # as the training loop does
-            engine.clip_gradients()
-            engine.step()
-            engine.clear_gradients()
+            lookahead_step(state, one_pass, rule)
+        passes.finish()
+        if state.accelerator.distributed_type != DistributedType.DEEPSPEED:  # as the training loop does
+            state.clip_gradients()
+            state.step()
+            state.clear_gradients()
 
     one_pass()
-    origin = Origin.of(engine, rule.storage, keeps_grad=True, rollback=False)
-    engine.clear_gradients()
-    counted = {"trainable": engine.coordinates(), "bytes": sum(t.nbytes for t in origin.theta_0 + origin.grad_0)}
+    origin = Origin.of(state)
+    state.clear_gradients()
+    counted = {"trainable": state.coordinates(), "bytes": sum(t.nbytes for t in origin.theta_0 + origin.grad_0)}
     for name, active in (("plain", False), ("active", True)):
         plain_update(active)  # what is lazily made is there
         with CountingEveryCollective() as counting:

@@ -173,7 +173,8 @@ def make_trainer(
 ):
     """A trainer on the embedded model; with scripted rollouts, or sampled ones and the task's own reward.
 
-    `rule` changes the update rule beyond what settings can. It samples in groups where `generation_backend` or a budget asks for it.
+    `rule` changes the update rule beyond what settings can. It samples in groups where `generation_backend` or a
+    budget asks for it.
     """
     dataset = load_arithmetic(train_size=64, test_size=16)
     if not scripted:

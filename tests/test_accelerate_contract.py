@@ -12,14 +12,14 @@ from accelerate.utils import DistributedType, fsdp_utils
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
 from contracts import Name, check, parameter_names
 
+from gxpo_trl.engines.passes import BackwardOnly
 from gxpo_trl.engines.support import REPLICATED
-from gxpo_trl.engines.deepspeed import BackwardOnly
 
 
 ACCELERATOR = "accelerate.Accelerator"
 STATE = "accelerate.state.AcceleratorState"
 PROCESS = "accelerate.state.PartialState"
-BASE, CHOICE, OF_DEEPSPEED, WHOLE = (f"engines/{name}.py" for name in ("base", "choice", "deepspeed", "whole"))
+BASE, CHOICE, PASSES, WHOLE = (f"engines/{name}.py" for name in ("base", "support", "passes", "whole"))
 EVALUATING, COMPACTING, SHIM = "callbacks/benchmarks.py", "trainer/layout.py", "tests/cpu_engines.py"
 
 NAMES = [
@@ -33,7 +33,7 @@ NAMES = [
         *(ACCELERATOR, "clip_grad_norm_", "engines/replicated.py", "clips as the trainer does"),
         "parameters, max_norm",
     ),
-    Name(ACCELERATOR, "deepspeed_engine_wrapped", OF_DEEPSPEED, "puts `BackwardOnly` in its place"),
+    Name(ACCELERATOR, "deepspeed_engine_wrapped", PASSES, "puts `BackwardOnly` in its place"),
     Name(ACCELERATOR, "unwrap_model", WHOLE, "names whole parameters as the model below does", "model"),
     Name(ACCELERATOR, "distributed_type", CHOICE, "chooses the engine by it"),
     Name(ACCELERATOR, "mixed_precision", CHOICE, "refuses fp16 by it"),
@@ -153,11 +153,11 @@ def test_the_precision_of_reductions_can_be_set_in_the_plugin_before_the_model_i
     policy = plugin.mixed_precision_policy
     assert policy.reduce_dtype == torch.bfloat16 and "reduce_dtype" in policy.__dataclass_fields__, (
         "accelerate's FullyShardedDataParallelPlugin has no `mixed_precision_policy` with a `reduce_dtype` any more: "
-        "`reduce_in_fp32` in engines/support.py replaces it."
+        "`reduce_in_fp32` in engines/__init__.py replaces it."
     )
     assert "fsdp2_plugin.mixed_precision_policy" in inspect.getsource(fsdp_utils.fsdp2_prepare_model), (
         "accelerate's `fsdp2_prepare_model` does not read `mixed_precision_policy` from the plugin any more: "
-        "`reduce_in_fp32` in engines/support.py sets it there."
+        "`reduce_in_fp32` in engines/__init__.py sets it there."
     )
 
 
@@ -190,7 +190,7 @@ def test_the_backward_pass_of_deepspeeds_wrapper_differs_from_ours_by_the_step_a
     BackwardOnly(ours).backward(1.0, sync_gradients=last, scale_wrt_gas=False)
     assert theirs.calls == ours.calls + ([("step",)] if last else []), (
         "accelerate's DeepSpeedEngineWrapper does more in `backward`, or less, than to go backward and step: "
-        "`BackwardOnly` in engines/deepspeed.py has to do the same without the step."
+        "`BackwardOnly` in engines/passes.py has to do the same without the step."
     )
     assert parameter_names(DeepSpeedEngineWrapper.backward) == parameter_names(BackwardOnly.backward), (
         "accelerate's DeepSpeedEngineWrapper.backward takes other arguments now: `BackwardOnly` in "
@@ -210,7 +210,7 @@ def test_the_accelerator_goes_backward_through_the_wrapper_and_passes_arguments_
     expected = [("set_gradient_accumulation_boundary", ("is_boundary", True))]
     assert engine.calls == [*expected, ("backward", 8.0, ("scale_wrt_gas", False))], (
         "accelerate's `backward` does not hand the loss undivided to `deepspeed_engine_wrapped` any more: "
-        "engines/deepspeed.py puts `BackwardOnly` there."
+        "engines/passes.py puts `BackwardOnly` there."
     )
 
 
@@ -232,5 +232,5 @@ def test_deepspeeds_optimizer_wrapper_does_not_step():
     wrapper.step()
     wrapper.zero_grad()
     assert isinstance(wrapper, AcceleratedOptimizer) and not counting.calls, (
-        "accelerate's DeepSpeedOptimizerWrapper steps now: `finish` in engines/deepspeed.py would step twice."
+        "accelerate's DeepSpeedOptimizerWrapper steps now: `finish` in engines/passes.py would step twice."
     )

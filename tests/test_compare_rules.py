@@ -1,6 +1,7 @@
 """The comparison of the update rules, in small: it replaces functions of the package, and would not see them go."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,33 @@ import pytest
 
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare_rules.py"
+COMMITTED = SCRIPT.parent / "results" / "compare_rules"
+
+
+def test_pages_and_figure_are_drawn_from_the_committed_results(tmp_path):
+    results = tmp_path / "quick" / "results"
+    shutil.copytree(COMMITTED, results, ignore=lambda _, names: {name for name in names if not name.endswith(".json")})
+    command = [sys.executable, str(SCRIPT), "--quick", "--draw", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    pages = {path.stem: path.read_text() for path in results.glob("*.html")}
+    assert pages.keys() == {"tuned", "equal", "lora", "decay", "harder"} and (results / "ahead.png").is_file()
+    for name, page in pages.items():
+        rows = {row["arm"]: row for row in json.loads((results / f"{name}.json").read_text())["rows"]}
+        for arm in ("GRPO", "GXPO K 5 α 1"):  # recomputed from the curves, seed by seed and over optimizer steps
+            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*rows[arm][value]) for value in ("final", "peak", "auc")]
+            assert "".join(f"<td>{cell}</td>" for cell in [arm, "8", *cells]) in page
+        low, high = rows["GXPO K 5 α 1"]["auc_ahead"][1:]
+        assert f"[{low:+.3f}, {high:+.3f}]" in page
+    assert "18, 20, 13, 22, 24, 20, 21, 15" in pages["tuned"]  # where the gates shut off
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.suffix not in (".json", ".html")) == [
+        *("ahead.png", "quick", "results")
+    ]
+
+
+def test_without_results_nothing_is_drawn(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--quick", "--draw", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and "holds no results" in run.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ import test_transformers_contract
 import test_trl_contract
 import test_vllm_contract
 from contracts import ROOT, has
-from trl import GRPOTrainer, RLOOTrainer
+from trl import GRPOTrainer
 
-from gxpo_trl import GXPORLOOTrainer, GXPOTrainer, SFPOTrainer
+from gxpo_trl import GXPOTrainer, SFPOTrainer
 
 
 CONTRACTS = (
@@ -109,9 +109,7 @@ def test_whatever_the_trainers_ask_of_themselves_is_in_a_contract():
     assert not (found := unlisted(access for access in asked if access.name not in ours())), found[0]
 
 
-@pytest.mark.parametrize(
-    "trainer_class, base", [(GXPOTrainer, GRPOTrainer), (SFPOTrainer, GRPOTrainer), (GXPORLOOTrainer, RLOOTrainer)]
-)
+@pytest.mark.parametrize("trainer_class, base", [(GXPOTrainer, GRPOTrainer), (SFPOTrainer, GRPOTrainer)])
 def test_no_name_of_ours_on_a_trainer_is_theirs_by_accident(trainer_class, base):
     """Were TRL to keep something under a name that we use, each would overwrite what is the other's."""
     parts = [part for part in trainer_class.__mro__ if part.__module__.startswith("gxpo_trl")]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from contracts import Name, check
 
-from gxpo_trl.engines.support import DEEPSPEED_SETTINGS, ZERO_ENGINES
+from gxpo_trl.engines import ZERO_STATES
+from gxpo_trl.engines.support import DEEPSPEED_SETTINGS
 
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed, an extra, is not installed")
@@ -26,7 +27,7 @@ BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
 PARTITIONED = "deepspeed.runtime.zero.partition_parameters.Init"
 """What gives the parameters of ZeRO-3 their attributes."""
 
-OF_THE_ENGINE = "engines/deepspeed.py"
+OF_THE_ENGINE, PASSES = "engines/deepspeed.py", "engines/passes.py"
 OF_ZERO_12, OF_ZERO_3, OF_BF16 = (f"engines/{name}.py" for name in ("zero12", "zero3", "bf16_optimizer"))
 
 NAMES = [
@@ -35,17 +36,17 @@ NAMES = [
     Name(ENGINE, "gradient_clipping", OF_THE_ENGINE, "clips by what it returns", ""),
     Name(ENGINE, "get_data_types", OF_THE_ENGINE, "asks it what gradients are accumulated in", ""),
     Name(
-        *(ENGINE, "set_gradient_accumulation_boundary", OF_THE_ENGINE),
+        *(ENGINE, "set_gradient_accumulation_boundary", PASSES),
         *("tells it whether gradients are reduced with a micro-batch", "*, is_boundary"),
     ),
-    Name(ENGINE, "backward", OF_THE_ENGINE, "goes backward with a loss divided already", "loss, *, scale_wrt_gas"),
-    Name(ENGINE, "step", OF_THE_ENGINE, "leaves the last step of an update to it", ""),
-    Name(ENGINE, "_global_grad_norm", OF_THE_ENGINE, "writes the norm there after a step of its own"),
-    Name(ENGINE, "micro_steps", OF_THE_ENGINE, "counts a step of its own there"),
-    Name(ENGINE, "global_steps", OF_THE_ENGINE, "counts a step of its own there"),
-    Name(ENGINE, "global_samples", OF_THE_ENGINE, "counts the samples of a step of its own there"),
-    Name(ENGINE, "train_batch_size", OF_THE_ENGINE, "counts so many samples in a step of its own", ""),
-    Name(ENGINE, "lr_scheduler", OF_THE_ENGINE, "moves the schedule on after a step of its own"),
+    Name(ENGINE, "backward", PASSES, "goes backward with a loss divided already", "loss, *, scale_wrt_gas"),
+    Name(ENGINE, "step", PASSES, "leaves the last step of an update to it", ""),
+    Name(ENGINE, "_global_grad_norm", PASSES, "writes the norm there after a step of its own"),
+    Name(ENGINE, "micro_steps", PASSES, "counts a step of its own there"),
+    Name(ENGINE, "global_steps", PASSES, "counts a step of its own there"),
+    Name(ENGINE, "global_samples", PASSES, "counts the samples of a step of its own there"),
+    Name(ENGINE, "train_batch_size", PASSES, "counts so many samples in a step of its own", ""),
+    Name(ENGINE, "lr_scheduler", PASSES, "moves the schedule on after a step of its own"),
     Name(ENGINE, "destroy", "tests/engine_worker.py", "ends an engine with it", ""),
     # ---- What all ZeRO optimizers have
     *(
@@ -123,9 +124,9 @@ def test_the_names_that_the_engines_touch_are_there(touched):
 
 def test_the_engine_is_chosen_by_these_class_names():
     classes = {path.rpartition(".")[2] for path in (ZERO_12, ZERO_3, BF16)}
-    assert classes == set(ZERO_ENGINES), (
+    assert classes == set(ZERO_STATES), (
         "engines/support.py chooses an engine by the name of DeepSpeed's optimizer, and the contract knows "
-        f"{', '.join(sorted(classes ^ set(ZERO_ENGINES)))} in one of the two places alone."
+        f"{', '.join(sorted(classes ^ set(ZERO_STATES)))} in one of the two places alone."
     )
 
 

@@ -20,11 +20,11 @@ SCRIPT = "tests/launched_script.py"
 SHORT = {"max_steps": 2, "eval_strategy": "no", "eval_on_start": False, "bf16": True}
 ON_TWO = {"use_cpu": False, "ddp_backend": "gloo"}
 ENGINES = {
-    "ddp": "TorchEngine",
-    "fsdp2": "FSDP2Engine",
-    "zero1": "BF16OptimizerEngine",
-    "zero2": "Zero12Engine",
-    "zero3": "Zero3Engine",
+    "ddp": "ReplicatedState",
+    "fsdp2": "FSDP2State",
+    "zero1": "BF16OptimizerState",
+    "zero2": "Zero12State",
+    "zero3": "Zero3State",
 }
 
 
@@ -85,7 +85,7 @@ def test_a_loop_with_an_extrapolation_goes_on_from_it(tmp_path, engine):
     assert json.loads((tmp_path / "after" / "trainer_state.json").read_text())["global_step"] == 1
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct/gxpo_k5", "qwen2.5-1.5b-instruct/next"])
+@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct/gxpo", "qwen2.5-1.5b-instruct/next"])
 def test_a_recipe_is_rehearsed_on_the_engine_it_is_for(tmp_path, name):
     """The plan once, not once for each process; and nothing is left of the rehearsal."""
     options = ["--config_file", "recipes/accelerate/fsdp2.yaml", "--num_processes", "2"]
@@ -102,7 +102,7 @@ def test_the_recipe_of_one_gpu_is_one_process(tmp_path):
     options = ["--config_file", "recipes/accelerate/single.yaml"]
     process = run([*LAUNCH, *options, *command_line(report, tmp_path, use_cpu=True)])
     result = read(report, process)
-    assert (result["engine"], result["processes"], result["bf16"]) == ("TorchEngine", 1, True)
+    assert (result["engine"], result["processes"], result["bf16"]) == ("ReplicatedState", 1, True)
 
 
 def test_deepspeed_runs_on_one_process(tmp_path):
@@ -111,7 +111,7 @@ def test_deepspeed_runs_on_one_process(tmp_path):
     options = ["--config_file", "recipes/accelerate/zero2.yaml", "--num_processes", "1"]
     process = run([*LAUNCH, *options, *command_line(report, tmp_path, **ON_TWO)])
     result = read(report, process)
-    assert (result["engine"], result["processes"], result["passes"]) == ("Zero12Engine", 1, 6)
+    assert (result["engine"], result["processes"], result["passes"]) == ("Zero12State", 1, 6)
 
 
 def put_in_path(folder: Path, name: str, text: str) -> None:
@@ -144,7 +144,7 @@ def test_the_slurm_script_launches_one_part_on_each_node(tmp_path):
         **slurm,
     )
     result = read(report, process)
-    assert (result["engine"], result["processes"], result["passes"]) == ("TorchEngine", 2, 6)
+    assert (result["engine"], result["processes"], result["passes"]) == ("ReplicatedState", 2, 6)
 
 
 def test_the_slurm_script_says_how_it_is_used():

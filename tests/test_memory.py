@@ -7,6 +7,7 @@ import torch
 from test_step import Quadratic, State, gxpo, prepare, take_step
 from torch.profiler import profile
 
+
 COORDINATES = 2_000_000
 MODEL_BYTES = 4 * COORDINATES
 

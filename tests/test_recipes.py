@@ -1,7 +1,9 @@
 """The recipes of the package: what they compute, that they differ in their rule alone, and that each can be run."""
 
+import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ GXPO_MODELS = ("qwen2.5-1.5b-instruct", "qwen2.5-3b-instruct", "qwen2.5-7b-instr
 SFPO_MODELS = ("qwen2.5-math-1.5b", "qwen2.5-math-7b", "deepseek-r1-distill-qwen-1.5b", "deepseek-r1-distill-qwen-7b")
 SFPO_MODELS += ("qwen3-4b-base",)
 NEXT_MODELS = (*GXPO_MODELS[:3], "qwen2.5-14b-instruct")
-GXPO_METHODS = ("grpo", *(f"{rule}_k{k}" for rule in ("sfpo", "gxpo") for k in (3, 5, 10)))
+GXPO_METHODS = ("grpo", "sfpo", "gxpo")
 SFPO_METHODS = ("grpo", "sfpo", "dapo", "dapo_sfpo")
 HOME = ("t4", "24gb", "80gb", "8x80gb")
 
@@ -105,7 +107,7 @@ def test_they_say_what_the_papers_say():
             if method != "grpo":
                 alpha, tau = {"gxpo": (0.5, 0.5), "sfpo": (0.5, 2.0)}[settings["update_rule"]]
                 assert (settings["reposition_alpha"], settings["gate_threshold"]) == (alpha, tau)
-                assert method == f"{settings['update_rule']}_k{settings['lookahead_steps']}"
+                assert (settings["update_rule"], settings["lookahead_steps"]) == (method, 5)
     for model in SFPO_MODELS:
         for method in SFPO_METHODS:
             settings = read(f"{model}/{method}.yaml")
@@ -119,6 +121,39 @@ def test_they_say_what_the_papers_say():
         batches = {key: settings[key] / 4 for key in ("trajectory_steps", "extrapolate_after", "max_steps")}
         assert batches == {"trajectory_steps": 10, "extrapolate_after": 150, "max_steps": 250}
         assert settings["extrapolate_steps_ahead"] == 5 * settings["trajectory_steps"]
+
+
+def parsed(recipe) -> dict:
+    """Every key that the parser knows, with its value."""
+    return {field.name: getattr(part, field.name) for part in recipe for field in dataclasses.fields(part)}
+
+
+@pytest.mark.parametrize("k", [3, 5, 10])
+@pytest.mark.parametrize("method", ["sfpo", "gxpo"])
+@pytest.mark.parametrize("model", GXPO_MODELS)
+def test_each_k_of_the_gxpo_paper_is_the_recipe_with_another_k(model, method, k):
+    """Key by key, as the run would get them; and the bound of the scale follows."""
+    recipe = parse(f"{model}/{method}.yaml", "--lookahead_steps", str(k))
+    settings, of_the_file = parsed(recipe), parsed(parse(f"{model}/{method}.yaml"))
+    paper = GXPO_PAPER | {"lookahead_steps": k, "reposition_alpha": 0.5, "update_rule": method, "use_peft": True}
+    paper |= {"gate_signal": "grad_norm", "gate_threshold": 0.5, "active_threshold": 1e-8} if method == "gxpo" else {}
+    paper |= {"gate_signal": "entropy", "gate_threshold": 2.0} if method == "sfpo" else {}
+    assert {key: settings[key] for key in paper} == paper
+    differing = {key for key in settings if settings[key] != of_the_file[key]}
+    assert differing == (set() if k == 5 else {"lookahead_steps"})
+    assert recipe.training._resolved_scale_max == k / 2 + 1
+
+
+@pytest.mark.parametrize("method", ["sfpo", "gxpo"])
+@pytest.mark.parametrize("model", GXPO_MODELS)
+def test_it_names_the_commands_of_the_other_k(model, method):
+    """At its head, with a folder of their own."""
+    text = re.sub(r" \\\n#\s+", " ", recipe_path(f"gxpo:{model}/{method}.yaml").read_text())
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^#\s+(gxpo train .*)$", text, re.MULTILINE)]
+    assert {tuple(words[:2]) for words in commands} == {("--config", f"gxpo:{model}/{method}.yaml")}
+    found = [parse_recipe([*words, "--use_cpu", "true"]).training for words in commands]
+    places = {args.lookahead_steps: args.output_dir for args in found}
+    assert places == {k: f"out/{model}/{method}_k{k}" for k in (3, 10)}
 
 
 DEFINING = ("loss_type", "beta", "epsilon", "num_generations", "temperature", "max_completion_length", "learning_rate")
@@ -202,7 +237,7 @@ def mib(count: float) -> str:
 
 
 def test_the_plan_says_what_a_run_takes(tmp_path):
-    text = plan(tmp_path, "qwen2.5-1.5b-instruct/gxpo_k5.yaml")
+    text = plan(tmp_path, "qwen2.5-1.5b-instruct/gxpo.yaml")
     assert "128 prompts × 5 completions = 640 completions" in text
     assert "128 on 1, 64 on 2, 32 on 4, 16 on 8 devices" in text
     assert f"{51 * 3 + 249} to {300 * 3} backward passes in all; GRPO has 300" in text  # the gate opens after 50 steps
@@ -243,7 +278,7 @@ def test_the_plan_says_what_a_run_takes(tmp_path):
     ],
 )
 def test_the_plan_follows_the_settings(tmp_path, options, said):
-    assert said in plan(tmp_path, "qwen2.5-1.5b-instruct/gxpo_k5.yaml", *options)
+    assert said in plan(tmp_path, "qwen2.5-1.5b-instruct/gxpo.yaml", *options)
 
 
 def test_the_plan_counts_the_reference_of_full_fine_tuning(tmp_path):
@@ -271,16 +306,15 @@ def rehearsal(name: str) -> str:
 DISTINCT = list({rehearsal(name): name for name in reversed(NAMES)}.values())
 
 
-def dry_run(name: str, folder: Path, capsys) -> str:
-    train.main(
-        ["--config", f"gxpo:{name}", "--dry-run", "--output_dir", str(folder / "run"), "--disable_tqdm", "true"]
-    )
+def dry_run(name: str, folder: Path, capsys, *options: str) -> str:
+    arguments = ["--config", f"gxpo:{name}", "--dry-run", "--output_dir", str(folder / "run"), *options]
+    train.main([*arguments, "--disable_tqdm", "true"])
     assert not list(folder.iterdir())
     return capsys.readouterr().out
 
 
-def check_rehearsal(name: str, printed: str) -> None:
-    settings = read(name)
+def check_rehearsal(name: str, printed: str, **overridden) -> None:
+    settings = read(name) | overridden
     probes = {"grpo": 0, "gxpo": 2, "sfpo": settings.get("lookahead_steps")}[settings["update_rule"]]
     steps = 1 if "extrapolate_after" in settings else 3
     (last,) = (line for line in printed.splitlines() if line.startswith("Carried out in small"))
@@ -292,6 +326,13 @@ def check_rehearsal(name: str, printed: str) -> None:
 def test_it_can_be_carried_out_in_small(name, tmp_path, capsys):
     """Recipes that differ in model and lengths alone are the same in small; one of each kind."""
     check_rehearsal(name, dry_run(name, tmp_path, capsys))
+
+
+@pytest.mark.parametrize("k", [3, 10])
+@pytest.mark.parametrize("method", ["sfpo", "gxpo"])
+def test_another_k_can_be_carried_out_in_small(method, k, tmp_path, capsys):
+    name = f"{GXPO_MODELS[0]}/{method}.yaml"
+    check_rehearsal(name, dry_run(name, tmp_path, capsys, "--lookahead_steps", str(k)), lookahead_steps=k)
 
 
 def test_what_the_embedded_model_does_not_have_is_left_out_of_a_rehearsal(tmp_path, capsys):

@@ -14,8 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from trl import GRPOConfig
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer, SFPOConfig, SFPOTrainer
-from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
 from gxpo_trl.engines.support import check_engine
+from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_name_the_tags_and_the_paper_follow_the_rule(tmp_path, rule, name):
 
 def test_a_plain_grpo_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match="GXPOConfig"):
-        make_trainer(tmp_path, config_class=GRPOConfig)
+        make_trainer(tmp_path, GXPOTrainer, GRPOConfig)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

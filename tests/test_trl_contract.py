@@ -13,9 +13,9 @@ from helpers import logged, make_trainer, text_reward
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
 
-from gxpo_trl import GXPOTrainer
 from gxpo_trl.rollout.compaction import KNOWN
 from gxpo_trl.trainer.layout import RATIO_MEANS
+from gxpo_trl.trainer.update import MOVED_BY_LOSS
 
 
 BOTH = [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)]

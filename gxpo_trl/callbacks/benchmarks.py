@@ -17,6 +17,7 @@ from ..evaluation.results import benchmark_results
 from ..evaluation.sampling import Sample, Sampler, transformers_sampler
 from ..evaluation.scoring import load_benchmark
 from ..evaluation.settings import EvaluationArguments
+from ..run_folder import score_name
 from ..tasks.datasets import find_overlap
 from .checks import check_at_least
 from .records import find_record
@@ -158,7 +159,7 @@ class BenchmarkCallback(TrainerCallback):
         results = benchmark_results(records, ks=[self.samples])
         logs = {name: metric["value"] for name, metric in results["metrics"].items()}
         logs |= {name: results[name] for name in ("mean_length", "truncated", "verify_failures")}
-        return {f"eval/{benchmark.slug}/{name}": value for name, value in logs.items()}
+        return {score_name(benchmark.slug, name): value for name, value in logs.items()}
 
     def _deal(self, problems: Dataset) -> list[list[dict[str, Any]]]:
         """The problems of this rank in batches, of which every rank has equally many."""

@@ -19,7 +19,7 @@ from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
-from ..run_folder import ELAPSED_TIME, LOG_NAME, RUN_NAME, RunDescription, write_whole
+from ..run_folder import ELAPSED_TIME, LOG_NAME, RUN_NAME, write_whole
 from ..version import __version__
 from .wrapping import wrap_method
 
@@ -144,7 +144,7 @@ class RunRecordCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._stop_clock()
 
-    def describe_run(self) -> RunDescription:
+    def describe_run(self) -> dict[str, Any]:
         """For `run.json`."""
         return describe_run(self.trainer, self.settings)
 
@@ -155,7 +155,7 @@ def find_record(trainer: Trainer) -> RunRecordCallback | None:
     return next((callback for callback in callbacks if isinstance(callback, RunRecordCallback)), None)
 
 
-def describe_run(trainer: Trainer, settings: dict[str, Any] | None = None) -> RunDescription:
+def describe_run(trainer: Trainer, settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `run.json` says of a run; `settings` are those that are not in `trainer.args`."""
     args, model, settings = trainer.args, trainer.model, settings or {}
     completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps

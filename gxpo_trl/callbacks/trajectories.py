@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
-from ..engines.whole import whole_parameters
+from ..engines import whole_parameters
 from ..run_folder import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, partial_path, step_folder
 from ..trajectory.checkpoints import check_adapter_settings
 from .checks import check_at_least

@@ -13,9 +13,12 @@ from .fsdp2 import FSDP2State
 from .passes import DeepSpeedPasses, Passes
 from .replicated import ReplicatedState
 from .support import check_engine, unknown_deepspeed_optimizer
+from .whole import whole_parameters
 from .zero3 import Zero3State
 from .zero12 import Zero12State
 
+
+__all__ = ["ZERO_STATES", "Engine", "make_engine", "reduce_in_fp32", "whole_parameters"]
 
 ZERO_STATES = {
     "DeepSpeedZeroOptimizer": Zero12State,

@@ -102,8 +102,8 @@ class BatchLayout:
         if (unknown := unknown_entries(buffer)) and not self.warned:
             self.warned = True
             logger.warning(
-                f"Batches are not compacted, which costs time: these rollouts hold {', '.join(unknown)}, and it is not "
-                "known whether that may change its place. Set `compact_batches: false` if that is meant."
+                f"Batches are not compacted, which costs time: the rollouts hold {', '.join(unknown)}, and how that "
+                "belongs to rows is not known. Set `compact_batches: false` if that is meant."
             )
         size = min(self.trainer.args.gradient_accumulation_steps, len(buffer))
         steps = [buffer[i : i + size] for i in range(0, len(buffer), size)]

@@ -64,8 +64,8 @@ RULES = {
             "citation": textwrap.dedent("""\
                 @inproceedings{wang2026sfpo,
                     title        = {{Slow-Fast Policy Optimization: Reposition-Before-Update for LLM Reasoning}},
-                    author       = {Ziyan Wang and Zheng Wang and Jie Fu and Xingwei Qu and Qi Cheng and Shengpu Tang and
-                                    Minjia Zhang and Xiaoming Huo},
+                    author       = {Ziyan Wang and Zheng Wang and Jie Fu and Xingwei Qu and Qi Cheng and
+                                    Shengpu Tang and Minjia Zhang and Xiaoming Huo},
                     year         = 2026,
                     booktitle    = {International Conference on Learning Representations},
                 }"""),

@@ -1,4 +1,4 @@
-"""From the rollouts of one optimizer step to its update: the window, the rule, the gate, and what is logged of them."""
+"""From the rollouts of one optimizer step to its update: window, rule and gate, and what is logged of them."""
 
 import contextlib
 import dataclasses

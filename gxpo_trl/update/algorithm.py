@@ -87,19 +87,7 @@ def lookahead_step(
             clips.append(clip)
             state.step()
 
-        # Predict θK from g0, g1 and θ2 - θ0, and move to θ̃ = θ0 + α (θK - θ0), coordinate by coordinate.
-        for part, (theta, *copies) in aligned_slices(
-            state.parameters(), origin.theta_0, origin.grad_0, state.gradients()
-        ):
-            dtype = torch.promote_types(theta.dtype, torch.float32)
-            theta_0, grad_0, grad_1 = (copy.to(theta.device, dtype, non_blocking=True) for copy in copies)
-            displacement = theta.to(dtype) - theta_0
-            if rule.extrapolation is None:
-                retention = scale = active = torch.ones_like(displacement)
-            else:  # of the gradients that the optimizer consumed: g1 is clipped already
-                retention, scale, active = retention_and_scale(grad_0 * clips[0], grad_1, rule.extrapolation)
-            theta.copy_(reposition(theta_0, displacement, scale, rule.alpha))
-            measure.extrapolation(part, displacement, retention, scale, active)
+        _reposition(state, origin, clips[0], rule, measure)  # θ̃ = θ0 + α (θK - θ0)
 
         # Correct: the true gradient at θ̃. The trainer clips it and steps, as always.
         if rule.rollback:
@@ -111,6 +99,23 @@ def lookahead_step(
     except BaseException:  # an interrupted notebook cell, memory run out: what is saved next are committed weights
         origin.return_to(state, alone=True)
         raise
+
+
+def _reposition(
+    state: TrainingState, origin: Origin, clip_0: float, rule: LookaheadRule, measure: Measurements
+) -> None:
+    """Predicts θK from g0, g1 and θ2 - θ0, and moves to θ̃, coordinate by coordinate."""
+    shards = aligned_slices(state.parameters(), origin.theta_0, origin.grad_0, state.gradients())
+    for part, (theta, *copies) in shards:
+        dtype = torch.promote_types(theta.dtype, torch.float32)
+        theta_0, grad_0, grad_1 = (copy.to(theta.device, dtype, non_blocking=True) for copy in copies)
+        displacement = theta.to(dtype) - theta_0
+        if rule.extrapolation is None:
+            retention = scale = active = torch.ones_like(displacement)
+        else:  # of the gradients that the optimizer consumed: g1 is clipped already
+            retention, scale, active = retention_and_scale(grad_0 * clip_0, grad_1, rule.extrapolation)
+        theta.copy_(reposition(theta_0, displacement, scale, rule.alpha))
+        measure.extrapolation(part, displacement, retention, scale, active)
 
 
 def one_pass(state: TrainingState, replay: Replay) -> None:

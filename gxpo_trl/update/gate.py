@@ -129,8 +129,8 @@ class Gate:
             resting = state.pop("resting")
             if resting not in (0, "for good"):
                 raise ValueError(
-                    f"The gate of this checkpoint was to arm again after {resting} steps (`gate_fallback: temporary`), "
-                    "which is gone. Resume from an earlier checkpoint, or with version 0.1 of gxpo_trl."
+                    f"The gate of this checkpoint was to arm again after {resting} steps, and no gate does now "
+                    "(`gate_fallback: temporary` is gone). Resume from an earlier checkpoint, or with version 0.1."
                 )
             state["active"] = resting == 0
         for name, value in state.items():
