@@ -225,9 +225,7 @@ def attach(
         trainer.add_callback(HubCallback(trainer))
     if eval_benchmarks is not None:
         at_start = trainer.args.eval_on_start
-        trainer.add_callback(
-            BenchmarkCallback(trainer, eval_benchmarks, eval_samples, eval_prompt, at_start=at_start)
-        )
+        trainer.add_callback(BenchmarkCallback(trainer, eval_benchmarks, eval_samples, eval_prompt, at_start=at_start))
     if trajectory_steps is not None:
         trainer.add_callback(TrajectoryCallback(trainer, trajectory_steps))
 

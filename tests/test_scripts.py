@@ -215,7 +215,10 @@ def test_what_follows_from_a_replaced_setting_is_made_again():
     args = parse_recipe([*recipe("grpo"), "--prompts_per_step", "16"]).training
     assert (args.gradient_accumulation_steps, args.steps_per_generation) == (4, 4)
     halved = replace_training(args, prompts_per_step=8)
-    assert (halved.gradient_accumulation_steps, halved.generation_batch_size) == (2, 128)  # lasts for as long as it did
+    assert (halved.gradient_accumulation_steps, halved.generation_batch_size) == (
+        2,
+        128,
+    )  # lasts for as long as it did
     twice = replace_training(args, generation_batch_size=256)
     assert (twice.gradient_accumulation_steps, twice.steps_per_generation) == (4, 8)
     assert args.do_eval and not replace_training(args, eval_strategy="no").do_eval

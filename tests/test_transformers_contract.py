@@ -101,7 +101,7 @@ NAMES = [
     Name("transformers.integrations.TensorBoardCallback", "logging_dir", TRACKING, "resumes a run in this folder"),
     Name("transformers", "PrinterCallback", "scripts/demo.py", "takes it out"),
     Name("transformers", "ProgressCallback", "scripts/building.py", "takes it out of a rehearsal"),
-    Name("transformers.trainer", "TRAINER_STATE_NAME", "scripts/next_loop.py", "knows by that file that a run is over"),
+    Name("transformers.trainer", "TRAINER_STATE_NAME", "scripts/next_loop.py", "knows by it that a run is over"),
     Name("transformers.trainer_utils", "get_last_checkpoint", "scripts/running.py", "goes on from there", "folder"),
     Name("transformers.hf_argparser", "string_to_bool", "scripts/parsing.py", "reads `--dry-run` by it", "v"),
     Name("transformers.utils.hub.PushInProgress", "jobs", PUBLISHING, "finds pushes that failed there"),
