@@ -33,6 +33,8 @@ NAMES = [
         *(ACCELERATOR, "clip_grad_norm_", "engines/replicated.py", "clips as the trainer does"),
         "parameters, max_norm",
     ),
+    Name(ACCELERATOR, "free_memory", "scripts/", "leaves the devices to the next trainer with it", ""),
+    Name(ACCELERATOR, "end_training", "scripts/", "ends trackers and processes with it", ""),
     Name(ACCELERATOR, "deepspeed_engine_wrapped", PASSES, "puts `BackwardOnly` in its place"),
     Name(ACCELERATOR, "unwrap_model", WHOLE, "names whole parameters as the model below does", "model"),
     Name(ACCELERATOR, "distributed_type", CHOICE, "chooses the engine by it"),

@@ -77,7 +77,6 @@ NAMES = [
     Name(TRAINER, "_finish_current_push", HUB, "says what failed until then", ""),
     Name(TRAINER, "init_hf_repo", HUB, "knows by its name that an error is the Hub's"),
     Name(TRAINER, "train", SCRIPTS, "trains with it", "* resume_from_checkpoint"),
-    Name(TRAINER, "end", SCRIPTS, "ends a run with it", ""),
     Name(TRAINER, "hub_model_id", SCRIPTS, "says where a push was to go"),
     Name(TRAINER, "save_model", SCRIPTS, "saves without a push", "output_dir, * _internal_call"),
     Name(TRAINER, "save_state", SCRIPTS, "saves the trainer's state with it", ""),

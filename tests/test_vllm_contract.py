@@ -17,8 +17,13 @@ from gxpo_trl.evaluation.settings import EvaluationArguments
 
 BOTH = (GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)
 SAMPLING, BENCHMARKS = "evaluation/sampling.py", "callbacks/benchmarks.py"
+OF_TRL = "trl.generation.vllm_generation.VLLMGeneration"
 
 NAMES_OF_TRL = [
+    Name("trl.GRPOTrainer", "vllm_generation", "scripts/", "finds vLLM there when a trainer is done"),
+    Name(OF_TRL, "llm", "scripts/", "finds the engine of this process there"),
+    Name(OF_TRL, "vllm_client", "scripts/", "finds the connection to vLLM's server there"),
+    Name("trl.generation.vllm_client.VLLMClient", "close_communicator", "scripts/", "leaves the server with it", ""),
     Name("trl.GRPOTrainer", "use_vllm", "trainer/grouped.py", "leaves sampling to vLLM by it"),
     Name("trl.RLOOTrainer", "use_vllm", "trainer/grouped.py", "leaves sampling to vLLM by it"),
     Name("trl.RLOOTrainer", "num_generations_eval", BENCHMARKS, "refuses numbers of samples with vLLM by it"),
@@ -31,6 +36,9 @@ NAMES_OF_TRL = [
 ]
 
 NAMES_OF_VLLM = [
+    Name("vllm.LLM", "llm_engine", "scripts/", "finds the engine there"),
+    Name("vllm.v1.engine.llm_engine.LLMEngine", "engine_core", "scripts/", "finds there what holds the memory"),
+    Name("vllm.v1.engine.core_client.EngineCoreClient", "shutdown", "scripts/", "gives the memory back with it"),
     Name("vllm", "LLM", SAMPLING, "loads a checkpoint with it"),
     Name("vllm.LLM", "generate", SAMPLING, "samples with it", "prompts, sampling_params, * use_tqdm"),
     Name(

@@ -256,6 +256,8 @@ class _Sampler:
     ):
         if reason := why_not_row_by_row(model, model.training) or _why_not_settings(config):
             raise ValueError(f"Grouped sampling can't serve this: {reason}. Leave out `custom_generate`.")
+        if self._penalizes(logits_processor) and not penalizes_by_row():
+            raise ValueError("Grouped sampling needs transformers 5.23 for a repetition penalty. Leave it out.")
         if token_budget is not None and token_budget < 1:
             raise ValueError(f"`token_budget` must be at least 1, got {token_budget}. Leave it out for no bound.")
         self.model, self.config, self.processors = model, config, logits_processor
@@ -404,7 +406,7 @@ class _Sampler:
 
     def _processors(self, rows: _Rows) -> LogitsProcessorList:
         """The logits processors, with the padding of the present rows where one asks for it."""
-        if not any(isinstance(processor, RepetitionPenaltyLogitsProcessor) for processor in self.processors):
+        if not self._penalizes(self.processors):
             return self.processors
         padding = rows.mask.argmax(1)
         return LogitsProcessorList(
@@ -413,6 +415,10 @@ class _Sampler:
             else processor
             for processor in self.processors
         )
+
+    @staticmethod
+    def _penalizes(processors: LogitsProcessorList) -> bool:
+        return any(isinstance(processor, RepetitionPenaltyLogitsProcessor) for processor in processors)
 
     def _without_finished(self, rows: _Rows) -> _Rows | None:
         unfinished = int(rows.unfinished.sum())
