@@ -120,9 +120,9 @@ def noise_of_rounding() -> Iterator[None]:
             with _rows_in_reverse() if next(passes) == 0 else contextlib.nullcontext():
                 replay()
 
-        return diagnostics.measure_truth(engine, one_pass, rule)
+        return diagnostics.take_real_steps(engine, one_pass, rule)
 
-    with patch.object(step, "measure_truth", measure):
+    with patch.object(step, "take_real_steps", measure):
         yield
 
 

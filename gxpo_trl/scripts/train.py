@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         trainer.accelerator.print(conclude(recipe, trainer))
     elif failed_push is None:
         trainer.accelerator.print(f"Done. The model is in {trainer.args.output_dir}.")
-    trainer.end()
+    trainer.accelerator.end_training()
     if failed_push is not None:
         sys.exit(failed_push)
 
