@@ -17,8 +17,8 @@ import torch
 from common import describe_machine, keep_freed_memory, save_result
 
 from gxpo_trl.evaluation.benchmark import Benchmark, run_benchmark
-from gxpo_trl.evaluation.evaluate import load_benchmark
 from gxpo_trl.evaluation.sampling import load_model, load_tokenizer, transformers_sampler
+from gxpo_trl.evaluation.scoring import load_benchmark
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.tasks.rewards import judge

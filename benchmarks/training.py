@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 from gxpo_trl.rollout.window import RolloutWindow
 from gxpo_trl.run_folder import TRAINER_STATE_NAME
 from gxpo_trl.scripts.demo import quieten
-from gxpo_trl.scripts.recipe import parse_recipe
+from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.scripts.train import build_trainer, train_around_extrapolation
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, ProblemSet
 from gxpo_trl.trainer import recording

@@ -9,6 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import GRPOTrainer, RLOOTrainer
 
 from gxpo_trl import GXPOConfig, LookaheadTrainer, sample_in_groups
+from gxpo_trl.callbacks.benchmarks import BenchmarkCallback
+from gxpo_trl.callbacks.hub import HubCallback
+from gxpo_trl.callbacks.records import RunRecordCallback
+from gxpo_trl.callbacks.trackers import TrackerCallback
+from gxpo_trl.callbacks.trajectories import TrajectoryCallback
 from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
 
 
@@ -159,6 +164,11 @@ def make_trainer(
     rule=None,
     generation_backend: str | None = None,
     generation_token_budget: int | None = None,
+    records: bool = False,
+    eval_benchmarks: list[str] | None = None,
+    eval_samples: int = 4,
+    eval_prompt: str | None = None,
+    trajectory_steps: int | None = None,
     **settings,
 ):
     """A trainer on the embedded model; with scripted rollouts, or sampled ones and the task's own reward.
@@ -188,7 +198,36 @@ def make_trainer(
         trainer.lookahead.rule = dataclasses.replace(trainer.lookahead.rule, **rule)
     if generation_backend is not None or generation_token_budget is not None:
         sample_in_groups(trainer, generation_backend or "auto", generation_token_budget)
+    attach(
+        trainer,
+        records=records or eval_benchmarks is not None,
+        eval_benchmarks=eval_benchmarks,
+        eval_samples=eval_samples,
+        eval_prompt=eval_prompt,
+        trajectory_steps=trajectory_steps,
+    )
     return trainer
+
+
+def attach(
+    trainer,
+    *,
+    records: bool = True,
+    eval_benchmarks: list[str] | None = None,
+    eval_samples: int = 4,
+    eval_prompt: str | None = None,
+    trajectory_steps: int | None = None,
+) -> None:
+    """The callbacks that `gxpo train` attaches for these keys; `records` are those that it always does."""
+    if records:
+        TrackerCallback.attach(trainer)
+        trainer.add_callback(RunRecordCallback(trainer, {"trajectory_steps": trajectory_steps}))
+        trainer.add_callback(HubCallback(trainer))
+    if eval_benchmarks is not None:
+        at_start = trainer.args.eval_on_start
+        trainer.add_callback(BenchmarkCallback(trainer, eval_benchmarks, eval_samples, eval_prompt, at_start=at_start))
+    if trajectory_steps is not None:
+        trainer.add_callback(TrajectoryCallback(trainer, trajectory_steps))
 
 
 def train(*args, resume_from_checkpoint=None, **kwargs):

@@ -14,25 +14,28 @@ if "LOCAL_RANK" in os.environ:
 
 import torch  # noqa: E402
 
+from gxpo_trl.engines.deepspeed import DeepSpeedState  # noqa: E402
 from gxpo_trl.engines.fsdp2 import FSDP2State  # noqa: E402
-from gxpo_trl.engines.replicated import ReplicatedState  # noqa: E402
-from gxpo_trl.scripts import train  # noqa: E402
+from gxpo_trl.scripts.building import build_trainer  # noqa: E402
+from gxpo_trl.scripts.parsing import parse_recipe  # noqa: E402
 from gxpo_trl.scripts.recipes import recipe_names  # noqa: E402
+from gxpo_trl.scripts.running import train  # noqa: E402
+from gxpo_trl.scripts.train import main as train_command  # noqa: E402
 
 
 def accumulates_in(state) -> torch.dtype:
     """The precision in which gradients are accumulated and reduced."""
+    if isinstance(state, DeepSpeedState):
+        return state.model.get_data_types()[1]
     if isinstance(state, FSDP2State):
         return state.accelerator.state.fsdp_plugin.mixed_precision_policy.reduce_dtype
-    if isinstance(state, ReplicatedState):
-        return state.parameters()[0].dtype
-    return state.model.get_data_types()[1]
+    return state.parameters()[0].dtype
 
 
 def completions_per_step(name: str, arguments: list[str]) -> list[int]:
     """Of a recipe of the package, on this many processes: of an optimizer step, and sampled at a time."""
     machine = [word for key in ("--use_cpu", "--ddp_backend") if key in arguments for word in option(key, arguments)]
-    args = train.parse_recipe(["--config", f"gxpo:{name}", *machine]).training
+    args = parse_recipe(["--config", f"gxpo:{name}", *machine]).training
     rows = args.per_device_train_batch_size * args.world_size
     return [rows * args.gradient_accumulation_steps, args.generation_batch_size]
 
@@ -44,11 +47,11 @@ def option(key: str, arguments: list[str]) -> list[str]:
 
 def main() -> None:
     report, *arguments = sys.argv[1:]
-    recipe = train.parse_recipe(arguments)
+    recipe = parse_recipe(arguments)
     if recipe.rehearsal.dry_run or recipe.loop.extrapolate_after is not None:
-        return train.main(arguments)
-    trainer = train.build_trainer(recipe)
-    train.train(trainer, recipe)
+        return train_command(arguments)
+    trainer = build_trainer(recipe)
+    train(trainer, recipe)
     state = trainer.lookahead.engine.state
     result = {
         "engine": type(state).__name__,

@@ -53,6 +53,7 @@ NAMES = [
     Name(ACCELERATOR, "reduce", COMPACTING, "adds tokens up over ranks", "tensor"),
     Name(ACCELERATOR, "print", "trainer/trainer.py", "says what a batch is"),
     Name(ACCELERATOR, "is_main_process", "scripts/dry_run.py", "removes the rehearsal's folder once"),
+    Name(ACCELERATOR, "free_memory", "scripts/next_loop.py", "leaves the devices to the next trainer with it", ""),
     Name(ACCELERATOR, "wait_for_everyone", "scripts/dry_run.py", "removes that folder when all are done", ""),
     Name("accelerate.utils", "gather_object", EVALUATING, "gathers the samples of all ranks", "object"),
     Name(

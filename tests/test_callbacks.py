@@ -270,8 +270,9 @@ def test_what_can_not_be_scored_is_refused_at_once(tmp_path, benchmark, kind, ch
 def test_trajectories_are_those_of_adapters(tmp_path):
     with pytest.raises(ValueError, match="Train with LoRA"):
         TrajectoryCallback(trl_trainer(tmp_path, "sft"), 1)
-    with pytest.raises(ValueError, match="`use_dora`"):
-        TrajectoryCallback(trl_trainer(tmp_path, "sft", {**LORA, "use_dora": True}), 1)
+    for change, message in (({"use_dora": True}, "`use_dora`"), ({"init_lora_weights": "pissa"}, "pissa")):
+        with pytest.raises(ValueError, match=message):
+            TrajectoryCallback(trl_trainer(tmp_path, "sft", {**LORA, **change}), 1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ import gxpo_trl
 from gxpo_trl import GXPOConfig, GXPORLOOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.scripts import cli, demo, push, recipes, report, watch
-from gxpo_trl.scripts.recipe import ExtrapolationLoopArguments, ProblemArguments, parse_keys, parse_recipe
+from gxpo_trl.scripts.arguments import ExtrapolationLoopArguments, ProblemArguments
+from gxpo_trl.scripts.keys import parse_keys
+from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.tasks.datasets import EMBEDDED_DATASET
 from gxpo_trl.tasks.names import EMBEDDED_MODEL
@@ -178,7 +180,7 @@ def test_python_runs(page, i, tmp_path, monkeypatch):
 
 PLACEHOLDER = re.compile(r"[A-Z]{2,}(\.yaml)?")
 TINY_RECIPE = "recipes/tiny/gxpo.yaml"
-COMMAND_OF_MODULE = {"gxpo_trl.scripts.train": "train", "gxpo_trl.scripts.evaluate": "eval"}
+COMMAND_OF_MODULE = {"gxpo_trl.scripts.train": "train", "gxpo_trl.scripts.eval": "eval"}
 OTHER_COMMANDS = {"report": report, "watch": watch, "demo": demo, "push": push, "recipes": recipes}
 """Commands whose options are no settings."""
 

@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer
-from gxpo_trl.evaluation.evaluate import load_benchmark
+from gxpo_trl.evaluation.scoring import load_benchmark
 from gxpo_trl.tasks import TINY_MODEL_PATH
 
 

@@ -12,12 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from gxpo_trl.evaluation.benchmark import read_samples, slug
-from gxpo_trl.evaluation.evaluate import evaluate, load_benchmark, verify_again, verify_gold
 from gxpo_trl.evaluation.sampling import load_model, load_tokenizer, read_sample, transformers_sampler
+from gxpo_trl.evaluation.scoring import evaluate, load_benchmark, verify_again, verify_gold
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.run_folder import BenchmarkResults, Score
-from gxpo_trl.scripts.evaluate import main
-from gxpo_trl.scripts.recipe import parse_keys
+from gxpo_trl.scripts.eval import main
+from gxpo_trl.scripts.parsing import parse_keys
 from gxpo_trl.tasks import TINY_MODEL_PATH, load_problems
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, to_prompts
 
@@ -90,7 +90,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
 
         return interrupted
 
-    monkeypatch.setattr("gxpo_trl.evaluation.evaluate.transformers_sampler", interrupting)
+    monkeypatch.setattr("gxpo_trl.evaluation.scoring.transformers_sampler", interrupting)
     with pytest.raises(KeyboardInterrupt):
         evaluate(settings(tmp_path / "cut"))
     assert not samples_file(tmp_path / "cut").exists()
@@ -105,7 +105,7 @@ COUNTING = """
 import gxpo_trl.evaluation.benchmark as benchmark
 from accelerate import PartialState
 from gxpo_trl.run_folder import BenchmarkResults, Score
-from gxpo_trl.scripts.evaluate import main
+from gxpo_trl.scripts.eval import main
 
 judge, calls = benchmark.judge_samples, []
 benchmark.judge_samples = lambda *arguments: (calls.append(1), judge(*arguments))[1]

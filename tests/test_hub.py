@@ -13,14 +13,15 @@ import yaml
 from helpers import make_trainer, train
 from hub_server import hub_server
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import RLOOConfig, RLOOTrainer
 
-from gxpo_trl import GXPORLOOConfig, GXPORLOOTrainer, LookaheadConfig, LookaheadTrainer
+from gxpo_trl import LookaheadConfig, LookaheadTrainer
 from gxpo_trl.reporting.card import MARKER, write_card
-from gxpo_trl.scripts import train as train_script
+from gxpo_trl.scripts import next_loop
+from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.scripts.push import gather, model_folder
-from gxpo_trl.scripts.recipe import parse_recipe
 
 
 SCRIPT = Path(__file__).parent / "pushing_script.py"
@@ -131,22 +132,22 @@ def test_a_run_is_pushed_afterwards_whole_or_merged_and_loads_from_there(hub, tm
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_both_parts_of_a_loop_go_to_one_repository(tmp_path, monkeypatch):
+def test_both_parts_of_a_loop_go_to_one_repository(tmp_path):
     """Named after the loop, not after `before` and `after`, unless it has a name."""
-    found = []
-    monkeypatch.setattr(train_script, "build_trainer", lambda part: found.append(part.training.hub_model_id))
-    monkeypatch.setattr(train_script, "train", lambda *arguments: None)
-    for named in ([], ["--hub_model_id", "me/named"]):
-        train_script._train_part(["--config", "gxpo:tiny/next.yaml", *named], tmp_path / "mine" / "before", 4, "")
-    assert found == ["mine", "me/named"]
+    for named, expected in (([], "mine"), (["--hub_model_id", "me/named"], "me/named")):
+        recipe = parse_recipe(["--config", "gxpo:tiny/next.yaml", *named])
+        for folder, start in (("before", None), ("after", tmp_path)):
+            part = next_loop.part_of(recipe, tmp_path / "mine" / folder, 4, start)
+            assert part.training.hub_model_id == expected
 
 
 def test_a_push_that_fails_between_the_parts_of_a_loop_does_not_end_it(tmp_path, monkeypatch, capsys):
-    parts = iter([("first", "error: the Hub was away"), ("second", None)])
-    monkeypatch.setattr(train_script, "_train_part", lambda *arguments: next(parts))
-    monkeypatch.setattr(train_script, "extrapolate", lambda settings: None)
-    arguments = ["--config", "gxpo:tiny/next.yaml", "--output_dir", str(tmp_path)]
-    assert train_script.train_around_extrapolation(arguments, parse_recipe(arguments), "") == ("second", None)
+    monkeypatch.setattr(next_loop, "_train_and_shut_down", lambda part: "error: the Hub was away")
+    monkeypatch.setattr(next_loop, "extrapolate", lambda settings: None)
+    monkeypatch.setattr(next_loop, "_build", lambda part: "second")
+    monkeypatch.setattr(next_loop, "train", lambda trainer, part: None)
+    recipe = parse_recipe(["--config", "gxpo:tiny/next.yaml", "--output_dir", str(tmp_path)])
+    assert next_loop.train_around_extrapolation(recipe) == ("second", None)
     assert "the Hub was away" in capsys.readouterr().out
 
 
@@ -155,7 +156,7 @@ def test_a_push_that_fails_between_the_parts_of_a_loop_does_not_end_it(tmp_path,
 
 def test_the_card_holds_what_was_measured_and_how_to_do_it_again(tmp_path):
     scored = {"scripted": False, "eval_benchmarks": ["arithmetic"], "eval_samples": 2, "eval_steps": 2}
-    trainer = train(tmp_path, max_steps=2, trajectory_steps=None, per_device_eval_batch_size=64, **scored)
+    trainer = train(tmp_path, max_steps=2, per_device_eval_batch_size=64, **scored)
     trainer.save_state()
     (tmp_path / "eval").mkdir()
     metrics = {"avg@4": {"value": 0.25}, "pass@4": {"value": 0.5}}
@@ -180,16 +181,14 @@ def test_the_card_holds_what_was_measured_and_how_to_do_it_again(tmp_path):
 
 
 def test_the_card_cites_what_was_used(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.create_model_card("mine")
-    assert "chen2026next" not in (tmp_path / "README.md").read_text()
-    trainer.args.trajectory_steps = 2
-    trainer.create_model_card("mine")
-    assert "chen2026next" in (tmp_path / "README.md").read_text()
+    lora = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    for recorded in ({}, {"trajectory_steps": 2}):
+        make_trainer(tmp_path, peft_config=lora, records=True, **recorded).create_model_card("mine")
+        assert ("chen2026next" in (tmp_path / "README.md").read_text()) == bool(recorded)
 
 
 def test_a_results_file_that_is_not_there_is_named(tmp_path):
-    make_trainer(tmp_path).create_model_card("mine")
+    make_trainer(tmp_path, records=True).create_model_card("mine")
     with pytest.raises(ValueError, match="holds no results.json"):
         write_card(tmp_path, evaluation=tmp_path)
 
@@ -222,17 +221,17 @@ def test_a_run_that_broke_off_sends_its_newest_checkpoint(tmp_path):
 
 
 def test_the_card_of_rloo_speaks_of_rloo(tmp_path):
-    trainer = make_trainer(tmp_path, GXPORLOOTrainer, GXPORLOOConfig, scripted=False, update_rule="grpo")
-    trainer.create_model_card("mine")
+    make_trainer(tmp_path, RLOOTrainer, RLOOConfig, scripted=False, records=True).create_model_card("mine")
     card = (tmp_path / "README.md").read_text()
-    assert "RLOO: one step on each batch" in card and "ahmadian2024back" in card and "shao2024deepseekmath" not in card
+    assert MARKER in card and "ahmadian2024back" in card and "shao2024deepseekmath" not in card
 
 
 def test_a_loss_is_cited_once(tmp_path):
     """TRL's card of a trainer that steps as GRPO does cites it."""
-    make_trainer(tmp_path, LookaheadTrainer, LookaheadConfig, update_rule="grpo").create_model_card("mine")
+    trainer = make_trainer(tmp_path, LookaheadTrainer, LookaheadConfig, update_rule="grpo", records=True)
+    trainer.create_model_card("mine")
     card = (tmp_path / "README.md").read_text()
-    assert card.count("{shao2024deepseekmath,") == 1 and "Further citations" not in card
+    assert MARKER in card and card.count("{shao2024deepseekmath,") == 1 and "Further citations" not in card
 
 
 def test_a_log_that_is_broken_is_not_taken_for_none(tmp_path):

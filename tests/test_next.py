@@ -1,24 +1,29 @@
 """The loop: a run records its trajectory, is extrapolated, and goes on."""
 
 import json
+import weakref
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import make_trainer, tiny_model, train
+from helpers import tiny_model, train
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from test_scripts import recipe
+from trl import RLOOConfig, RLOOTrainer
 
 from gxpo_trl import SFPOConfig, SFPOTrainer
 from gxpo_trl.evaluation.sampling import load_tokenizer
 from gxpo_trl.reporting.statistics import icer
 from gxpo_trl.run_folder import ADAPTER_WEIGHTS
-from gxpo_trl.scripts.recipe import parse_recipe
-from gxpo_trl.scripts.train import build_trainer, check_loop, main
-from gxpo_trl.trainer.rloo import GXPORLOOConfig, GXPORLOOTrainer
+from gxpo_trl.scripts import next_loop
+from gxpo_trl.scripts.building import build_trainer
+from gxpo_trl.scripts.next_loop import check_loop
+from gxpo_trl.scripts.parsing import parse_recipe
+from gxpo_trl.scripts.train import main
 from gxpo_trl.trajectory.checkpoints import load_trajectory
-from gxpo_trl.trajectory.extrapolation import extrapolate
+from gxpo_trl.trajectory.forecast import extrapolate
 
 
 LORA = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -86,25 +91,10 @@ def test_a_resumed_run_goes_on_recording_and_a_new_one_keeps_the_old(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config, settings, message",
-    [
-        (None, {"trajectory_steps": 1}, "Train with LoRA"),
-        (LORA, {"trajectory_steps": 0}, "`trajectory_steps` must be .* at least 1"),
-        (LoraConfig(target_modules="all-linear", use_dora=True), {"trajectory_steps": 1}, "`use_dora`"),
-        (LoraConfig(target_modules="all-linear", init_lora_weights="pissa"), {"trajectory_steps": 1}, "pissa"),
-    ],
-    ids=["no adapter", "0", "dora", "pissa"],
-)
-def test_what_has_no_low_rank_trajectory_is_refused_at_the_start(tmp_path, config, settings, message):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, peft_config=config, **settings)
-
-
-@pytest.mark.parametrize(
     "trainer_class, config_class, settings",
-    [(SFPOTrainer, SFPOConfig, {}), (GXPORLOOTrainer, GXPORLOOConfig, {"scripted": False})],
+    [(SFPOTrainer, SFPOConfig, {}), (RLOOTrainer, RLOOConfig, {"scripted": False})],
 )
-def test_the_trajectory_of_any_rule_will_do(tmp_path, trainer_class, config_class, settings):
+def test_the_trajectory_of_any_trainer_will_do(tmp_path, trainer_class, config_class, settings):
     recorded(
         tmp_path, trainer_class=trainer_class, config_class=config_class, max_steps=4, learning_rate=1e-3, **settings
     )
@@ -162,6 +152,33 @@ def test_the_whole_loop(tmp_path, capsys, rule):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "before").rglob("*")}
     main([*arguments, "--resume_from_checkpoint", "last"])  # what is finished is not done again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "before").rglob("*")} == times
+
+
+def test_the_first_trainer_is_gone_when_the_second_is_made(tmp_path, monkeypatch):
+    """On a GPU both would not find room, least of all two engines of vLLM."""
+    made = []
+
+    def build(part):
+        assert not any(reference() for reference in made)
+        trainer = build_trainer(part)
+        made.extend(weakref.ref(thing) for thing in (trainer, trainer.model, trainer.accelerator))
+        return trainer
+
+    monkeypatch.setattr(next_loop, "build_trainer", build)
+    main([*recipe("next"), *SHORT, "--update_rule", "gxpo", "--output_dir", str(tmp_path)])
+    assert len(made) == 6
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_vllm_is_shut_down_with_the_first_trainer(monkeypatch, mode):
+    trainer = MagicMock(use_vllm=True, vllm_mode=mode)
+    trainer.accelerator.is_main_process = True
+    monkeypatch.setattr(next_loop, "_build", lambda part: trainer)
+    monkeypatch.setattr(next_loop, "train", lambda *arguments: None)
+    next_loop._train_and_shut_down(None)
+    vllm = trainer.vllm_generation
+    shut_down = {"colocate": vllm.llm.llm_engine.engine_core.shutdown, "server": vllm.vllm_client.close_communicator}
+    assert {name: bool(call.called) for name, call in shut_down.items()} == {name: name == mode for name in shut_down}
 
 
 @pytest.mark.parametrize(

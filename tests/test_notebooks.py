@@ -3,20 +3,19 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import get_type_hints
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 from gxpo_trl import __version__
-from gxpo_trl.scripts.recipe import Recipe
+from gxpo_trl.scripts.arguments import PARTS
 
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 REPOSITORY = "gxpo-trl/gxpo_trl"
 LARGEST = 600_000  # bytes, pictures and all
-KEYS = {"config"} | {field.name for part in get_type_hints(Recipe).values() for field in dataclasses.fields(part)}
+KEYS = {"config"} | {field.name for part in PARTS.values() for field in dataclasses.fields(part)}
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

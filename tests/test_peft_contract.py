@@ -62,7 +62,7 @@ NAMES = [
     Name("peft.LoraModel", "merge_and_unload", WRITING, "merges an adapter with it", ""),
     Name("peft", "AutoPeftModelForCausalLM", WRITING, "loads an adapter on its base with it"),
     Name(
-        *(MODEL, "from_pretrained", "scripts/train.py", "loads an adapter that is trained further"),
+        *(MODEL, "from_pretrained", "scripts/building.py", "loads an adapter that is trained further"),
         "model, model_id, * is_trainable",
     ),
     Name("peft", "get_peft_model", "scripts/plan.py", "counts the parameters of an adapter", "model, peft_config"),

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from gxpo_trl.scripts import recipes, train
-from gxpo_trl.scripts.dry_run import in_small, is_dry_run
+from gxpo_trl.scripts.dry_run import in_small
+from gxpo_trl.scripts.next_loop import check_loop
+from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.scripts.plan import describe_plan
-from gxpo_trl.scripts.recipe import parse_recipe
 from gxpo_trl.scripts.recipes import recipe_names, recipe_path
 from gxpo_trl.tasks import resolve_reward
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, problem_set
@@ -21,11 +22,12 @@ from gxpo_trl.trainer.config import accumulation_steps
 
 ROOT = Path(__file__).parents[1]
 NAMES = recipe_names()
-RULE = {"update_rule", "lookahead_steps", "reposition_alpha", "retention", "active_threshold", "probe_optimizer_state"}
+RULE = {"update_rule", "lookahead_steps", "reposition_alpha", "active_threshold"}
 RULE |= {"gate_signal", "gate_threshold", "gate_window", "gate_warmup_steps", "output_dir"}
 OVER_GRPO = {"loss_type", "beta", "epsilon_high", "reward_funcs"}  # what makes GRPO DAPO
 OF_A_MODEL = {"model_name_or_path", "per_device_train_batch_size", "vllm_gpu_memory_utilization", "output_dir"}
 OF_A_CONTEXT = {"max_completion_length", "vllm_max_model_length", "reward_funcs"}
+OF_A_BATCH = {"gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"}
 
 GXPO_MODELS = ("qwen2.5-1.5b-instruct", "qwen2.5-3b-instruct", "qwen2.5-7b-instruct", "llama-3.2-3b-instruct")
 SFPO_MODELS = ("qwen2.5-math-1.5b", "qwen2.5-math-7b", "deepseek-r1-distill-qwen-1.5b", "deepseek-r1-distill-qwen-7b")
@@ -180,10 +182,10 @@ def test_the_real_parser_takes_it_and_its_names_exist(name, tmp_path):
     recipe = parse(name, "--output_dir", str(tmp_path))
     for part in recipe.script.dataset_name.split("+"):
         assert part == "gxpo_trl/arithmetic" or problem_set(part)
-    assert all(benchmark in PROBLEM_SETS for benchmark in recipe.training.eval_benchmarks or [])
+    assert all(benchmark in PROBLEM_SETS for benchmark in recipe.benchmarks.eval_benchmarks or [])
     assert all(callable(resolve_reward(reward)) for reward in recipe.script.reward_funcs)
     if recipe.loop.extrapolate_after is not None:
-        train.check_loop(recipe)
+        check_loop(recipe)
     assert "backward passes" in describe_plan(recipe)
 
 
@@ -264,8 +266,6 @@ def test_the_plan_says_what_a_run_takes(tmp_path):
         (["--load_in_8bit", "true"], f"frozen weights {FROZEN / 2**30:.1f} GiB"),
         (["--load_in_4bit", "true"], f"frozen weights {mib(FROZEN / 2)}"),
         (["--num_iterations", "2"], "96,000 completions, at most 294.9 million tokens"),
-        (["--probe_optimizer_state", "rollback"], f"copies of an active step {mib(16 * TRAINED)}"),
-        (["--snapshot_dtype", "bfloat16"], f"copies of an active step {mib(6 * TRAINED)}"),
         (
             ["--use_vllm", "false"],
             f"640 completions on a device, up to {640 * 3072 * 28 * 2 * 2 * 128 * 2 / 2**30:.1f}",
@@ -296,9 +296,8 @@ def test_a_model_that_cannot_be_read_is_said(tmp_path):
 
 def rehearsal(name: str) -> str:
     """What of a recipe is left when its model, problems and lengths are the embedded ones."""
-    recipe = parse(name)
-    left = read(name) | dict(zip(*[iter(word.removeprefix("--") for word in in_small(recipe))] * 2, strict=True))
-    for key in OF_A_MODEL | OF_A_CONTEXT | {"gradient_accumulation_steps", "generation_batch_size"}:
+    left = in_small(parse(name)).settings()
+    for key in OF_A_MODEL | OF_A_CONTEXT | OF_A_BATCH:
         left.pop(key, None)
     return json.dumps(left, default=str)
 
@@ -364,12 +363,13 @@ def test_a_folder_in_the_way_of_a_rehearsal_is_not_removed(tmp_path):
 
 
 def test_what_is_no_rehearsal_is_none(tmp_path):
+    """A rehearsal of a recipe for GPUs needs none."""
     path = tmp_path / "r.yaml"
-    path.write_text("dry_run: true\n")
-    assert is_dry_run(["--config", str(path)])
+    path.write_text("dry_run: true\noutput_dir: out\n")
+    assert parse_recipe(["--config", str(path)]).rehearsal.dry_run
     for words in (["--dry_run", "false"], ["--dry-run=false"]):
-        assert not is_dry_run(["--config", str(path), *words])
-    assert not is_dry_run(["--output_dir", "dry_run"]) and not is_dry_run([])
+        assert not parse_recipe(["--config", str(path), *words, "--use_cpu", "true"]).rehearsal.dry_run
+    assert not parse_recipe(["--output_dir", "dry_run", "--use_cpu", "true"]).rehearsal.dry_run
 
 
 def test_a_mixture_and_the_best_model_are_rehearsed(tmp_path, capsys):

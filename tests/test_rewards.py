@@ -7,8 +7,8 @@ import pytest
 import yaml
 from helpers import logged, make_trainer
 
-from gxpo_trl.scripts.recipe import parse_recipe
-from gxpo_trl.scripts.train import build_trainer
+from gxpo_trl.scripts.building import build_trainer
+from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.tasks import resolve_reward
 from gxpo_trl.tasks.maths import Verdict
 from gxpo_trl.tasks.rewards import boxed_format_reward, choice_reward, judge, maths_reward

@@ -11,9 +11,12 @@ from matplotlib.image import imread
 
 from gxpo_trl import GXPOTrainer, LookaheadTrainer, SFPOTrainer
 from gxpo_trl.scripts import demo
-from gxpo_trl.scripts import train as train_script
-from gxpo_trl.scripts.recipe import as_recipe, parse_recipe
-from gxpo_trl.scripts.train import build_trainer
+from gxpo_trl.scripts.arguments import replace_training
+from gxpo_trl.scripts.building import build_trainer
+from gxpo_trl.scripts.keys import GONE
+from gxpo_trl.scripts.parsing import parse_recipe
+from gxpo_trl.scripts.recipes import recipe_names
+from gxpo_trl.scripts.running import leave_recipe
 
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "tiny"
@@ -37,15 +40,17 @@ def test_what_a_recipe_leaves_out_has_the_defaults_of_its_rule(tmp_path):
     for rule, steps, signal in (("gxpo", 5, "grad_norm"), ("sfpo", 3, "entropy")):
         path = tmp_path / f"{rule}.yaml"
         path.write_text(f"output_dir: out\nuse_cpu: true\nbf16: false\nupdate_rule: {rule}\n")
-        training_args = parse_recipe(["--config", str(path)])[1]
-        assert (training_args.lookahead_steps, training_args.gate_signal) == (steps, signal)
+        args = parse_recipe(["--config", str(path)]).training
+        assert (args.lookahead_steps, args.gate_signal) == (steps, signal)
+        args = parse_recipe(["--config", str(RECIPES / "next.yaml"), "--update-rule", rule]).training
+        assert (args.lookahead_steps, args.gate_signal) == (steps, signal)
 
 
 def test_the_command_line_overrides_the_recipe():
-    _, training_args, *_ = parse_recipe([*recipe("gxpo"), "--lookahead_steps", "7", "--scale_max", "inf"])
-    assert training_args.lookahead_steps == 7
-    assert training_args.scale_max == float("inf")
-    assert training_args.reposition_alpha == 0.5
+    args = parse_recipe([*recipe("gxpo"), "--lookahead_steps", "7", "--scale_max", "inf"]).training
+    assert args.lookahead_steps == 7
+    assert args.scale_max == float("inf")
+    assert args.reposition_alpha == 0.5
 
 
 def test_the_update_rule_chooses_the_trainer():
@@ -63,6 +68,17 @@ def test_an_unknown_key_names_the_nearest(tmp_path, key, nearest):
         parse_recipe(["--config", str(path)])
     with pytest.raises(ValueError, match=f"`{key}` in the command line; did you mean `{nearest}`"):
         parse_recipe([*recipe("gxpo"), f"--{key}", "1"])
+
+
+@pytest.mark.parametrize("key", GONE)
+def test_a_key_that_is_gone_says_what_to_do(tmp_path, key):
+    path = tmp_path / "recipe.yaml"
+    path.write_text((RECIPES / "gxpo.yaml").read_text() + f"\n{key}: 1\n")
+    with pytest.raises(ValueError, match=f"`{key}` in the recipe is gone: .*(Leave|Set|Raise)"):
+        parse_recipe(["--config", str(path)])
+    for option in (f"--{key}", f"--{key.replace('_', '-')}", f"--no_{key}"):
+        with pytest.raises(ValueError, match="in the command line is gone"):
+            parse_recipe([*recipe("gxpo"), option])
 
 
 def test_a_recipe_of_the_wrong_shape_is_one_sentence(tmp_path):
@@ -145,14 +161,14 @@ def test_the_commands_explain_themselves():
 def test_no_secret_is_left_with_a_run(tmp_path):
     (tmp_path / "r.yaml").write_text("env: {GXPO_TEST: hf_one}\nhub_token: hf_two\nuse_cpu: true\nbf16: false\n")
     arguments = ["--config", str(tmp_path / "r.yaml"), "--hub_token", "hf_three", "--output_dir", str(tmp_path)]
-    assert "hf_" not in as_recipe(arguments, parse_recipe(arguments))
+    assert "hf_" not in parse_recipe(arguments).text
 
 
 def test_settings_that_become_objects_are_written_as_a_file_would_say_them(tmp_path):
     options = ["--accelerator_config", '{"split_batches": false}', "--debug", "underflow_overflow"]
     arguments = ["--config", "gxpo:tiny/gxpo.yaml", "--output_dir", str(tmp_path), *options]
     said = parse_recipe(arguments)
-    train_script.leave_recipe(as_recipe(arguments, said), tmp_path)
+    leave_recipe(said, tmp_path)
     again = parse_recipe(["--config", str(tmp_path / "recipe.yaml")]).training
     assert not again.accelerator_config.split_batches and again.debug == said.training.debug != []
 
@@ -162,20 +178,59 @@ def test_settings_that_become_objects_are_written_as_a_file_would_say_them(tmp_p
     [
         ["--learning_rate", "3e-5", "--scale_max", "inf", "--eval_strategy", "steps", "--report_to", "none"],
         ["--eval-benchmarks", "arithmetic", "--reward_funcs", "arithmetic_reward", "boxed_format_reward"],
-        ["--use_peft", "--lora_target_modules=all-linear", "--no_prune_zero_advantage", "--max_active_steps", "3"],
+        ["--use_peft", "--lora_target_modules=all-linear", "--no_compact_batches", "--max_active_steps", "3"],
         ["--prompts_per_step", "8", "--gradient_accumulation_steps", "2", "--dry-run"],
     ],
 )
 def test_one_file_says_what_recipe_and_command_line_say(tmp_path, options):
     arguments = ["--config", "gxpo:tiny/gxpo.yaml", "--output_dir", str(tmp_path), *options]
     said = parse_recipe(arguments)
-    train_script.leave_recipe(as_recipe(arguments, said), tmp_path)
+    leave_recipe(said, tmp_path)
     again = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
     assert not again.rehearsal.dry_run
-    for one, other in zip(said[:-1], again[:-1], strict=True):
-        first, second = vars(one), vars(other)
-        moved = {"logging_dir", "run_name", "distributed_state"}
-        assert {k: str(v) for k, v in first.items() if k not in moved} == {
-            k: str(v) for k, v in second.items() if k not in moved
-        }
-    assert as_recipe(["--config", str(tmp_path / "recipe.yaml")], again) == (tmp_path / "recipe.yaml").read_text()
+    for one, other in zip(said.parts[:-1], again.parts[:-1], strict=True):
+        assert all_of(one) == all_of(other)
+    assert again.text == (tmp_path / "recipe.yaml").read_text()
+
+
+# ---- Recipes that differ from another
+
+
+def all_of(part) -> dict[str, str]:
+    """What was given and what was made of it."""
+    return {name: str(value) for name, value in vars(part).items() if name != "distributed_state"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_training_arguments_can_be_replaced_as_if_they_had_been_given_so(name):
+    arguments = ["--config", f"gxpo:{name}", "--use_cpu", "true"]
+    args = parse_recipe(arguments).training
+    assert all_of(replace_training(args)) == all_of(args)
+    changes = {"max_steps": 7, "seed": 3, "output_dir": "elsewhere", "eval_strategy": "no", "save_strategy": "no"}
+    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    assert all_of(replace_training(args, **changes)) == all_of(parse_recipe([*arguments, *words]).training)
+
+
+def test_what_follows_from_a_replaced_setting_is_made_again():
+    args = parse_recipe([*recipe("grpo"), "--prompts_per_step", "16"]).training
+    assert (args.gradient_accumulation_steps, args.steps_per_generation) == (4, 4)
+    halved = replace_training(args, prompts_per_step=8)
+    assert (halved.gradient_accumulation_steps, halved.generation_batch_size) == (
+        2,
+        128,
+    )  # lasts for as long as it did
+    twice = replace_training(args, generation_batch_size=256)
+    assert (twice.gradient_accumulation_steps, twice.steps_per_generation) == (4, 8)
+    assert args.do_eval and not replace_training(args, eval_strategy="no").do_eval
+
+
+def test_what_callbacks_were_told_is_recorded_as_a_setting(tmp_path):
+    options = ["--eval_benchmarks", "arithmetic", "--eval_samples", "2", "--generation_token_budget", "9000"]
+    options += ["--eval_strategy", "no", "--eval_on_start", "false", "--max_steps", "1", "--prompt", "Solve {problem}"]
+    options += ["--problem_column", "prompt", "--answer_column", "solution", "--eval_steps", "9"]
+    build_trainer(parse_recipe([*recipe("grpo"), *options, "--output_dir", str(tmp_path)])).train()
+    about = json.loads((tmp_path / "run.json").read_text())
+    told = {"eval_benchmarks": ["arithmetic"], "eval_samples": 2, "generation_token_budget": 9000}
+    told |= {"eval_prompt": "Solve {problem}"}  # that of the training data
+    assert told.items() <= about["settings"].items() and told.items() <= about["changed"].items()
+    assert "trajectory_steps" not in about["settings"]

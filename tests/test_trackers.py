@@ -6,14 +6,11 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from helpers import make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gxpo_trl.scripts.recipes import recipe_path
-from gxpo_trl.trainer.tracking import TrackerRecorder
 
 
 OPTIONS = ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--eval_on_start", "false"]
@@ -75,31 +72,3 @@ def test_tensorboard_gets_metrics_of_one_run(resumed):
     events.Reload()
     passes = events.Scalars("train/lookahead/backward_passes")
     assert [(event.step, event.value) for event in passes] == [(1, 3), (2, 6), (3, 9), (4, 12)]
-
-
-def test_names_of_the_users_own_stay(tmp_path, monkeypatch):
-    (tmp_path / "trackers.json").write_text(
-        json.dumps({"wandb": "theirs", "trackio": "theirs", "tensorboard": "there"})
-    )
-    trainer = make_trainer(tmp_path, run_name="mine")
-    monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    trainer._resume_trackers(tmp_path)
-    trainer.forget_wandb_variables()
-    assert (trainer.args.run_name, os.environ["WANDB_RUN_ID"]) == ("mine", "mine")
-
-
-def test_the_next_run_of_a_process_is_another_one(tmp_path, monkeypatch):
-    (tmp_path / "trackers.json").write_text(json.dumps({"wandb": "first"}))
-    for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.delenv(name, raising=False)
-    trainer = make_trainer(tmp_path)
-    trainer._resume_trackers(tmp_path)
-    assert (os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"]) == ("first", "allow")
-    trainer.forget_wandb_variables()
-    assert "WANDB_RUN_ID" not in os.environ
-
-
-def test_processes_without_trackers_ask_them_nothing(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.tracker_names = lambda: pytest.fail("trackers run on the first process alone")
-    TrackerRecorder(trainer).on_train_begin(trainer.args, SimpleNamespace(is_world_process_zero=False), None)

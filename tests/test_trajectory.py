@@ -21,7 +21,7 @@ from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.trajectory import deltas as deltas_module
 from gxpo_trl.trajectory.checkpoints import load_trajectory
 from gxpo_trl.trajectory.deltas import low_rank_deltas
-from gxpo_trl.trajectory.extrapolation import checkpoints_ahead, extrapolate
+from gxpo_trl.trajectory.forecast import checkpoints_ahead, extrapolate
 from gxpo_trl.trajectory.linear import least_squares, line_weights, linearity, rank_1_line, secant
 from gxpo_trl.trajectory.lowrank import Triplets
 from gxpo_trl.trajectory.predictor import PredictorSettings, TrajectoryPredictor, VectorPredictor

@@ -22,7 +22,7 @@ BOTH = [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)]
 LOOKAHEAD, COMPACTING, EVALUATING, GENERATING = (
     f"trainer/{name}.py" for name in ("lookahead_trainer", "compacting", "evaluating", "generating")
 )
-RECIPE, TRAIN, PLAN = "scripts/recipe.py", "scripts/train.py", "scripts/plan.py"
+RECIPE, TRAIN, PLAN = "scripts/keys.py", "scripts/building.py", "scripts/plan.py"
 
 NAMES = [
     *(
@@ -449,5 +449,5 @@ def test_unknown_keys_of_a_recipe_come_in_pairs_and_apart_from_those_of_the_comm
     )
     assert keys.known == 1 and rest == [["--not_known", "2"], ["--neither", "3"]], (
         "TRL's TrlParser does not return unknown keys of the file, in pairs, and then those of the command line any "
-        "more: scripts/recipe.py names them."
+        "more: scripts/keys.py names them."
     )

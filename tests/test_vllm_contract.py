@@ -17,6 +17,7 @@ from gxpo_trl.evaluation.settings import EvaluationArguments
 
 BOTH = (GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)
 SAMPLING, PLAN, LOOKAHEAD = "evaluation/sampling.py", "scripts/plan.py", "trainer/trainer.py"
+LOOP, OF_TRL = "scripts/next_loop.py", "trl.generation.vllm_generation.VLLMGeneration"
 
 NAMES_OF_TRL = [
     Name("trl.GRPOTrainer", "use_vllm", "trainer/grouped.py", "leaves sampling to vLLM by it"),
@@ -26,12 +27,19 @@ NAMES_OF_TRL = [
         *("trl.GRPOTrainer", "vllm_importance_sampling_correction", LOOKAHEAD),
         "knows by it that VESPO's loss sees padding",
     ),
+    Name("trl.GRPOTrainer", "vllm_generation", LOOP, "finds vLLM there when a trainer is done"),
+    Name(OF_TRL, "llm", LOOP, "finds the engine of this process there"),
+    Name(OF_TRL, "vllm_client", LOOP, "finds the connection to vLLM's server there"),
+    Name("trl.generation.vllm_client.VLLMClient", "close_communicator", LOOP, "leaves the server with it", ""),
     Name("trl.GRPOConfig", "vllm_mode", PLAN, "says by it where vLLM's memory is taken"),
     Name("trl.GRPOConfig", "vllm_gpu_memory_utilization", PLAN, "says how much memory vLLM takes"),
 ]
 
 NAMES_OF_VLLM = [
     Name("vllm", "LLM", SAMPLING, "loads a checkpoint with it"),
+    Name("vllm.LLM", "llm_engine", LOOP, "finds the engine there"),
+    Name("vllm.v1.engine.llm_engine.LLMEngine", "engine_core", LOOP, "finds there what holds the memory"),
+    Name("vllm.v1.engine.core_client.EngineCoreClient", "shutdown", LOOP, "gives the memory back with it"),
     Name("vllm.LLM", "generate", SAMPLING, "samples with it", "prompts, sampling_params, * use_tqdm"),
     Name(
         *("vllm", "SamplingParams", SAMPLING, "asks for samples with it"),

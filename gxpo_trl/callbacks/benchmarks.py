@@ -13,9 +13,9 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from ..evaluation.benchmark import Benchmark, Record, judge_samples
-from ..evaluation.evaluate import load_benchmark
 from ..evaluation.results import benchmark_results
 from ..evaluation.sampling import Sample, Sampler, transformers_sampler
+from ..evaluation.scoring import load_benchmark
 from ..evaluation.settings import EvaluationArguments
 from ..run_folder import score_name
 from ..tasks.datasets import find_overlap

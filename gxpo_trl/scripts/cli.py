@@ -1,4 +1,4 @@
-"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo report`, … One line for each below."""
+"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo report`, … Each is a module of its name here."""
 
 import argparse
 import importlib
@@ -16,18 +16,13 @@ COMMANDS = {
 }
 
 
-MODULES = {"eval": "evaluate"}
-"""Of the commands that are called otherwise."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gxpo", description="Lookahead policy updates for TRL.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():
         subparsers.add_parser(name, help=summary, add_help=False)
     known, rest = parser.parse_known_args(arguments)
-    module = MODULES.get(known.command, known.command)
-    importlib.import_module(f"gxpo_trl.scripts.{module}").main(rest, prog=f"gxpo {known.command}")
+    importlib.import_module(f"gxpo_trl.scripts.{known.command}").main(rest, prog=f"gxpo {known.command}")
 
 
 if __name__ == "__main__":

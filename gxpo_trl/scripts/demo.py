@@ -24,8 +24,9 @@ from ..reporting.figures import draw_demo
 from ..reporting.runs import Run, load_run
 from ..tasks.arithmetic import sample_problems
 from ..tasks.tiny_model import prompt_text
-from .recipe import parse_recipe
-from .train import build_trainer, train
+from .building import build_trainer
+from .parsing import parse_recipe
+from .running import train
 
 
 ARMS = {

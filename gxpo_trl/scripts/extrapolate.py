@@ -16,11 +16,11 @@ from pathlib import Path
 from ..reporting.trajectory_figure import trajectory_figure
 from ..run_folder import EXTRAPOLATED_FOLDER, TRAJECTORY_FIGURE_NAME, alpha_folder
 from ..trajectory.checkpoints import load_trajectory
-from ..trajectory.extrapolation import extrapolate
+from ..trajectory.forecast import extrapolate
 from ..trajectory.predictor import PredictorSettings
 from ..trajectory.settings import ExtrapolationArguments
 from ..trajectory.writing import write_extrapolation
-from .recipe import parse_keys
+from .keys import parse_keys
 
 
 def run(settings: ExtrapolationArguments) -> list[Path]:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from trl import get_peft_config
 
 from ..tasks.names import resolve_model
-from .recipe import Recipe
+from .arguments import Recipe
 
 
 DEVICES = (1, 2, 4, 8)
@@ -34,7 +34,7 @@ def describe_plan(recipe: Recipe) -> str:
     if loop.extrapolate_after is not None:
         lines.append(
             f"                   extrapolated after step {loop.extrapolate_after:,}, from "
-            f"{loop.extrapolate_after // args.trajectory_steps} checkpoints"
+            f"{loop.extrapolate_after // recipe.trajectory.trajectory_steps} checkpoints"
         )
     return "\n".join([*lines, *_describe_memory(recipe), ""])
 
@@ -77,12 +77,13 @@ def _describe_memory(recipe: Recipe) -> list[str]:
     except OSError:
         return [f"Memory             not known: the configuration of {name} can't be read here"]
     frozen, trained, vocabulary = count_parameters(recipe, config)
+    has_copies = args.update_rule != "grpo" and args.snapshot_device == "model"
     sizes = {
         "frozen weights": frozen * _bytes_of_weight(recipe, config),
         "trained weights": trained * 4,
         "gradients": trained * 4,
         "Adam's moments": trained * 8,
-        "copies of an active step": trained * _bytes_of_copies(recipe),
+        "copies of an active step": trained * 8 if has_copies else 0,  # θ0, and g0 or θ1
         "reference model": trained * 4 if args.beta and not recipe.model.use_peft else 0,
     }
     total = sum(sizes.values())
@@ -122,15 +123,6 @@ def _bytes_of_weight(recipe: Recipe, config: PreTrainedConfig) -> float:
         return 1
     dtype = config.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype or "float32")
     return (dtype or torch.float32).itemsize
-
-
-def _bytes_of_copies(recipe: Recipe) -> int:
-    """What an active step keeps of each trained parameter: θ0, and g0 or θ1."""
-    args = recipe.training
-    if args.update_rule == "grpo" or args.snapshot_device == "cpu":
-        return 0
-    gradient = 2 if args.snapshot_dtype == "bfloat16" else 4
-    return 4 + gradient + (8 if args.probe_optimizer_state == "rollback" else 0)
 
 
 def _describe_sampling_memory(recipe: Recipe, config: PreTrainedConfig) -> str:

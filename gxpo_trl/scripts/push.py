@@ -17,6 +17,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..callbacks.hub import PUSH_ERRORS
 from ..reporting.card import write_card
 from ..reporting.runs import holds_run
 from ..run_folder import (
@@ -32,7 +33,6 @@ from ..run_folder import (
     TRAJECTORY_FOLDER,
     checkpoint_step,
 )
-from ..trainer.publishing import PUSH_ERRORS
 from ..trajectory.writing import merge_adapter
 
 

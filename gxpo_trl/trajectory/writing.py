@@ -27,7 +27,7 @@ from ..run_folder import (
 )
 from .checkpoints import PREFIX, AdapterTrajectory, FullTrajectory, Trajectory, factor_keys
 from .deltas import in_chunks
-from .extrapolation import Extrapolation
+from .forecast import Forecast
 from .lowrank import Factors
 
 
@@ -35,13 +35,13 @@ NOT_OF_A_MODEL = (TRAINER_STATE_NAME, LOOKAHEAD_STATE_NAME)
 
 
 def write_extrapolation(
-    trajectory: Trajectory, found: Extrapolation, alpha: float, folder: Path, merged: bool, figure: Path
+    trajectory: Trajectory, found: Forecast, alpha: float, folder: Path, merged: bool, figure: Path
 ) -> None:
     """A model, its card with the figure, and `extrapolation.json`. The folder appears when it is complete.
 
     Args:
         trajectory (`Trajectory`): What was extrapolated.
-        found (`Extrapolation`): Where to.
+        found (`Forecast`): Where to.
         alpha (`float`): By how much the movement is stretched.
         folder (`Path`): Where to write; must not exist.
         merged (`bool`): Whether an adapter is merged into its base model. Full fine-tuning is written whole anyway.
@@ -66,7 +66,7 @@ def write_extrapolation(
 # ---- Adapters
 
 
-def write_adapter(trajectory: AdapterTrajectory, found: Extrapolation, alpha: float, folder: Path) -> None:
+def write_adapter(trajectory: AdapterTrajectory, found: Forecast, alpha: float, folder: Path) -> None:
     """The last adapter plus α times what was predicted, of rank r + q where that is of rank q.
 
     B gets q columns and A q rows, the old ones stay as they are, and so does s: training can go on from it. What else
@@ -132,7 +132,7 @@ def merge_adapter(folder: Path) -> None:
 # ---- Full fine-tuning
 
 
-def write_weights(trajectory: FullTrajectory, found: Extrapolation, alpha: float, folder: Path) -> None:
+def write_weights(trajectory: FullTrajectory, found: Forecast, alpha: float, folder: Path) -> None:
     """The last checkpoint's weights plus α times what was predicted, a file of them at a time."""
     source = trajectory.folders[-1]
     place = {name: (i, j) for i, d in enumerate(found.deltas) for j, name in enumerate(d.names)}

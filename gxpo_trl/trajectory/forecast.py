@@ -23,7 +23,7 @@ R2_EDGES = (-0.5, 0.0, 0.5)
 
 
 @dataclass(frozen=True)
-class Extrapolation:
+class Forecast:
     """What is predicted, and what there is to say about it.
 
     Attributes:
@@ -54,7 +54,7 @@ def checkpoints_ahead(steps_ahead: int | None, spacing: int) -> int:
 
 def extrapolate(
     trajectory: Trajectory, method: str, steps_ahead: int | None = None, settings: PredictorSettings | None = None
-) -> Extrapolation:
+) -> Forecast:
     """Predicts how far each matrix moves in the steps after the last checkpoint.
 
     Args:
@@ -104,7 +104,7 @@ def extrapolate(
         predict = _continued(trajectory, deltas, last, lambda points: line(points, k))
     seconds["prediction"] = time.perf_counter() - started
     report["seconds"] = seconds
-    return Extrapolation(deltas, predict, report)
+    return Forecast(deltas, predict, report)
 
 
 def _describe(trajectory: Trajectory, deltas: list[Deltas], k: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Scores models on benchmarks.
 
     gxpo eval --models out/tiny-gxpo --benchmarks arithmetic --samples 8
-    accelerate launch -m gxpo_trl.scripts.evaluate --config recipes/eval/gxpo.yaml --models CHECKPOINT CHECKPOINT
+    accelerate launch -m gxpo_trl.scripts.eval --config recipes/eval/gxpo.yaml --models CHECKPOINT CHECKPOINT
     gxpo eval --verify-only out/eval/tiny-gxpo/arithmetic.jsonl     # judges recorded completions again
     gxpo eval --gold --benchmarks MATH-500                          # the right answers against themselves
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..evaluation.evaluate import evaluate, load_benchmarks, verify_again, verify_gold
 from ..evaluation.results import results_table
+from ..evaluation.scoring import evaluate, load_benchmarks, verify_again, verify_gold
 from ..evaluation.settings import EvaluationArguments
-from .recipe import parse_keys
+from .keys import parse_keys
 
 
 def run(settings: EvaluationArguments) -> str:
