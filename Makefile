@@ -43,7 +43,7 @@ test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK= TORCH="$(LATEST_TORCH)"
 
 slow: $(READY)
-	$(PYTEST) -m "slow and not notebooks"
+	$(PYTEST) -m "slow and not notebooks" --numprocesses 2 --dist loadfile
 
 test-notebooks: $(READY)
 	$(PYTEST) -m notebooks

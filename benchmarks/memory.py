@@ -5,7 +5,8 @@
 Peak memory of one step above what is held between steps (parameters and optimizer state), in multiples of the
 trainable parameters, full fine-tuning with AdamW. On a GPU it is the allocator's peak; on a CPU every allocation is
 counted. With `snapshot_device: cpu` the copies are in pinned host memory: only a GPU's allocator shows the difference.
-The extrapolation's temporaries (about 40 MiB, whatever the model's size) are included.
+The extrapolation's temporaries (about 40 MiB, whatever the model's size) are included. Rollback is no setting: the
+optimizer's state at θ0 is kept as well, as a step with diagnostics does.
 """
 
 import argparse
@@ -16,19 +17,17 @@ from accelerate import Accelerator
 from common import describe_machine, peak_bytes, save_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gxpo_trl.engines import TorchEngine
-from gxpo_trl.update.algorithm import LookaheadRule, lookahead_step
+from gxpo_trl.engines import make_engine
+from gxpo_trl.update.algorithm import LookaheadRule, lookahead_step, one_pass
 from gxpo_trl.update.extrapolation import Extrapolation
-from gxpo_trl.update.snapshot import Storage
+from gxpo_trl.update.measurements import Measurements, take_real_steps
 
 
 GXPO = LookaheadRule(probes=2, alpha=0.5, extrapolation=Extrapolation(5, scale_max=3.5))
 RULES = {
     "gxpo": GXPO,
-    "gxpo, retention: update": dataclasses.replace(GXPO, extrapolation=Extrapolation(5, "update", scale_max=3.5)),
-    "gxpo, snapshot_dtype: bfloat16": dataclasses.replace(GXPO, storage=Storage(grad_dtype=torch.bfloat16)),
-    "gxpo, snapshot_device: cpu": dataclasses.replace(GXPO, storage=Storage(on_host=True)),
-    "gxpo, probe_optimizer_state: rollback": dataclasses.replace(GXPO, rollback=True),
+    "gxpo, snapshot_device: cpu": dataclasses.replace(GXPO, copies_on_host=True),
+    "gxpo, rollback": dataclasses.replace(GXPO, rollback=True),
     "gxpo, a step with diagnostics": GXPO,
     "sfpo, K = 3": LookaheadRule(probes=3, alpha=0.8),
 }
@@ -53,19 +52,23 @@ def main() -> None:
         )
     ).to(accelerator.device)
     optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False))
-    engine = TorchEngine(accelerator, model, optimizer, max_grad_norm=1.0)
+    engine = make_engine(accelerator, model, optimizer, max_grad_norm=1.0)
+    state = engine.state
     tokens = torch.randint(0, 1024, (2, 64), device=accelerator.device)
 
-    def one_pass() -> None:
-        engine.backward(model(input_ids=tokens, labels=tokens).loss)
+    def replay() -> None:
+        engine.passes.backward(model(input_ids=tokens, labels=tokens).loss)
 
     def step(rule: LookaheadRule | None, diagnose: bool = False) -> None:
-        one_pass()
+        replay()
         if rule is not None:
-            lookahead_step(engine, one_pass, rule, diagnose)
-        engine.clip_gradients()
-        engine.step()
-        engine.clear_gradients()
+            real_steps = None
+            if diagnose:
+                real_steps = take_real_steps(state, lambda: one_pass(state, replay), rule.extrapolation)
+            lookahead_step(state, replay, rule, Measurements(state, rule, real_steps))
+        state.clip_gradients()
+        state.step()
+        state.clear_gradients()
 
     step(None)  # the moments exist from here on
     trainable = sum(p.numel() * p.element_size() for p in model.parameters())

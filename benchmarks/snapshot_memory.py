@@ -4,7 +4,7 @@
 
 Parameters are counted on models built without memory from the shapes of Qwen2.5, bare and with the adapters of the
 papers. The copies are θ0 and g0, 4 bytes a coordinate each; tests/test_engines.py measures on every engine that they
-are sharded as the parameters are. With `probe_optimizer_state: rollback` AdamW's two moments come on top.
+are sharded as the parameters are.
 """
 
 import torch
@@ -22,7 +22,7 @@ SHAPES = {
     | {"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
 }
 ADAPTERS = LoraConfig(r=128, lora_alpha=256, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-BYTES = {"carry": 8, "rollback": 16, "bfloat16 g0": 6}
+BYTES = 8  # a coordinate: θ0 and g0
 GPUS = (1, 2, 4, 8)
 
 
@@ -38,13 +38,12 @@ def main() -> None:
     for name, shape in SHAPES.items():
         for tuned, adapters in (("full", None), ("LoRA 128", ADAPTERS)):
             count = trainable(shape, adapters)
-            for setting, size in BYTES.items():
-                per_gpu = {n: count * size / n / 2**30 for n in GPUS}
-                rows.append({"model": name, "tuned": tuned, "setting": setting, "trainable": count, "GiB": per_gpu})
-    print(f"{'model':6} {'tuned':9} {'setting':12} {'trainable':>15}   GiB per GPU, sharded over {GPUS}")
+            per_gpu = {n: count * BYTES / n / 2**30 for n in GPUS}
+            rows.append({"model": name, "tuned": tuned, "trainable": count, "GiB": per_gpu})
+    print(f"{'model':6} {'tuned':9} {'trainable':>15}   GiB per GPU, sharded over {GPUS}")
     for row in rows:
         sizes = " ".join(f"{size:8.2f}" for size in row["GiB"].values())
-        print(f"{row['model']:6} {row['tuned']:9} {row['setting']:12} {row['trainable']:>15,} {sizes}")
+        print(f"{row['model']:6} {row['tuned']:9} {row['trainable']:>15,} {sizes}")
     save_result("snapshot_memory", {**describe_machine(torch.get_num_threads()), "rows": rows})
 
 

@@ -6,7 +6,10 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +18,20 @@ from unittest.mock import patch
 import torch
 from transformers import PrinterCallback
 
+from gxpo_trl.callbacks import records
 from gxpo_trl.rollout.window import RolloutWindow
 from gxpo_trl.run_folder import TRAINER_STATE_NAME
+from gxpo_trl.scripts.building import build_trainer
 from gxpo_trl.scripts.demo import quieten
+from gxpo_trl.scripts.next_loop import train_around_extrapolation
 from gxpo_trl.scripts.parsing import parse_recipe
-from gxpo_trl.scripts.train import build_trainer, train_around_extrapolation
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, ProblemSet
-from gxpo_trl.trainer import recording
-from gxpo_trl.update import diagnostics, extrapolation, step
+from gxpo_trl.trainer import config, update
+from gxpo_trl.trainer.rules import make_rule
+from gxpo_trl.update import algorithm
+from gxpo_trl.update.algorithm import LookaheadRule
+from gxpo_trl.update.extrapolation import retention_and_scale
+from gxpo_trl.update.measurements import take_real_steps
 
 
 Settings = dict[str, Any]
@@ -36,7 +45,7 @@ def start_worker() -> None:
     warnings.simplefilter("ignore")
     quieten()
     torch.set_num_threads(1)  # the model is too small to share
-    recording.time = SimpleNamespace(perf_counter=time.process_time)
+    records.time = SimpleNamespace(perf_counter=time.process_time)
 
 
 def train_run(folder: Path, settings: Settings, hooks: Sequence[str] = ()) -> Path:
@@ -67,9 +76,8 @@ def train_loop(folder: Path, settings: Settings, alphas: Sequence[float]) -> dic
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(folder / "common", place)
             goes_on = {"extrapolate_alpha": alpha, "resume_from_checkpoint": "last"}
-            arguments = _command_line(place, settings | goes_on)
             with _silence():
-                train_around_extrapolation(arguments, parse_recipe(arguments), text="")
+                train_around_extrapolation(parse_recipe(_command_line(place, settings | goes_on)))
     return found
 
 
@@ -95,14 +103,13 @@ def _silence() -> Iterator[None]:
 def one_ratio_per_matrix() -> Iterator[None]:
     """GXPO with ⟨g0, g1⟩ / ‖g0‖² of each parameter in place of the ratios of its coordinates."""
 
-    def of_matrix(first, second, rule, threshold):
-        ratio = torch.sum(first * second) / first.square().sum()
-        retention, scale, _ = extrapolation.retention_and_scale(
-            torch.ones_like(first), ratio.expand_as(first), rule, threshold=0.0
-        )
-        return retention, scale, first.abs() > threshold
+    def of_matrix(grad_0, grad_1, rule):
+        ratio = torch.sum(grad_0 * grad_1) / grad_0.square().sum()
+        everywhere = replace(rule, active_threshold=0.0)
+        retention, scale, _ = retention_and_scale(torch.ones_like(grad_0), ratio.expand_as(grad_0), everywhere)
+        return retention, scale, grad_0.abs() > rule.active_threshold
 
-    with patch.object(step, "retention_and_scale", of_matrix):
+    with patch.object(algorithm, "retention_and_scale", of_matrix):
         yield
 
 
@@ -113,17 +120,29 @@ def noise_of_rounding() -> Iterator[None]:
     A CPU repeats itself bit for bit, and the noise under the retention ratio is then none.
     """
 
-    def measure(engine, replay, rule):
+    def measure(state, one_pass, rule):
         passes = itertools.count()
 
-        def one_pass():
+        def pass_in_reverse_at_first():
             with _rows_in_reverse() if next(passes) == 0 else contextlib.nullcontext():
-                replay()
+                one_pass()
 
-        return diagnostics.measure_truth(engine, one_pass, rule)
+        return take_real_steps(state, pass_in_reverse_at_first, rule)
 
-    with patch.object(step, "measure_truth", measure):
+    with patch.object(update, "take_real_steps", measure):
         yield
+
+
+@contextlib.contextmanager
+def changed_rule(change: Callable[[LookaheadRule], LookaheadRule]) -> Iterator[None]:
+    """Every rule that settings become is changed further."""
+    with patch.object(config, "make_rule", lambda args: change(make_rule(args))):
+        yield
+
+
+def _half_the_steps(rule: LookaheadRule) -> LookaheadRule:
+    scale = rule.lookahead_steps / 2
+    return replace(rule, extrapolation=replace(rule.extrapolation, scale_min=scale, scale_max=scale))
 
 
 @contextlib.contextmanager
@@ -140,4 +159,9 @@ def _rows_in_reverse() -> Iterator[None]:
         yield
 
 
-HOOKS = {"ratio per matrix": one_ratio_per_matrix, "noise of rounding": noise_of_rounding}
+HOOKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "ratio per matrix": one_ratio_per_matrix,
+    "noise of rounding": noise_of_rounding,
+    "scale K/2": partial(changed_rule, _half_the_steps),  # one scale for all: the probes, as often as it takes to K
+    "rollback": partial(changed_rule, partial(replace, rollback=True)),  # of the optimizer's state, after the probes
+}

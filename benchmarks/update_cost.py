@@ -194,10 +194,11 @@ class TakeTurns(TrainerCallback):
         self.trainer.updating = 0.0
 
     def _set_up(self, arm: Arm) -> None:
-        self.trainer._compaction = LAYOUTS[arm.layout]
-        self.trainer._gate.resting = float(arm.rule == "grpo")
+        lookahead = self.trainer.lookahead
+        lookahead.layout.compaction = LAYOUTS[arm.layout]
+        lookahead.gate.active = arm.rule != "grpo"
         if arm.rule != "grpo":
-            self.trainer._rule = self.rules[arm.rule, arm.steps]
+            lookahead.rule = self.rules[arm.rule, arm.steps]
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(self.trainer.updating + time.perf_counter() - self.trainer.returned)

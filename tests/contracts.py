@@ -22,7 +22,7 @@ class Name(NamedTuple):
     Attributes:
         owner (`str`): The path of the class or module that has it.
         name (`str`): The name itself.
-        file (`str`): Ours that touches it, in `gxpo_trl/` or else in the repository.
+        file (`str`): Ours that touches it, in `gxpo_trl/` or else in the repository; `scripts/` for any file of them.
         use (`str`): What that file does with it; the end of the sentence.
         takes (`str`, *optional*): The arguments that we pass: by position, and behind a `*` by name.
     """
@@ -37,9 +37,16 @@ class Name(NamedTuple):
         return f"{self.owner.rpartition('.')[2]}.{self.name}"
 
     @property
-    def path(self) -> Path:
-        ours = ROOT / "gxpo_trl" / self.file
-        return ours if ours.is_file() else ROOT / self.file
+    def touching(self) -> list[str]:
+        """Those of our files, by their path in `gxpo_trl/` or else in the repository, that still touch the name."""
+        base = ROOT / "gxpo_trl" if (ROOT / "gxpo_trl" / self.file).exists() else ROOT
+        files = [base / self.file] if not self.file.endswith("/") else sorted((base / self.file).glob("*.py"))
+        return [file.relative_to(base).as_posix() for file in files if self.name in names_in(file)]
+
+    @property
+    def where(self) -> str:
+        """Whom to blame: the file, of a room all files that touch the name."""
+        return self.file if not self.file.endswith("/") else " and ".join(self.touching) or self.file
 
     @property
     def spelt_owner(self) -> str:
@@ -53,7 +60,7 @@ class Name(NamedTuple):
 
 def check(touched: Name) -> None:
     """Fails with one sentence where a name is gone, or is called otherwise than we call it."""
-    where = f"{touched.file} {touched.use}."
+    where = f"{touched.where} {touched.use}."
     try:
         owner = pkgutil.resolve_name(touched.owner)
     except (ImportError, AttributeError):
@@ -62,6 +69,16 @@ def check(touched: Name) -> None:
         pytest.fail(f"{touched.spelt_owner} has no `{touched.name}` any more: {where}", pytrace=False)
     if touched.takes is not None and (found := differs(getattr(owner, touched.name), touched.takes)):
         pytest.fail(f"`{touched.name}` of {touched.spelt_owner} {found}: {where}", pytrace=False)
+
+
+@functools.cache
+def names_in(file: Path) -> frozenset[str]:
+    """What our file names: in its code, and in strings that are nothing but a name. Not in what it says of itself."""
+    if not file.is_file():
+        return frozenset()
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    named = {getattr(node, field, None) for node in nodes for field in ("id", "attr", "arg", "name", "value")}
+    return frozenset(name for name in named if isinstance(name, str))
 
 
 def has(owner: Any, name: str) -> bool:

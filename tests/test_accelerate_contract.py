@@ -20,19 +20,21 @@ ACCELERATOR = "accelerate.Accelerator"
 STATE = "accelerate.state.AcceleratorState"
 PROCESS = "accelerate.state.PartialState"
 BASE, CHOICE, PASSES, WHOLE = (f"engines/{name}.py" for name in ("base", "support", "passes", "whole"))
-EVALUATING, COMPACTING, SHIM = "callbacks/benchmarks.py", "trainer/layout.py", "tests/cpu_engines.py"
+BENCHMARKS, LAYOUT, SHIM = "callbacks/benchmarks.py", "trainer/layout.py", "tests/cpu_engines.py"
 
 NAMES = [
-    Name(ACCELERATOR, "backward", BASE, "goes backward with it", "loss"),
-    Name(ACCELERATOR, "no_sync", BASE, "keeps ranks from reducing gradients before the last micro-batch", "model"),
-    Name(ACCELERATOR, "gradient_state", BASE, "sets there whether gradients synchronise"),
-    Name("accelerate.state.GradientState", "_set_sync_gradients", BASE, "says so with it", "sync_gradients"),
+    Name(ACCELERATOR, "backward", PASSES, "goes backward with it", "loss"),
+    Name(ACCELERATOR, "no_sync", PASSES, "keeps ranks from reducing gradients before the last micro-batch", "model"),
+    Name(ACCELERATOR, "gradient_state", PASSES, "sets there whether gradients synchronise"),
+    Name("accelerate.state.GradientState", "_set_sync_gradients", PASSES, "says so with it", "sync_gradients"),
     Name(ACCELERATOR, "device", BASE, "adds totals up there"),
-    Name(ACCELERATOR, "sync_gradients", "trainer/trainer.py", "knows by it that pass 1 is over"),
+    Name(ACCELERATOR, "sync_gradients", "trainer/update.py", "knows by it that pass 1 is over"),
     Name(
         *(ACCELERATOR, "clip_grad_norm_", "engines/replicated.py", "clips as the trainer does"),
         "parameters, max_norm",
     ),
+    Name(ACCELERATOR, "free_memory", "scripts/", "leaves the devices to the next trainer with it", ""),
+    Name(ACCELERATOR, "end_training", "scripts/", "ends trackers and processes with it", ""),
     Name(ACCELERATOR, "deepspeed_engine_wrapped", PASSES, "puts `BackwardOnly` in its place"),
     Name(ACCELERATOR, "unwrap_model", WHOLE, "names whole parameters as the model below does", "model"),
     Name(ACCELERATOR, "distributed_type", CHOICE, "chooses the engine by it"),
@@ -42,20 +44,19 @@ NAMES = [
     Name(ACCELERATOR, "is_fsdp2", CHOICE, "tells FSDP2 from FSDP1 by it"),
     Name(ACCELERATOR, "state", CHOICE, "finds the plugins there"),
     Name(STATE, "deepspeed_plugin", CHOICE, "reads DeepSpeed's configuration there"),
-    Name(STATE, "fsdp_plugin", CHOICE, "sets the precision of reductions there"),
+    Name(STATE, "fsdp_plugin", "engines/__init__.py", "sets the precision of reductions there"),
     Name("accelerate.DeepSpeedPlugin", "deepspeed_config", CHOICE, "reads DeepSpeed's configuration there"),
     Name(
         "accelerate.optimizer.AcceleratedOptimizer", "optimizer", BASE, "finds the optimizer below the wrapper there"
     ),
-    Name(ACCELERATOR, "num_processes", COMPACTING, "counts ranks by it"),
-    Name(ACCELERATOR, "process_index", EVALUATING, "deals problems out by it"),
-    Name(ACCELERATOR, "gather", COMPACTING, "agrees with the other ranks on widths", "tensor"),
-    Name(ACCELERATOR, "reduce", COMPACTING, "adds tokens up over ranks", "tensor"),
+    Name(ACCELERATOR, "num_processes", LAYOUT, "counts ranks by it"),
+    Name(ACCELERATOR, "process_index", BENCHMARKS, "deals problems out by it"),
+    Name(ACCELERATOR, "gather", LAYOUT, "agrees with the other ranks on widths", "tensor"),
+    Name(ACCELERATOR, "reduce", LAYOUT, "adds tokens up over ranks", "tensor"),
     Name(ACCELERATOR, "print", "trainer/trainer.py", "says what a batch is"),
-    Name(ACCELERATOR, "is_main_process", "scripts/dry_run.py", "removes the rehearsal's folder once"),
-    Name(ACCELERATOR, "free_memory", "scripts/next_loop.py", "leaves the devices to the next trainer with it", ""),
-    Name(ACCELERATOR, "wait_for_everyone", "scripts/dry_run.py", "removes that folder when all are done", ""),
-    Name("accelerate.utils", "gather_object", EVALUATING, "gathers the samples of all ranks", "object"),
+    Name(ACCELERATOR, "is_main_process", "scripts/", "removes the rehearsal's folder once"),
+    Name(ACCELERATOR, "wait_for_everyone", "scripts/", "removes that folder when all are done", ""),
+    Name("accelerate.utils", "gather_object", BENCHMARKS, "gathers the samples of all ranks", "object"),
     Name(
         *("accelerate.utils", "get_int_from_env", "trainer/config.py"),
         *("knows the number of processes before there is a trainer", "env_keys, default"),
@@ -94,7 +95,7 @@ def test_gradients_synchronise_by_hand_and_a_step_acts_only_then(prepared):
     optimizer.step()
     assert held_back and accelerator.sync_gradients and parameter.tolist() == [-1.0, -1.0], (
         "accelerate's optimizer does not act by `_set_sync_gradients` alone any more: `micro_batch` in "
-        "engines/base.py sets it by hand."
+        "engines/passes.py sets it by hand."
     )
 
 
@@ -194,7 +195,7 @@ def test_the_backward_pass_of_deepspeeds_wrapper_differs_from_ours_by_the_step_a
     )
     assert parameter_names(DeepSpeedEngineWrapper.backward) == parameter_names(BackwardOnly.backward), (
         "accelerate's DeepSpeedEngineWrapper.backward takes other arguments now: `BackwardOnly` in "
-        "engines/deepspeed.py stands in for it."
+        "engines/passes.py stands in for it."
     )
 
 
@@ -220,7 +221,7 @@ def test_a_loss_is_taken_as_it_is_by_an_accelerator_that_accumulates_nothing():
     Accelerator(cpu=True).backward(loss)
     assert loss.grad == 1.0, (
         "accelerate's `backward` scales a loss although it accumulates over one micro-batch: `backward` in "
-        "engines/base.py hands it losses divided already."
+        "engines/passes.py hands it losses divided already."
     )
 
 

@@ -217,6 +217,7 @@ def test_a_partition_computes_the_fewest_tokens():
     assert partition([100, 40, 30, 30, 10, 10, 10], count=3, max_tokens=120) == [1, 3, 3]
     assert partition([10, 10, 10, 10], count=4, max_tokens=1000) == [1, 1, 1, 1]
     assert partition([50, 50, 5, 5, 5, 5, 5, 5], count=2, max_tokens=100) == [2, 6]
+    assert partition([8, 3, 2, 2, 1, 1], count=3, max_tokens=1) == [1, 1, 4]  # no wider than the widest row has to be
 
 
 def test_a_bound_that_so_few_micro_batches_cannot_keep_is_exceeded_as_little_as_possible():

@@ -66,7 +66,7 @@ NAMES = [
     Name(ZERO_12, "grad_start_offset", OF_ZERO_12, "reads there where a parameter is cut"),
     Name(ZERO_12, "grad_partition_insertion_offset", OF_ZERO_12, "reads there where a parameter begins"),
     Name(ZERO_12, "get_param_id", OF_ZERO_12, "looks offsets up by it", "param"),
-    Name(ZERO_12, "update_lp_params", OF_ZERO_12, "publishes written partitions with it", ""),
+    Name(ZERO_12, "update_lp_params", OF_THE_ENGINE, "publishes written partitions with it", ""),
     Name(ZERO_12, "cpu_offload", OF_ZERO_12, "asks it where gradients are"),
     Name(ZERO_12, "_wait_for_offload_copies", OF_ZERO_12, "waits for offloaded gradients with it", ""),
     Name(ZERO_12, "_get_preflattened_grad_partition", OF_ZERO_12, "asks it for a flat gradient", "group_idx"),
@@ -78,7 +78,7 @@ NAMES = [
     Name(ZERO_12, "_offload_accumulated_param_ids", OF_ZERO_12, "forgets there what was accumulated in host memory"),
     Name(ZERO_12, "reset_cpu_buffers", OF_ZERO_12, "forgets offloaded gradients with it", ""),
     Name(ZERO_12, "_optimizer_step", OF_ZERO_12, "steps a partition with it", "group_no"),
-    Name(ZERO_12, "_hp_optimizer_states_linked", OF_ZERO_12, "has state linked anew that a rollback dropped"),
+    Name(ZERO_12, "_hp_optimizer_states_linked", OF_THE_ENGINE, "has state linked anew that a rollback dropped"),
     # ---- ZeRO-1 in bf16
     Name(BF16, "fp32_groups_flat_partition", OF_BF16, "steps these partitions"),
     Name(BF16, "bf16_groups", OF_BF16, "counts the coordinates of the parameters there"),
@@ -87,11 +87,10 @@ NAMES = [
     Name(BF16, "fp32_groups_gradients_flat", OF_BF16, "measures the norm of the whole gradient there"),
     Name(BF16, "zero_grad", OF_BF16, "clears gradients with it", ""),
     Name(BF16, "_lazy_init_hp_params_optimizer_state", OF_BF16, "links the optimizer's state with it", ""),
-    Name(BF16, "update_lp_params", OF_ZERO_12, "publishes written partitions with it", ""),
+    Name(BF16, "update_lp_params", OF_THE_ENGINE, "publishes written partitions with it", ""),
     # ---- ZeRO-3
     Name(ZERO_3, "fp32_partitioned_groups_flat", OF_ZERO_3, "steps these partitions"),
     Name(ZERO_3, "fp16_groups", OF_ZERO_3, "finds the parameters of a sub-group there"),
-    Name(ZERO_3, "sub_group_to_group_id", OF_ZERO_3, "finds the param group of a sub-group by it"),
     Name(ZERO_3, "_partition_all_parameters", OF_ZERO_3, "drops gathered parameters with it", ""),
     Name(
         *(ZERO_3, "_reassign_or_swap_out_partitioned_parameters", OF_ZERO_3),
@@ -125,7 +124,7 @@ def test_the_names_that_the_engines_touch_are_there(touched):
 def test_the_engine_is_chosen_by_these_class_names():
     classes = {path.rpartition(".")[2] for path in (ZERO_12, ZERO_3, BF16)}
     assert classes == set(ZERO_STATES), (
-        "engines/support.py chooses an engine by the name of DeepSpeed's optimizer, and the contract knows "
+        "engines/__init__.py chooses an engine by the name of DeepSpeed's optimizer, and the contract knows "
         f"{', '.join(sorted(classes ^ set(ZERO_STATES)))} in one of the two places alone."
     )
 
@@ -150,7 +149,7 @@ def lines_of(owner: str, method: str) -> set[str]:
 def test_a_step_of_the_engine_counts_as_ours_does(method, statement):
     assert statement in lines_of(ENGINE, method), (
         f"DeepSpeedEngine.{method} of DeepSpeed has no `{statement}` any more: the step that "
-        "engines/deepspeed.py takes after a fall-back, in `finish`, has to count as DeepSpeed's own does."
+        "engines/passes.py takes after a fall-back, in `finish`, has to count as DeepSpeed's own does."
     )
 
 

@@ -40,7 +40,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from gxpo_trl import GroupedSamplingArguments, GXPOConfig, GXPOTrainer, sample_in_groups
-from gxpo_trl.sampling.grouped import KEEP_ROWS, _Sampler, sample_grouped, why_not_grouped
+from gxpo_trl.sampling.grouped import KEEP_ROWS, _Sampler, penalizes_by_row, sample_grouped, why_not_grouped
 from gxpo_trl.sampling.model_traits import cache_argument, why_not_known
 from gxpo_trl.tasks import TINY_MODEL_PATH
 
@@ -127,6 +127,17 @@ def passes(monkeypatch):
     return SpySampler.passes
 
 
+PENALIZES = pytest.mark.skipif(not penalizes_by_row(), reason="this transformers penalizes padding")
+
+
+def test_a_penalty_is_refused_where_transformers_penalizes_padding(monkeypatch):
+    settings = GenerationConfig(**GREEDY, repetition_penalty=1.7)
+    assert (why_not_grouped(build(MODELS["llama"]), settings) is None) == penalizes_by_row()
+    monkeypatch.setattr("gxpo_trl.sampling.grouped.penalizes_by_row", lambda: False)
+    assert "penalizes padding" in why_not_grouped(build(MODELS["llama"]), settings)
+    assert why_not_grouped(build(MODELS["llama"]), GenerationConfig(**GREEDY)) is None
+
+
 # ---- The same completions
 
 
@@ -163,7 +174,7 @@ def test_whatever_the_shape_of_the_request(lengths, copies):
         {"eos_token_id": None},  # every row is as long as it may be
         {"max_new_tokens": 1},
         {"max_new_tokens": None, "max_length": 12},  # which counts the padded prompt
-        {"repetition_penalty": 1.7},
+        pytest.param({"repetition_penalty": 1.7}, marks=PENALIZES),
         {"suppress_tokens": [5, 6, 7, 8]},
     ],
     ids=str,
@@ -178,6 +189,7 @@ def test_greedy_completions_are_those_of_generate_with(settings, token_budget):
     assert torch.equal(grouped(model, REQUEST, **settings, token_budget=token_budget), expected)
 
 
+@PENALIZES
 def test_each_row_has_its_own_prompt_penalized():
     """The penalty must follow the rows as others are dropped and admitted."""
     model, request = build(MODELS["qwen2"]), make_request([2, 9, 4, 7], copies=2, seed=3)
@@ -196,6 +208,7 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<1>", padding_side="left")
 
 
+@PENALIZES
 def test_padding_is_not_penalized():
     """With a factor below 1 what has occurred is favoured, and so would the padding be."""
     model, request = build(MODELS["llama"]), make_request([2, 9, 4, 7], copies=2, seed=3)
@@ -295,7 +308,7 @@ def exact_pairs(model, prompt: torch.Tensor, settings: dict) -> torch.Tensor:
         {"temperature": 1.5, "top_k": 10},
         {"temperature": 1.2, "top_p": 0.7},
         {"min_p": 0.1},
-        {"temperature": 1.4, "top_p": 0.9, "repetition_penalty": 1.3},
+        pytest.param({"temperature": 1.4, "top_p": 0.9, "repetition_penalty": 1.3}, marks=PENALIZES),
     ],
     ids=str,
 )

@@ -62,10 +62,10 @@ NAMES = [
     Name("peft.LoraModel", "merge_and_unload", WRITING, "merges an adapter with it", ""),
     Name("peft", "AutoPeftModelForCausalLM", WRITING, "loads an adapter on its base with it"),
     Name(
-        *(MODEL, "from_pretrained", "scripts/building.py", "loads an adapter that is trained further"),
+        *(MODEL, "from_pretrained", "scripts/", "loads an adapter that is trained further"),
         "model, model_id, * is_trainable",
     ),
-    Name("peft", "get_peft_model", "scripts/plan.py", "counts the parameters of an adapter", "model, peft_config"),
+    Name("peft", "get_peft_model", "scripts/", "counts the parameters of an adapter", "model, peft_config"),
     Name("peft.PeftConfig", "from_pretrained", "evaluation/sampling.py", "finds the base model of an adapter"),
     Name("peft.tuners.lora.LoraLayer", "scaling", "tests/test_peft_contract.py", "compares ours with it"),
 ]

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOTrainer, SFPOConfig, SFPOTrainer
+from gxpo_trl.callbacks.records import find_record
 from gxpo_trl.reporting.arm_tables import budget_table, demo_table, difference_table, matching_table, results_table
 from gxpo_trl.reporting.arms import Arm, group_arms, load_runs
 from gxpo_trl.reporting.figures import COLORS, draw_curves, draw_demo, metric_picture, new_figure, styles_of
@@ -359,13 +360,13 @@ def test_the_clock_counts_training_alone(tmp_path, monkeypatch):
             return super().prediction_step(*args, **kwargs)
 
     settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "per_device_eval_batch_size": 16}
-    trainer = make_trainer(tmp_path, SlowlyEvaluated, **settings, num_generations_eval=4)
+    trainer = make_trainer(tmp_path, SlowlyEvaluated, records=True, **settings, num_generations_eval=4)
     started = time.perf_counter()
     trainer.train()
-    passed, counted = time.perf_counter() - started, trainer._seconds_spent()
+    passed, counted = time.perf_counter() - started, find_record(trainer).seconds
     evaluations = sum(entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history)
     assert evaluations > 1.0 and 0 < counted < passed - evaluations
-    assert trainer._seconds_spent() == counted
+    assert find_record(trainer).seconds == counted
     logged_times = [entry for entry in trainer.state.log_history if "lookahead/elapsed_time" in entry]
     for entry in logged_times:
         assert 0 <= entry["lookahead/reward_time"] < entry["lookahead/generation_time"] < counted
@@ -379,7 +380,7 @@ def test_what_a_run_is_and_its_log_are_written_as_it_goes(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append(load_run(tmp_path).steps)
 
-    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-4, "seed": 7}
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-4, "seed": 7, "records": True}
     trainer = train(tmp_path, callbacks=[Looking()], max_steps=4, **settings)
     assert seen == [0, 1, 2, 3]  # a step is logged after it has ended
     run = load_run(tmp_path)
@@ -387,7 +388,7 @@ def test_what_a_run_is_and_its_log_are_written_as_it_goes(tmp_path):
     assert (run.seed, run.method, run.about["trainer"], run.about["completions_per_step"]) == (
         7,
         "GXPO",
-        "GXPOTrainer",
+        "LookaheadTrainer",
         16,
     )
     assert run.about.keys() == RunDescription.__annotations__.keys()
@@ -422,12 +423,12 @@ def runs(tmp_path_factory) -> Path:
     """A small run of each kind."""
     folder = tmp_path_factory.mktemp("runs")
     common = {"scripted": False, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "log_completions": True}
-    common |= {"learning_rate": 1e-3, "per_device_eval_batch_size": 16, "num_generations_eval": 4}
+    common |= {"learning_rate": 1e-3, "per_device_eval_batch_size": 16, "num_generations_eval": 4, "records": True}
     for seed in (0, 1):
-        trainer = train(folder / f"gxpo-{seed}", seed=seed, **common)
+        trainer = train(folder / f"gxpo-{seed}", GXPOTrainer, seed=seed, **common)
         trainer.save_state()
     train(folder / "sfpo", SFPOTrainer, SFPOConfig, **common).save_state()
-    train(folder / "trl", GRPOTrainer, GRPOConfig, **common).save_state()
+    train(folder / "trl", GRPOTrainer, GRPOConfig, **{**common, "records": False}).save_state()
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     train(folder / "next", peft_config=adapter, trajectory_steps=1, **{**common, "max_steps": 6}).save_state()
     extrapolate.main([str(folder / "next"), "--steps-ahead", "1", "--epochs", "50", "--alpha", "0.5,1"])

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from gxpo_trl.engines.replicated import ReplicatedState
 from gxpo_trl.update.algorithm import LookaheadRule, lookahead_step, one_pass
 from gxpo_trl.update.extrapolation import Extrapolation
-from gxpo_trl.update.measurements import Measurements, measure_truth
+from gxpo_trl.update.measurements import Measurements, take_real_steps
 from gxpo_trl.update.slices import SLICE_SIZE, aligned_slices
 
 
@@ -52,8 +52,10 @@ def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_n
 
 def diagnosed_step(engine: State, replay, rule: LookaheadRule):
     """A step that is compared with real ones first."""
-    truth = measure_truth(engine, lambda: one_pass(engine, replay), rule.extrapolation or Extrapolation(rule.probes))
-    return lookahead_step(engine, replay, rule, Measurements(engine, rule, truth))
+    real_steps = take_real_steps(
+        engine, lambda: one_pass(engine, replay), rule.extrapolation or Extrapolation(rule.probes)
+    )
+    return lookahead_step(engine, replay, rule, Measurements(engine, rule, real_steps))
 
 
 def take_step(engine: State, rule: LookaheadRule):

@@ -47,67 +47,78 @@ FROM_5_23 = pytest.mark.skipif(
 TRAINER, ARGUMENTS, STATE = "transformers.Trainer", "transformers.TrainingArguments", "transformers.TrainerState"
 CALLBACK, MIXIN = "transformers.TrainerCallback", "transformers.generation.GenerationMixin"
 CONFIG, CACHES = "transformers.GenerationConfig", "transformers.cache_utils"
-LOOKAHEAD, EVALUATING, PUBLISHING, TRACKING, RECORDING = (
-    f"trainer/{name}.py" for name in ("lookahead_trainer", "evaluating", "publishing", "tracking", "recording")
-)
-GENERATION, TRAITS, GENERATING = "sampling/grouped.py", "sampling/model_traits.py", "trainer/grouped.py"
-SHIM, CARD, PUSH, WRITING = "tests/cpu_engines.py", "reporting/card.py", "scripts/push.py", "trajectory/writing.py"
+UPDATE, GROUPED, CONFIGURATION = (f"trainer/{name}.py" for name in ("update", "grouped", "config"))
+BENCHMARKS, HUB, TRACKERS, RECORDS = (f"callbacks/{name}.py" for name in ("benchmarks", "hub", "trackers", "records"))
+GENERATION, TRAITS, SUPPORT = "sampling/grouped.py", "sampling/model_traits.py", "engines/support.py"
+SHIM, CARD, SCRIPTS, WRITING = "tests/cpu_engines.py", "reporting/card.py", "scripts/", "trajectory/writing.py"
 
 NAMES = [
     # ---- The trainer
-    Name(TRAINER, "accelerator", LOOKAHEAD, "asks it for the engine"),
-    Name(TRAINER, "args", LOOKAHEAD, "reads the settings there"),
-    Name(TRAINER, "model", LOOKAHEAD, "checks its parameters"),
-    Name(TRAINER, "model_wrapped", GENERATING, "unwraps it to sample"),
-    Name(TRAINER, "optimizer", LOOKAHEAD, "makes the engine of it"),
-    Name(TRAINER, "state", LOOKAHEAD, "names steps by it"),
-    Name(TRAINER, "control", EVALUATING, "keeps the step's own log from being dropped there"),
-    Name(TRAINER, "train_dataset", EVALUATING, "looks for benchmarks' problems there"),
-    Name(TRAINER, "eval_dataset", EVALUATING, "knows by it whether transformers evaluates too"),
-    Name(TRAINER, "callback_handler", TRACKING, "looks for TensorBoard's callback there"),
-    Name("transformers.trainer_callback.CallbackHandler", "callbacks", TRACKING, "looks for TensorBoard's there"),
-    Name(TRAINER, "add_callback", RECORDING, "listens to the run with it", "callback"),
-    Name(TRAINER, "remove_callback", "scripts/building.py", "quietens a rehearsal with it", "callback"),
-    Name(TRAINER, "compute_loss_context_manager", LOOKAHEAD, "computes the losses of replays in it", ""),
-    Name(TRAINER, "current_gradient_accumulation_steps", LOOKAHEAD, "divides RLOO's losses by it in replays"),
-    Name(TRAINER, "log", EVALUATING, "logs benchmarks past TRL's own", "logs"),
-    Name(TRAINER, "is_world_process_zero", PUBLISHING, "writes the card once", ""),
-    Name(TRAINER, "push_in_progress", PUBLISHING, "finds pushes that failed in the background there"),
-    Name(TRAINER, "hub_model_id", "scripts/running.py", "says where a push was to go"),
-    Name(TRAINER, "save_model", "scripts/running.py", "saves without a push", "output_dir, * _internal_call"),
-    Name(TRAINER, "save_state", "scripts/running.py", "saves the trainer's state with it", ""),
-    Name(TRAINER, "push_to_hub", "scripts/running.py", "sends the finished run with it"),
-    Name(ARGUMENTS, "to_dict", RECORDING, "writes the settings down with it", ""),
-    Name(ARGUMENTS, "world_size", "trainer/config.py", "checks the number of processes by it"),
-    Name(ARGUMENTS, "eval_steps", "trainer/config.py", "asks for it where there are benchmarks"),
-    Name(ARGUMENTS, "fp16", "trainer/config.py", "refuses it"),
-    Name(ARGUMENTS, "optim", "trainer/config.py", "refuses optimizers by it"),
-    Name(ARGUMENTS, "weight_decay", "trainer/config.py", "refuses it with some optimizers"),
-    Name(ARGUMENTS, "per_device_train_batch_size", "trainer/config.py", "computes accumulation from it"),
-    Name(ARGUMENTS, "should_save", LOOKAHEAD, "writes its state on one process"),
-    Name(ARGUMENTS, "process_index", "scripts/dry_run.py", "prints the plan once"),
-    Name(ARGUMENTS, "distributed_state", "scripts/dry_run.py", "has all processes wait with it"),
-    Name(STATE, "global_step", EVALUATING, "knows by it when to score"),
-    Name(STATE, "eval_steps", EVALUATING, "knows by it when to score"),
-    Name(STATE, "max_steps", "scripts/demo.py", "draws its bar by it"),
-    Name(STATE, "log_history", RECORDING, "copies its last entry to log.jsonl"),
-    Name(STATE, "is_world_process_zero", RECORDING, "writes on one process"),
-    Name("transformers.TrainerControl", "should_log", EVALUATING, "keeps the step's own log from being dropped"),
-    Name(CALLBACK, "on_train_begin", EVALUATING, "scores the start", "args, state, control"),
-    Name(CALLBACK, "on_step_begin", EVALUATING, "knows by it that a resumed run goes on", "args, state, control"),
-    Name(CALLBACK, "on_step_end", EVALUATING, "scores every so many steps", "args, state, control"),
-    Name(CALLBACK, "on_train_end", RECORDING, "stops the clock", "args, state, control"),
-    Name(CALLBACK, "on_log", RECORDING, "writes log.jsonl", "args, state, control"),
-    Name("transformers.integrations.TensorBoardCallback", "logging_dir", TRACKING, "resumes a run in this folder"),
-    Name("transformers", "PrinterCallback", "scripts/demo.py", "takes it out"),
-    Name("transformers", "ProgressCallback", "scripts/building.py", "takes it out of a rehearsal"),
-    Name("transformers.trainer", "TRAINER_STATE_NAME", "scripts/next_loop.py", "knows by it that a run is over"),
-    Name("transformers.trainer_utils", "get_last_checkpoint", "scripts/running.py", "goes on from there", "folder"),
-    Name("transformers.hf_argparser", "string_to_bool", "scripts/parsing.py", "reads `--dry-run` by it", "v"),
-    Name("transformers.utils.hub.PushInProgress", "jobs", PUBLISHING, "finds pushes that failed there"),
+    Name(TRAINER, "accelerator", UPDATE, "makes the engine with it"),
+    Name(TRAINER, "args", UPDATE, "reads the settings there"),
+    Name(TRAINER, "model", UPDATE, "knows by its mode whether a forward pass is in training"),
+    Name(TRAINER, "model_wrapped", GROUPED, "unwraps it to sample"),
+    Name(TRAINER, "optimizer", UPDATE, "makes the engine for it"),
+    Name(TRAINER, "state", UPDATE, "names steps by it"),
+    Name(TRAINER, "control", BENCHMARKS, "keeps the step's own log from being dropped there"),
+    Name(TRAINER, "train_dataset", BENCHMARKS, "looks for benchmarks' problems there"),
+    Name(TRAINER, "processing_class", BENCHMARKS, "asks in its chat template"),
+    Name(TRAINER, "is_fsdp_enabled", BENCHMARKS, "knows by it that a model can't be sampled"),
+    Name(TRAINER, "callback_handler", TRACKERS, "looks for TensorBoard's callback there"),
+    Name("transformers.trainer_callback.CallbackHandler", "callbacks", TRACKERS, "puts itself first there"),
+    Name(TRAINER, "remove_callback", SCRIPTS, "quietens a rehearsal with it", "callback"),
+    Name(TRAINER, "compute_loss_context_manager", UPDATE, "computes the losses of replays in it", ""),
+    Name(TRAINER, "log", BENCHMARKS, "logs benchmarks past TRL's own", "logs"),
+    Name(TRAINER, "evaluate", RECORDS, "takes the time of it off the clock"),
+    Name(TRAINER, "is_world_process_zero", HUB, "writes the card once", ""),
+    Name(TRAINER, "create_model_card", HUB, "completes the card that it writes"),
+    Name(TRAINER, "push_in_progress", HUB, "finds pushes that failed in the background there"),
+    Name(TRAINER, "_push_from_checkpoint", HUB, "goes on training where it fails"),
+    Name(TRAINER, "_finish_current_push", HUB, "says what failed until then", ""),
+    Name(TRAINER, "init_hf_repo", HUB, "knows by its name that an error is the Hub's"),
+    Name(TRAINER, "train", SCRIPTS, "trains with it", "* resume_from_checkpoint"),
+    Name(TRAINER, "hub_model_id", SCRIPTS, "says where a push was to go"),
+    Name(TRAINER, "save_model", SCRIPTS, "saves without a push", "output_dir, * _internal_call"),
+    Name(TRAINER, "save_state", SCRIPTS, "saves the trainer's state with it", ""),
+    Name(TRAINER, "push_to_hub", SCRIPTS, "sends the finished run with it"),
+    Name(ARGUMENTS, "to_dict", RECORDS, "writes the settings down with it", ""),
+    Name(ARGUMENTS, "world_size", CONFIGURATION, "checks the number of processes by it"),
+    Name(ARGUMENTS, "per_device_train_batch_size", CONFIGURATION, "computes accumulation from it"),
+    Name(ARGUMENTS, "gradient_accumulation_steps", CONFIGURATION, "sets it by `prompts_per_step`"),
+    Name(ARGUMENTS, "max_grad_norm", UPDATE, "has the engine clip by it"),
+    Name(ARGUMENTS, "tf32", GROUPED, "knows by it that sampling and training round otherwise"),
+    Name(ARGUMENTS, "fp16", SUPPORT, "refuses it"),
+    Name(ARGUMENTS, "optim", SUPPORT, "refuses optimizers by it"),
+    Name(ARGUMENTS, "eval_steps", BENCHMARKS, "refuses benchmarks without it"),
+    Name(ARGUMENTS, "per_device_eval_batch_size", BENCHMARKS, "samples so many completions at once"),
+    Name(ARGUMENTS, "run_name", TRACKERS, "resumes a run of trackio under this name"),
+    Name(ARGUMENTS, "report_to", TRACKERS, "knows by it which trackers there are"),
+    Name(ARGUMENTS, "should_save", "trainer/trainer.py", "writes the state of the update on one process"),
+    Name(ARGUMENTS, "process_index", SCRIPTS, "prints the plan once"),
+    Name(ARGUMENTS, "distributed_state", SCRIPTS, "has all processes wait with it"),
+    Name(STATE, "global_step", BENCHMARKS, "knows by it when to score"),
+    Name(STATE, "eval_steps", BENCHMARKS, "knows by it when to score"),
+    Name(STATE, "max_steps", SCRIPTS, "draws the bar of the demo by it"),
+    Name(STATE, "log_history", RECORDS, "copies its last entry to log.jsonl"),
+    Name(STATE, "stateful_callbacks", RECORDS, "keeps there what was spent"),
+    Name(STATE, "is_world_process_zero", RECORDS, "writes on one process"),
+    Name("transformers.TrainerControl", "should_log", BENCHMARKS, "keeps the step's own log from being dropped"),
+    Name(CALLBACK, "on_train_begin", BENCHMARKS, "scores the start", "args, state, control"),
+    Name(CALLBACK, "on_step_begin", TRACKERS, "knows by it that all trackers have begun", "args, state, control"),
+    Name(CALLBACK, "on_step_end", BENCHMARKS, "scores every so many steps", "args, state, control"),
+    Name(CALLBACK, "on_train_end", RECORDS, "stops the clock", "args, state, control"),
+    Name(CALLBACK, "on_log", RECORDS, "writes log.jsonl", "args, state, control"),
+    Name("transformers.integrations.TensorBoardCallback", "logging_dir", TRACKERS, "resumes a run in this folder"),
+    Name("transformers", "PrinterCallback", SCRIPTS, "takes it out"),
+    Name("transformers", "ProgressCallback", SCRIPTS, "takes it out of a rehearsal"),
+    Name("transformers.trainer", "TRAINER_STATE_NAME", TRACKERS, "knows a checkpoint by that file"),
+    Name("transformers.trainer", "TRAINER_STATE_NAME", SCRIPTS, "knows by that file that a run is over"),
+    Name("transformers.trainer_utils", "get_last_checkpoint", SCRIPTS, "goes on from there", "folder"),
+    Name("transformers.hf_argparser", "string_to_bool", SCRIPTS, "reads `--dry-run` by it", "v"),
+    Name("transformers.utils.hub.PushInProgress", "jobs", HUB, "finds pushes that failed there"),
     # ---- Generation
     Name(
-        *(MIXIN, "generate", GENERATING, "samples through it"),
+        *(MIXIN, "generate", GROUPED, "samples through it"),
         "* generation_config, stopping_criteria, custom_generate",
     ),
     Name(
@@ -122,14 +133,12 @@ NAMES = [
         Name(CONFIG, name, GENERATION, "reads the setting of that name")
         for name in ("max_length", "do_sample", "temperature", "return_dict_in_generate", "cache_implementation")
     ),
-    Name(CONFIG, "stop_strings", GENERATING, "makes a criterion of them"),
+    Name(CONFIG, "stop_strings", GROUPED, "makes a criterion of them"),
     Name(CONFIG, "num_return_sequences", "evaluation/sampling.py", "asks for n samples by it"),
     Name(CONFIG, "eos_token_id", "evaluation/sampling.py", "knows by it what ends a completion"),
     Name("transformers.generation", "MaxLengthCriteria", GENERATION, "leaves this criterion out"),
     Name("transformers.generation.GenerateDecoderOnlyOutput", "sequences", GENERATION, "returns completions there"),
-    Name(
-        "transformers", "StopStringCriteria", GENERATING, "looks for stop strings with it", "tokenizer, stop_strings"
-    ),
+    Name("transformers", "StopStringCriteria", GROUPED, "looks for stop strings with it", "tokenizer, stop_strings"),
     Name("transformers.PreTrainedModel", "is_remote_code", TRAITS, "refuses code that it does not know by it", ""),
     Name("transformers.PreTrainedModel", "generation_config", GENERATION, "takes defaults from there"),
     Name("transformers.PreTrainedConfig", "get_text_config", TRAITS, "refuses multimodal models by it", "* decoder"),
@@ -144,13 +153,13 @@ NAMES = [
     Name(f"{CACHES}.DynamicSlidingWindowLayer", "sliding_window", GENERATION, "knows by it how much is kept"),
     Name(f"{CACHES}.DynamicSlidingWindowLayer", "cumulative_length", GENERATION, "sets it when it pads or cuts"),
     # ---- The Hub
-    Name("huggingface_hub.HfApi", "create_repo", PUSH, "makes a repository", "repo_id, * private, exist_ok"),
+    Name("huggingface_hub.HfApi", "create_repo", SCRIPTS, "makes a repository", "repo_id, * private, exist_ok"),
     Name(
-        *("huggingface_hub.HfApi", "upload_folder", PUSH, "sends a run in one commit"),
+        *("huggingface_hub.HfApi", "upload_folder", SCRIPTS, "sends a run in one commit"),
         "* repo_id, folder_path, commit_message",
     ),
-    Name("huggingface_hub.RepoUrl", "repo_id", PUSH, "names the repository in full by it"),
-    Name("huggingface_hub.errors", "HfHubHTTPError", PUBLISHING, "goes on training when it is raised"),
+    Name("huggingface_hub.RepoUrl", "repo_id", SCRIPTS, "names the repository in full by it"),
+    Name("huggingface_hub.errors", "HfHubHTTPError", HUB, "goes on training when it is raised"),
     Name("huggingface_hub.ModelCard", "load", CARD, "completes TRL's card"),
     Name("huggingface_hub.ModelCard", "text", CARD, "appends sections to it"),
     Name("huggingface_hub.ModelCard", "data", CARD, "adds results to it"),
@@ -165,7 +174,7 @@ NAMES = [
     Name("transformers.integrations.deepspeed", "unset_hf_deepspeed_config", SHIM, "forgets a run's engine", ""),
     Name("transformers.training_args", "is_torch_bf16_gpu_available", SHIM, "claims bf16 for the CPU there", ""),
     Name(
-        *(MIXIN, "_get_logits_processor", "tests/test_generation.py", "compares processed scores with it"),
+        *(MIXIN, "_get_logits_processor", "tests/test_grouped_sampling.py", "compares processed scores with it"),
         "generation_config, * input_ids_seq_length, device",
     ),
 ]
@@ -181,29 +190,15 @@ def test_the_names_that_we_touch_are_there(touched):
 OVERRIDDEN = {
     "_save_optimizer_and_scheduler": ["output_dir"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
-    "_push_from_checkpoint": ["checkpoint_folder"],
-    "_finish_current_push": [],
-    "create_model_card": None,  # TRL's
-    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
-    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
-    "init_hf_repo": None,  # below
 }
-"""The methods of `Trainer` that ours override, with the arguments that they are called with."""
+"""The methods of `Trainer` that ours overrides, with the arguments that they are called with."""
 
 
-@pytest.mark.parametrize("name", [name for name, arguments in OVERRIDDEN.items() if arguments is not None])
+@pytest.mark.parametrize("name", OVERRIDDEN)
 def test_the_overridden_methods_keep_their_signatures(name):
     assert parameter_names(getattr(Trainer, name)) == OVERRIDDEN[name], (
-        f"transformers' Trainer.{name} takes other arguments now: the method of that name in trainer/*.py overrides "
-        "it and passes them on."
-    )
-
-
-@FROM_5_23
-def test_a_repository_is_created_with_token_and_privacy():
-    assert parameter_names(Trainer.init_hf_repo) == ["token", "private"], (
-        "transformers' Trainer.init_hf_repo takes other arguments than `token` and `private` now: "
-        "callbacks/hub.py overrides it and passes them on."
+        f"transformers' Trainer.{name} takes other arguments now: the method of that name in trainer/trainer.py "
+        "overrides it and passes them on."
     )
 
 
@@ -295,7 +290,7 @@ def test_a_cache_holds_rows_first_and_columns_last_but_one():
     layer = cache.layers[0]
     assert type(layer) is DynamicLayer and not layer.is_initialized and cache.get_seq_length() == 0, (
         "transformers' DynamicCache of a Llama does not begin with empty `DynamicLayer`s any more: "
-        "sampling/model_traits.py and generation.py know the stock cache by them."
+        "sampling/model_traits.py and grouped.py know the stock cache by them."
     )
     with torch.no_grad():
         model(input_ids=torch.tensor([[3, 4, 5], [6, 7, 8]]), use_cache=True, **{CACHE: cache})

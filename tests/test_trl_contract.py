@@ -19,90 +19,96 @@ from gxpo_trl.trainer.update import MOVED_BY_LOSS
 
 
 BOTH = [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)]
-LOOKAHEAD, COMPACTING, EVALUATING, GENERATING = (
-    f"trainer/{name}.py" for name in ("lookahead_trainer", "compacting", "evaluating", "generating")
-)
-RECIPE, TRAIN, PLAN = "scripts/keys.py", "scripts/building.py", "scripts/plan.py"
+UPDATE, LAYOUT, GROUPED, RULES = (f"trainer/{name}.py" for name in ("update", "layout", "grouped", "rules"))
+BENCHMARKS, RECORDS, SCRIPTS = "callbacks/benchmarks.py", "callbacks/records.py", "scripts/"
 
 NAMES = [
     *(
         Name(owner, *touched)
         for owner in ("trl.GRPOTrainer", "trl.RLOOTrainer")
         for touched in (
-            ("_buffered_inputs", COMPACTING, "lays the micro-batches there out anew"),
-            ("_step", COMPACTING, "knows by it which micro-batch is under way"),
-            ("_metrics", LOOKAHEAD, "logs through it"),
-            ("_compute_loss", LOOKAHEAD, "knows by it whether the loss is TRL's own", "model, inputs"),
-            ("aux_loss_enabled", LOOKAHEAD, "knows by it that the loss sees padding"),
-            ("loss_is_scaled_for_ga", LOOKAHEAD, "knows by it whether replays divide the loss"),
-            ("_tokenize_prompts", EVALUATING, "tokenizes the prompts of benchmarks with it", "prompts"),
-            ("eos_token_ids", EVALUATING, "knows by them that a completion was not cut"),
-            ("_tokenizer", EVALUATING, "decodes completions with it"),
-            ("_dist", GENERATING, "asks it whether forward passes communicate"),
-            ("generation_config", GENERATING, "samples by it"),
-            ("use_transformers_continuous_batching", GENERATING, "leaves sampling to TRL by it"),
-            ("_calculate_rewards", "callbacks/records.py", "measures the time of it"),
-            ("_generate", "callbacks/records.py", "measures the time of it"),
-            ("reward_func_names", "callbacks/records.py", "writes them into run.json"),
-            ("_tag_names", "trainer/rloo.py", "has the card tagged by it"),
-            ("_name", "trainer/rloo.py", "has the card name the method by it"),
-            ("_paper", "trainer/rloo.py", "has the card cite the paper by it"),
+            ("_metrics", RECORDS, "logs times through it"),
+            ("_tokenize_prompts", BENCHMARKS, "tokenizes the prompts of benchmarks with it", "prompts"),
+            ("eos_token_ids", BENCHMARKS, "knows by them that a completion was not cut"),
+            ("_tokenizer", GROUPED, "pads prompts as it does"),
+            ("_dist", GROUPED, "asks it whether forward passes communicate"),
+            ("generation_config", GROUPED, "samples by it"),
+            ("temperature", GROUPED, "knows by it whether sampling has the old log-probabilities"),
+            ("num_iterations", GROUPED, "knows by it whether TRL computes the old log-probabilities"),
+            ("use_transformers_continuous_batching", GROUPED, "leaves sampling to TRL by it"),
+            ("_generate_and_score_completions", RECORDS, "counts rollouts by it"),
+            ("_calculate_rewards", RECORDS, "measures the time of it"),
+            ("_generate", RECORDS, "measures the time of it"),
+            ("reward_func_names", RECORDS, "writes them into run.json"),
         )
     ),
     *(
         Name("trl.GRPOTrainer", *touched)
         for touched in (
-            ("loss_type", LOOKAHEAD, "knows by it whether the loss is additive"),
-            ("beta", LOOKAHEAD, "knows by it whether there is a KL term"),
-            ("importance_sampling_level", LOOKAHEAD, "knows by it whether each token has a ratio"),
-            ("_entropy_bonus_enabled", LOOKAHEAD, "knows by it whether the loss is additive"),
-            ("top_entropy_quantile", LOOKAHEAD, "knows by it whether the loss is additive"),
-            ("num_iterations", LOOKAHEAD, "knows by it whether TRL computes the old log-probabilities"),
-            ("rollout_func", LOOKAHEAD, "leaves sampling to it"),
-            ("tools", LOOKAHEAD, "leaves sampling to TRL by it"),
-            ("entropy_coef", LOOKAHEAD, "restores it after replays"),
-            ("_last_world_entropy", LOOKAHEAD, "restores it after replays"),
-            ("_entropy_window_stats", LOOKAHEAD, "restores it after replays"),
+            ("_buffered_inputs", LAYOUT, "lays the micro-batches there out anew"),
+            ("_step", LAYOUT, "knows by it which micro-batch is under way"),
+            ("_metrics", UPDATE, "logs through it"),
+            ("_compute_loss", LAYOUT, "knows by it whether the loss is TRL's own", "model, inputs"),
+            ("aux_loss_enabled", LAYOUT, "knows by it that the loss sees padding"),
+            ("loss_type", LAYOUT, "knows by it whether the loss is additive"),
+            ("beta", LAYOUT, "knows by it whether there is a KL term"),
+            ("importance_sampling_level", LAYOUT, "knows by it whether each token has a ratio"),
+            ("_entropy_bonus_enabled", LAYOUT, "knows by it whether the loss is additive"),
+            ("top_entropy_quantile", LAYOUT, "knows by it whether the loss is additive"),
+            ("rollout_func", GROUPED, "leaves sampling to it"),
+            ("tools", GROUPED, "leaves sampling to TRL by it"),
+            ("rollout_func", BENCHMARKS, "refuses it"),
+            ("tools", BENCHMARKS, "refuses them"),
+            ("entropy_coef", UPDATE, "restores it after replays"),
+            ("_last_world_entropy", UPDATE, "restores it after replays"),
+            ("_entropy_window_stats", UPDATE, "restores it after replays"),
+            ("_tag_names", RULES, "tags cards as TRL does, and trainer/trainer.py has them tagged by it"),
+            ("_name", RULES, "names the method as TRL does, and trainer/trainer.py has cards name it by that"),
+            ("_paper", RULES, "cites the paper that TRL does, and trainer/trainer.py has cards cite it by that"),
+            ("create_model_card", SCRIPTS, "leaves a card with the run", "model_name, dataset_name"),
         )
     ),
-    Name("trl.distributed.DistributedBackend", "is_zero3", GENERATING, "keeps ranks in step by it"),
-    Name("trl.distributed.DistributedBackend", "is_fsdp", GENERATING, "keeps ranks in step by it"),
-    Name("trl.distributed.DistributedBackend", "summon_full_params", GENERATING, "samples within it", "module"),
-    Name(
-        *("trl.models", "unwrap_model_for_generation", GENERATING, "samples from the model that it yields"),
-        "model, accelerator, * gather_deepspeed3_params, gradient_checkpointing_kwargs",
+    Name("trl.distributed.DistributedBackend", "is_zero3", GROUPED, "keeps ranks in step by it"),
+    Name("trl.distributed.DistributedBackend", "is_fsdp", GROUPED, "keeps ranks in step by it"),
+    Name("trl.distributed.DistributedBackend", "summon_full_params", GROUPED, "samples within it", "module"),
+    *(
+        Name("trl.models", "unwrap_model_for_generation", file, "samples from the model that it yields", takes)
+        for file, takes in (
+            (GROUPED, "model, accelerator, * gather_deepspeed3_params, gradient_checkpointing_kwargs"),
+            (BENCHMARKS, "model, accelerator, * gradient_checkpointing_kwargs"),
+        )
     ),
-    Name("trl.extras.profiling", "profiling_context", GENERATING, "is profiled as TRL is", "trainer, name"),
-    Name("trl.GRPOConfig", "ds3_gather_for_generation", GENERATING, "gathers parameters by it"),
-    Name("trl.GRPOConfig", "steps_per_generation", COMPACTING, "knows by it how long a buffer is"),
+    Name("trl.extras.profiling", "profiling_context", GROUPED, "is profiled as TRL is", "trainer, name"),
+    Name("trl.GRPOConfig", "ds3_gather_for_generation", GROUPED, "gathers parameters by it"),
+    Name("trl.GRPOConfig", "steps_per_generation", LAYOUT, "knows by it how long a buffer is"),
     Name("trl.GRPOConfig", "num_generations", "trainer/config.py", "computes accumulation from it"),
-    Name("trl.GRPOConfig", "max_completion_length", PLAN, "says by it how long completions may get"),
+    Name("trl.GRPOConfig", "max_completion_length", SCRIPTS, "says by it how long completions may get"),
     Name(
-        *("trl.TrlParser", "parse_args_and_config", RECIPE, "reads recipes with it"),
+        *("trl.TrlParser", "parse_args_and_config", SCRIPTS, "reads recipes with it"),
         "args, * return_remaining_strings, separate_remaining_strings",
     ),
-    Name("trl.TrlParser", "_actions", RECIPE, "names the key that is nearest to an unknown one"),
+    Name("trl.TrlParser", "_actions", SCRIPTS, "names the key that is nearest to an unknown one"),
     *(
-        Name("trl.scripts.grpo.GRPOScriptArguments", name, TRAIN, "reads that key of a recipe")
+        Name("trl.scripts.grpo.GRPOScriptArguments", name, SCRIPTS, "reads that key of a recipe")
         for name in (
             *("dataset_name", "dataset_config", "dataset_streaming", "dataset_train_split", "dataset_test_split"),
             *("reward_funcs", "reward_model_name_or_path"),
         )
     ),
     *(
-        Name("trl.ModelConfig", name, TRAIN, "reads that key of a recipe")
+        Name("trl.ModelConfig", name, SCRIPTS, "reads that key of a recipe")
         for name in ("model_name_or_path", "model_revision", "attn_implementation", "dtype")
     ),
     *(
-        Name("trl.ModelConfig", name, "scripts/dry_run.py", "changes that key for a rehearsal")
+        Name("trl.ModelConfig", name, SCRIPTS, "changes that key for a rehearsal")
         for name in ("use_peft", "lora_target_modules", "load_in_4bit", "load_in_8bit")
     ),
-    Name("trl.DatasetMixtureConfig", "datasets", TRAIN, "mixes these"),
-    Name("trl", "get_dataset", TRAIN, "mixes datasets with it", "mixture_config"),
-    Name("trl", "get_peft_config", TRAIN, "makes an adapter's settings with it", "model_args"),
-    Name("trl", "get_quantization_config", TRAIN, "makes a quantization's settings with it", "model_args"),
-    Name("trl.trainer.utils", "create_model_from_path", TRAIN, "loads the base of an adapter with it", "model_id"),
-    Name("trl.trainer.utils", "get_config_model_id", LOOKAHEAD, "names a run by it", "config"),
+    Name("trl.DatasetMixtureConfig", "datasets", SCRIPTS, "mixes these"),
+    Name("trl", "get_dataset", SCRIPTS, "mixes datasets with it", "mixture_config"),
+    Name("trl", "get_peft_config", SCRIPTS, "makes an adapter's settings with it", "model_args"),
+    Name("trl", "get_quantization_config", SCRIPTS, "makes a quantization's settings with it", "model_args"),
+    Name("trl.trainer.utils", "create_model_from_path", SCRIPTS, "loads the base of an adapter with it", "model_id"),
+    Name("trl.trainer.utils", "get_config_model_id", "trainer/trainer.py", "names a run by it", "config"),
     *(
         Name("trl.rewards", name, "tasks/names.py", "offers it by its name")
         for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
@@ -123,23 +129,37 @@ OVERRIDDEN = {
     "__init__": ["model", "reward_funcs", "args", ...],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
-    "create_model_card": ["model_name", "dataset_name", "tags"],
     "_prepare_inputs": ["generation_batch"],
+    "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep", ...],
+}
+"""The methods of TRL's trainer that ours overrides, with the arguments that they are called with."""
+
+STOOD_IN_FOR = {
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", ...],
     "_generate_and_score_completions": ["inputs"],
     "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep", ...],
 }
-"""The methods of TRL's trainers that ours override, with the arguments that they are called with."""
+"""The methods that grouped sampling stands in for on a trainer of TRL's, with the same."""
+
+
+def takes(trainer_class: type, method: str, expected: list) -> bool:
+    found = parameter_names(getattr(trainer_class, method))
+    return found == expected or [*found[: len(expected) - 1], ...] == expected
+
+
+@pytest.mark.parametrize("method", OVERRIDDEN)
+def test_the_overridden_methods_keep_their_signatures(method):
+    assert takes(GRPOTrainer, method, OVERRIDDEN[method]), (
+        f"TRL's GRPOTrainer.{method} takes other arguments now: the method of that name in trainer/trainer.py "
+        "overrides it and passes them on."
+    )
 
 
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, RLOOTrainer])
-@pytest.mark.parametrize("method", OVERRIDDEN)
-def test_the_overridden_methods_keep_their_signatures(trainer_class, method):
-    expected = OVERRIDDEN[method]
-    found = parameter_names(getattr(trainer_class, method))
-    assert found == expected or [*found[: len(expected) - 1], ...] == expected, (
-        f"TRL's {trainer_class.__name__}.{method} takes the arguments {', '.join(found)} now: the method of that name "
-        "in trainer/*.py overrides it and passes them on."
+@pytest.mark.parametrize("method", STOOD_IN_FOR)
+def test_the_methods_that_grouped_sampling_stands_in_for_keep_their_signatures(trainer_class, method):
+    assert takes(trainer_class, method, STOOD_IN_FOR[method]), (
+        f"TRL's {trainer_class.__name__}.{method} takes other arguments now: trainer/grouped.py stands in for it."
     )
 
 
@@ -174,16 +194,14 @@ def test_rollouts_wait_in_a_buffer_of_micro_batches_with_entries_that_compaction
     )
 
 
-@pytest.mark.parametrize("trainer_class, config_class", BOTH)
-def test_what_the_loss_depends_on_is_said_by_these_attributes(tmp_path, trainer_class, config_class):
-    trainer = make_trainer(tmp_path, trainer_class, config_class, scripted=False)
-    names = ["loss_type", "beta", "importance_sampling_level", "_entropy_bonus_enabled", "top_entropy_quantile"]
-    names = ["aux_loss_enabled", *(names if trainer_class is GRPOTrainer else [])]
-    found = {name: getattr(trainer, name) for name in names}
-    neutral = dict(zip(names, [False, "grpo", 0.0, "token", False, 1.0], strict=False))
+def test_what_the_loss_depends_on_is_said_by_these_attributes(tmp_path):
+    trainer = trl_trainer(tmp_path)
+    neutral = {"aux_loss_enabled": False, "loss_type": "grpo", "beta": 0.0, "importance_sampling_level": "token"}
+    neutral |= {"_entropy_bonus_enabled": False, "top_entropy_quantile": 1.0}
+    found = {name: getattr(trainer, name) for name in neutral}
     assert found == neutral, (
-        f"TRL's {trainer_class.__name__} says {found} of a plain loss and not {neutral} any more: `_loss_allows` in "
-        "trainer/trainer.py and rloo.py reads these."
+        f"TRL's GRPOTrainer says {found} of a plain loss and not {neutral} any more: `_loss_allows` in "
+        "trainer/layout.py reads these."
     )
 
 
@@ -202,8 +220,7 @@ def test_completions_come_from_one_method_that_grouped_generation_stands_in_for(
         elsewhere += [trainer.tools, trainer.rollout_func]
     assert isinstance(trainer.generation_config, GenerationConfig) and not any(elsewhere), (
         f"TRL's {trainer_class.__name__} does not say of a plain run that `generate` samples it by "
-        "`generation_config` any more: `_why_not_sampled_here` in trainer/grouped.py and lookahead_trainer.py asks "
-        "it."
+        "`generation_config` any more: `_why_not_by_generate` in trainer/grouped.py asks it."
     )
 
 
@@ -230,7 +247,8 @@ def test_prompts_are_tokenized_as_the_chat_template_has_it(tmp_path, trainer_cla
     )
     assert tokenizer is trainer.processing_class and tokenizer.eos_token_id in trainer.eos_token_ids, (
         f"TRL's {trainer_class.__name__} does not keep its tokenizer in `_tokenizer`, or what ends a completion in "
-        "`eos_token_ids`, any more: callbacks/benchmarks.py reads completions by them."
+        "`eos_token_ids`, any more: trainer/grouped.py pads by the one, callbacks/benchmarks.py reads completions by "
+        "the other."
     )
 
 
@@ -267,10 +285,6 @@ class SpyingTrainer(SpyingMixin, GRPOTrainer):
     pass
 
 
-class SpyingRLOOTrainer(SpyingMixin, RLOOTrainer):
-    pass
-
-
 GIVEN_TO_REWARDS = {}
 
 
@@ -298,11 +312,11 @@ def test_a_training_step_prepares_computes_one_loss_and_goes_backward(tmp_path):
     calls = [call for call in trainer.calls if call != "logps without grad"]
     assert calls == STEP * 4, (
         "TRL's GRPOTrainer.training_step does not prepare inputs, compute one loss with one forward pass and go "
-        "backward any more: trainer/trainer.py records micro-batches and replays them so."
+        "backward any more: trainer/update.py records micro-batches and replays them so."
     )
     assert trainer.synchronises == [False, True] * 2, (
         "TRL's GRPOTrainer computes losses with other `sync_gradients` than False up to the last micro-batch: "
-        "trainer/trainer.py knows by it that pass 1 is over."
+        "trainer/update.py knows by it that pass 1 is over."
     )
 
 
@@ -310,7 +324,7 @@ def test_log_probabilities_come_first_and_are_those_of_the_completion(trained):
     logps = trained.logps[0]
     assert logps.shape == trained.prepared["completion_ids"].shape and logps.requires_grad, (
         "TRL's `_get_per_token_logps_and_entropies` does not return the completions' log-probabilities in first place "
-        "any more: trainer/trainer.py keeps them for replays."
+        "any more: trainer/trainer.py has them kept for replays."
     )
 
 
@@ -320,7 +334,7 @@ def test_the_step_counter_moves_in_training_step_alone(trained):
     trained.compute_loss(trained.model, trained.prepared)
     assert before == trained._step == trained.args.gradient_accumulation_steps, (
         "TRL's `compute_loss` advances `_step`, or `training_step` does so no more: replays in "
-        "trainer/trainer.py call `compute_loss` and must leave it alone."
+        "trainer/update.py call `compute_loss` and must leave it alone."
     )
 
 
@@ -343,25 +357,26 @@ def test_the_loss_measures_its_ratio_against_old_per_token_logps(trained):
     )
 
 
-def test_the_loss_is_scaled_for_accumulation_by_compute_loss_in_grpo_and_by_the_step_in_rloo():
-    """Replays go backward with what `compute_loss` returns, as `training_step` does."""
-    assert GRPOTrainer.loss_is_scaled_for_ga is True and RLOOTrainer.loss_is_scaled_for_ga is False, (
-        "TRL's `loss_is_scaled_for_ga` has changed: `_replay` in trainer/trainer.py divides the loss of "
-        "RLOO by the accumulation steps, and GRPO's not."
+def test_compute_loss_returns_a_loss_that_is_divided_for_accumulation():
+    assert GRPOTrainer.loss_is_scaled_for_ga is True, (
+        "TRL's GRPOTrainer leaves dividing the loss by the accumulation steps to `training_step` now, as its "
+        "`loss_is_scaled_for_ga` says: `_replay` in trainer/update.py goes backward with what `compute_loss` returns."
     )
 
 
-def test_rloo_goes_through_the_same_step_and_keeps_its_own_old_log_probabilities(tmp_path):
-    trainer = make_trainer(tmp_path, SpyingRLOOTrainer, RLOOConfig, scripted=False, max_steps=1)
-    trainer.train()
-    calls = [call for call in trainer.calls if call != "logps without grad"]
-    assert calls == STEP * 2, (
-        "TRL's RLOOTrainer.training_step does not prepare inputs, compute one loss with one forward pass and go "
-        "backward any more: trainer/trainer.py records micro-batches and replays them so."
-    )
-    assert trainer.prepared["old_logps"].shape == trainer.prepared["advantages"].shape, (
-        "TRL's RLOOTrainer does not keep one old log-probability a completion in `old_logps` any more: "
-        "rollout/compaction.py deals rows out with it, and trainer/rloo.py freezes none."
+@pytest.mark.parametrize("trainer_class, config_class", BOTH)
+def test_the_old_log_probabilities_are_the_first_that_scoring_asks_for(tmp_path, trainer_class, config_class):
+    spying = type("Spying", (SpyingMixin, trainer_class), {})
+    trainer = make_trainer(tmp_path, spying, config_class, scripted=False, beta=0.01, steps_per_generation=4)
+    scored = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+    first = trainer.logps[0]
+    if trainer_class is RLOOTrainer:
+        first = (first * scored["completion_mask"]).sum(1)
+    key = "old_per_token_logps" if trainer_class is GRPOTrainer else "old_logps"
+    assert len(trainer.logps) == 2 and torch.equal(scored[key], first), (
+        f"TRL's {trainer_class.__name__} does not ask for the policy's log-probabilities first when it scores "
+        f"completions, or does not keep them in `{key}`: trainer/grouped.py answers the first question with those of "
+        "sampling."
     )
 
 
@@ -381,7 +396,7 @@ def test_metrics_are_lists_by_name_that_log_averages_and_clears(tmp_path):
     trainer.train()
     assert logged(trainer, "lookahead/probe") == [2.0] and not trainer._metrics["train"], (
         "TRL's `log` does not average the lists in `_metrics['train']` and clear them any more: "
-        "trainer/trainer.py logs through them."
+        "trainer/update.py logs through them."
     )
 
 
@@ -397,8 +412,8 @@ def test_what_a_pass_measures_goes_by_these_names(tmp_path, settings, names):
     trainer.train()
     gone = [name for name in names if len(logged(trainer, name)) != 1]
     assert not gone, (
-        f"TRL does not log {', '.join(gone)} any more: SLOW_METRICS in trainer/trainer.py and RATIO_MEANS "
-        "in compacting.py name it."
+        f"TRL does not log {', '.join(gone)} any more: SLOW_METRICS in trainer/update.py and RATIO_MEANS "
+        "in trainer/layout.py name it."
     )
 
 
@@ -421,7 +436,7 @@ def test_the_entropy_controller_is_these_three_attributes(tmp_path):
     found = [getattr(trainer, name) for name in moving]
     assert found[0] == pytest.approx(0.02) and found[1] > 0 and found[2] is None, (
         "TRL's entropy controller does not take a step of `entropy_coef_delta` after an optimizer step any more: "
-        "trainer/trainer.py restores it after replays."
+        "trainer/update.py restores it after replays."
     )
 
 
@@ -429,9 +444,8 @@ def test_the_entropy_controller_is_these_three_attributes(tmp_path):
 
 
 def test_a_paper_is_cited_by_title_number_and_entry():
-    assert GRPOTrainer._paper.keys() == RLOOTrainer._paper.keys() == {"title", "id", "citation"}, (
-        "TRL's trainers describe their paper in `_paper` by other keys now: trainer/gxpo.py and sfpo.py describe ours "
-        "so."
+    assert GRPOTrainer._paper.keys() == {"title", "id", "citation"}, (
+        "TRL's GRPOTrainer describes its paper in `_paper` by other keys now: trainer/rules.py describes ours so."
     )
 
 
@@ -449,5 +463,5 @@ def test_unknown_keys_of_a_recipe_come_in_pairs_and_apart_from_those_of_the_comm
     )
     assert keys.known == 1 and rest == [["--not_known", "2"], ["--neither", "3"]], (
         "TRL's TrlParser does not return unknown keys of the file, in pairs, and then those of the command line any "
-        "more: scripts/keys.py names them."
+        "more: what reads recipes in scripts/ names them."
     )

@@ -16,30 +16,30 @@ from gxpo_trl.evaluation.settings import EvaluationArguments
 
 
 BOTH = (GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)
-SAMPLING, PLAN, LOOKAHEAD = "evaluation/sampling.py", "scripts/plan.py", "trainer/trainer.py"
-LOOP, OF_TRL = "scripts/next_loop.py", "trl.generation.vllm_generation.VLLMGeneration"
+SAMPLING, BENCHMARKS = "evaluation/sampling.py", "callbacks/benchmarks.py"
+OF_TRL = "trl.generation.vllm_generation.VLLMGeneration"
 
 NAMES_OF_TRL = [
+    Name("trl.GRPOTrainer", "vllm_generation", "scripts/", "finds vLLM there when a trainer is done"),
+    Name(OF_TRL, "llm", "scripts/", "finds the engine of this process there"),
+    Name(OF_TRL, "vllm_client", "scripts/", "finds the connection to vLLM's server there"),
+    Name("trl.generation.vllm_client.VLLMClient", "close_communicator", "scripts/", "leaves the server with it", ""),
     Name("trl.GRPOTrainer", "use_vllm", "trainer/grouped.py", "leaves sampling to vLLM by it"),
     Name("trl.RLOOTrainer", "use_vllm", "trainer/grouped.py", "leaves sampling to vLLM by it"),
-    Name("trl.RLOOTrainer", "num_generations_eval", "trainer/rloo.py", "refuses benchmarks with vLLM by it"),
+    Name("trl.RLOOTrainer", "num_generations_eval", BENCHMARKS, "refuses numbers of samples with vLLM by it"),
     Name(
-        *("trl.GRPOTrainer", "vllm_importance_sampling_correction", LOOKAHEAD),
+        *("trl.GRPOTrainer", "vllm_importance_sampling_correction", "trainer/layout.py"),
         "knows by it that VESPO's loss sees padding",
     ),
-    Name("trl.GRPOTrainer", "vllm_generation", LOOP, "finds vLLM there when a trainer is done"),
-    Name(OF_TRL, "llm", LOOP, "finds the engine of this process there"),
-    Name(OF_TRL, "vllm_client", LOOP, "finds the connection to vLLM's server there"),
-    Name("trl.generation.vllm_client.VLLMClient", "close_communicator", LOOP, "leaves the server with it", ""),
-    Name("trl.GRPOConfig", "vllm_mode", PLAN, "says by it where vLLM's memory is taken"),
-    Name("trl.GRPOConfig", "vllm_gpu_memory_utilization", PLAN, "says how much memory vLLM takes"),
+    Name("trl.GRPOConfig", "vllm_mode", "scripts/", "says by it where vLLM's memory is taken"),
+    Name("trl.GRPOConfig", "vllm_gpu_memory_utilization", "scripts/", "says how much memory vLLM takes"),
 ]
 
 NAMES_OF_VLLM = [
+    Name("vllm.LLM", "llm_engine", "scripts/", "finds the engine there"),
+    Name("vllm.v1.engine.llm_engine.LLMEngine", "engine_core", "scripts/", "finds there what holds the memory"),
+    Name("vllm.v1.engine.core_client.EngineCoreClient", "shutdown", "scripts/", "gives the memory back with it"),
     Name("vllm", "LLM", SAMPLING, "loads a checkpoint with it"),
-    Name("vllm.LLM", "llm_engine", LOOP, "finds the engine there"),
-    Name("vllm.v1.engine.llm_engine.LLMEngine", "engine_core", LOOP, "finds there what holds the memory"),
-    Name("vllm.v1.engine.core_client.EngineCoreClient", "shutdown", LOOP, "gives the memory back with it"),
     Name("vllm.LLM", "generate", SAMPLING, "samples with it", "prompts, sampling_params, * use_tqdm"),
     Name(
         *("vllm", "SamplingParams", SAMPLING, "asks for samples with it"),
@@ -95,7 +95,7 @@ def test_trls_class_for_vllm_is_asked_so():
     generate, sync = parameter_names(VLLMGeneration.generate), parameter_names(VLLMGeneration.sync_weights)
     assert generate == ["prompts", "images", "num_generations", "profiler"] and sync == [], (
         "TRL's VLLMGeneration takes other arguments in `generate` or `sync_weights` now: these tests stand in for it, "
-        "and trainer/grouped.py goes through it."
+        "and callbacks/benchmarks.py goes through it."
     )
 
 
@@ -122,14 +122,14 @@ def test_weights_go_to_vllm_once_for_each_step_and_before_it_samples(sampling_wi
     kinds = [call if call == "sync" else "generate" for call in trainer.vllm_generation.calls]
     assert kinds == ["sync", "generate", "generate", "sync", "generate"], (
         f"{type(trainer).__name__} of TRL does not send its weights to vLLM once for each step any more, when it "
-        "samples: trainer/trainer.py has vLLM see committed weights only because of that."
+        "samples: trainer/update.py has vLLM see committed weights only because of that."
     )
 
 
 def test_completions_of_vllm_are_returned_as_those_of_generate_are(sampling_with_vllm):
     assert sample(sampling_with_vllm, 2) == [[2], [2], [1], [1]], (
         f"{type(sampling_with_vllm).__name__}._generate_single_turn of TRL does not return one completion for each "
-        "prompt with vLLM any more: trainer/grouped.py samples benchmarks through it."
+        "prompt with vLLM any more: callbacks/benchmarks.py samples benchmarks through it."
     )
 
 
@@ -141,6 +141,5 @@ def test_grpo_asks_vllm_for_as_many_samples_as_it_is_told_and_rloo_for_its_own_n
     expected = 2 if isinstance(trainer, GRPOTrainer) else 4
     assert trainer.vllm_generation.calls[-1] == ("generate", expected), (
         f"{type(trainer).__name__} of TRL asks vLLM for another number of samples of a prompt now: "
-        "`_why_no_benchmarks` in trainer/trainer.py and rloo.py says which `eval_samples` can be had with "
-        "vLLM."
+        "`_why_not_sampled` in callbacks/benchmarks.py says which `eval_samples` can be had with vLLM."
     )

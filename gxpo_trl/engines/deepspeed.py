@@ -25,7 +25,7 @@ class DeepSpeedState(EngineState):
         super().__init__(accelerator, model, optimizer, model.gradient_clipping())  # what DeepSpeed clips by
         self.zero = model.optimizer
         self._regions = [_merge(self.regions(i)) for i in range(len(self.optimized()))]
-        self._taken: list[torch.Tensor | None] | None = None  # the gradients, once DeepSpeed has given them up
+        self._own_gradients: list[torch.Tensor | None] | None = None  # the gradients, once DeepSpeed has given them up
         accumulation = model.get_data_types()[1]
         if accumulation != torch.float32:
             logger.warning(
@@ -72,36 +72,37 @@ class DeepSpeedState(EngineState):
 
     def gradients(self) -> Iterator[torch.Tensor | None]:
         for i in range(len(self._regions)):
-            yield from self._views(self.reduced_gradient(i) if self._taken is None else self._taken[i], i)
+            flat = self._own_gradients[i] if self.holds_gradients else self.reduced_gradient(i)
+            yield from self._views(flat, i)
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
-        self._taken = [torch.zeros_like(p) for p in self.optimized()]
+        self._own_gradients = [torch.zeros_like(p) for p in self.optimized()]
         for view, gradient in zip(self.gradients(), gradients, strict=True):
             view.copy_(gradient)
 
     @property
     def holds_gradients(self) -> bool:
         """Whether the gradients are this object's, not DeepSpeed's any more."""
-        return self._taken is not None
+        return self._own_gradients is not None
 
     def leave_gradients_to_deepspeed(self) -> None:
         """A pass is about to begin, and DeepSpeed reduces its gradients."""
-        self._taken = None
+        self._own_gradients = None
 
     def clear_gradients(self) -> None:
-        self._taken = [None] * len(self.optimized())
+        self._own_gradients = [None] * len(self.optimized())
         self.release_gradients()
 
-    def take_gradient(self, i: int) -> torch.Tensor:
+    def own_gradient(self, i: int) -> torch.Tensor:
         """`reduced_gradient`, in the partition's precision and free to be written."""
         return self.reduced_gradient(i).to(self.optimized()[i].dtype)
 
     def clip_gradients(self) -> tuple[float, float]:
         norm = self.gradient_norm()
-        if self._taken is None:
-            self._taken = [self.take_gradient(i) for i in range(len(self.optimized()))]
+        if self._own_gradients is None:
+            self._own_gradients = [self.own_gradient(i) for i in range(len(self.optimized()))]
         factor = min(1.0, self.max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0  # as DeepSpeed has it
-        for gradient in self._taken:
+        for gradient in self._own_gradients:
             if gradient is not None and factor < 1.0:
                 gradient.mul_(factor)
         return norm, factor
@@ -109,7 +110,7 @@ class DeepSpeedState(EngineState):
     # ---- Steps
 
     def step(self) -> None:
-        for i, (partition, gradient) in enumerate(zip(self.optimized(), self._taken, strict=True)):
+        for i, (partition, gradient) in enumerate(zip(self.optimized(), self._own_gradients, strict=True)):
             if gradient is None:
                 continue
             buffer = partition.grad  # DeepSpeed's own, pinned, where the optimizer is offloaded; else there is none

@@ -31,8 +31,8 @@ class Zero12State(WholeParametersState):
         flat = self.zero._get_preflattened_grad_partition(i)
         return torch.cat([g.flatten() for g in self.zero.averaged_gradients[i]]) if flat is None else flat
 
-    def take_gradient(self, i: int) -> torch.Tensor:
-        gradient = super().take_gradient(i)
+    def own_gradient(self, i: int) -> torch.Tensor:
+        gradient = super().own_gradient(i)
         self.zero.averaged_gradients[i] = None  # flat and in pieces at once would be one copy more
         return gradient
 

@@ -59,17 +59,19 @@ class Compaction:
     max_tokens: int | None = None
 
 
-Widest = Callable[[torch.Tensor], torch.Tensor]
+MaxOverRanks = Callable[[torch.Tensor], torch.Tensor]
 """The elementwise maximum of a tensor over all ranks. Ranks have to agree on the rows of each micro-batch."""
 
 
-def compact(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.Tensor.clone) -> list[Batch]:
+def compact(
+    micro_batches: list[Batch], how: Compaction, max_over_ranks: MaxOverRanks = torch.Tensor.clone
+) -> list[Batch]:
     """The micro-batches of one optimizer step with their rows sorted by completion length, longest first, and trimmed.
 
     Args:
         micro_batches (`list[Batch]`): Of one optimizer step, with equally many rows each.
         how (`Compaction`): What may be done.
-        widest (`Widest`): Asked once.
+        max_over_ranks (`MaxOverRanks`): Asked once.
 
     Returns:
         `list[Batch]`: As many micro-batches with the same rows, cut where the fewest tokens are computed; none has
@@ -90,19 +92,21 @@ def compact(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.
         return [take(batch, torch.arange(count_rows(batch)), how) for batch in micro_batches]
     rows = merge(micro_batches)
     order = completion_lengths(rows).argsort(descending=True, stable=True)
-    widths = widest(_widths(rows)[order]).tolist()
+    widths = max_over_ranks(_widths(rows)[order]).tolist()
     nominal_rows = count_rows(rows) // len(micro_batches)
     sizes = partition(widths, len(micro_batches), how.max_tokens or nominal_rows * widths[0])
     return _split(rows, order, sizes, nominal_rows, how)
 
 
-def prune(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.Tensor.clone) -> list[Batch]:
+def prune(
+    micro_batches: list[Batch], how: Compaction, max_over_ranks: MaxOverRanks = torch.Tensor.clone
+) -> list[Batch]:
     """The rows that have an advantage, in as few micro-batches as hold them.
 
     Args:
         micro_batches (`list[Batch]`): Of one optimizer step, as `compact` left them.
         how (`Compaction`): What may be done.
-        widest (`Widest`): Asked once, and once more if anything is left out or packed.
+        max_over_ranks (`MaxOverRanks`): Asked once, and once more if anything is left out or packed.
 
     Returns:
         `list[Batch]`: Equally many micro-batches, with equally many rows each, on every rank; a rank with fewer rows
@@ -115,14 +119,14 @@ def prune(micro_batches: list[Batch], how: Compaction, widest: Widest = torch.Te
     everything = count_rows(rows)
     lengths = completion_lengths(rows)
     counts = _has_advantage(rows) if how.prunes else torch.ones_like(lengths, dtype=torch.bool)
-    kept = int(widest(counts.sum().view(1)).item())
+    kept = int(max_over_ranks(counts.sum().view(1)).item())
     if kept == 0:
         return []
     if kept == everything and how.max_tokens is None:
         return micro_batches
     cheapest_first = torch.where(counts, -1, lengths).argsort(stable=True)[:kept]  # those that count, then short ones
     order = cheapest_first[lengths[cheapest_first].argsort(descending=True, stable=True)]
-    widths = widest(_widths(rows)[order]).tolist()
+    widths = max_over_ranks(_widths(rows)[order]).tolist()
     nominal_rows = everything // len(micro_batches)
     max_tokens = how.max_tokens or nominal_rows * widths[0]
     count = len(pack(widths, max_tokens)) if how.max_tokens else math.ceil(kept / nominal_rows)
@@ -175,8 +179,8 @@ def _split_to(count: int, sizes: list[int]) -> list[int]:
 
 
 def _least_bound(widths: list[int], count: int, max_tokens: int) -> int:
-    """The least bound, from `max_tokens` on, that `count` micro-batches can keep."""
-    low, high = max_tokens, max(max_tokens, len(widths) * widths[0])
+    """The least bound, from `max_tokens` on, that `count` micro-batches can keep, the widest row among them."""
+    low, high = max(max_tokens, widths[0]), max(max_tokens, len(widths) * widths[0])
     while low < high:
         middle = (low + high) // 2
         if len(pack(widths, middle)) <= count:

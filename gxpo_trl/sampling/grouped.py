@@ -12,6 +12,7 @@ its position, and attention sees columns only through the mask and their distanc
 """
 
 import copy
+import functools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     Cache,
@@ -88,7 +90,22 @@ def why_not_grouped(model: torch.nn.Module, config: GenerationConfig, in_trainin
     return why_not_row_by_row(model, in_training) or _why_not_settings(config)
 
 
+@functools.cache
+def penalizes_by_row() -> bool:
+    """Whether transformers can leave padding out of a repetition penalty, as from 5.23 on: rows differ in theirs."""
+    try:
+        RepetitionPenaltyLogitsProcessor(1.0, prompt_ignore_length=torch.zeros(1, dtype=torch.long))
+    except ValueError:
+        return False
+    return True
+
+
 def _why_not_settings(config: GenerationConfig) -> str | None:
+    if config.repetition_penalty not in (None, 1.0) and not penalizes_by_row():
+        return (
+            f"transformers {transformers.__version__} penalizes padding as a repetition with `repetition_penalty: "
+            f"{config.repetition_penalty}`, and 5.23 or later does not"
+        )
     if config.cache_implementation not in (None, "dynamic"):
         return f"`cache_implementation: {config.cache_implementation}` asks for another cache"
     neutral, default = GenerationConfig._get_default_generation_params(), GenerationConfig().to_dict()
@@ -239,6 +256,8 @@ class _Sampler:
     ):
         if reason := why_not_row_by_row(model, model.training) or _why_not_settings(config):
             raise ValueError(f"Grouped sampling can't serve this: {reason}. Leave out `custom_generate`.")
+        if self._penalizes(logits_processor) and not penalizes_by_row():
+            raise ValueError("Grouped sampling needs transformers 5.23 for a repetition penalty. Leave it out.")
         if token_budget is not None and token_budget < 1:
             raise ValueError(f"`token_budget` must be at least 1, got {token_budget}. Leave it out for no bound.")
         self.model, self.config, self.processors = model, config, logits_processor
@@ -387,7 +406,7 @@ class _Sampler:
 
     def _processors(self, rows: _Rows) -> LogitsProcessorList:
         """The logits processors, with the padding of the present rows where one asks for it."""
-        if not any(isinstance(processor, RepetitionPenaltyLogitsProcessor) for processor in self.processors):
+        if not self._penalizes(self.processors):
             return self.processors
         padding = rows.mask.argmax(1)
         return LogitsProcessorList(
@@ -396,6 +415,10 @@ class _Sampler:
             else processor
             for processor in self.processors
         )
+
+    @staticmethod
+    def _penalizes(processors: LogitsProcessorList) -> bool:
+        return any(isinstance(processor, RepetitionPenaltyLogitsProcessor) for processor in processors)
 
     def _without_finished(self, rows: _Rows) -> _Rows | None:
         unfinished = int(rows.unfinished.sum())

@@ -107,19 +107,19 @@ class BatchLayout:
             )
         size = min(self.trainer.args.gradient_accumulation_steps, len(buffer))
         steps = [buffer[i : i + size] for i in range(0, len(buffer), size)]
-        return [batch for step in steps for batch in compact(step, self.compaction, self._widest)]
+        return [batch for step in steps for batch in compact(step, self.compaction, self._max_over_ranks)]
 
     def pack(self, window: RolloutWindow) -> list[Batch]:
         """The micro-batches that replays compute on; empty if none of their completions has an advantage."""
         rollouts = window.rollouts()
         if self.compaction is None:
             return rollouts
-        replayed = prune(rollouts, self.compaction, self._widest)
+        replayed = prune(rollouts, self.compaction, self._max_over_ranks)
         if replayed is not rollouts:
             window.packed = replayed
         return replayed
 
-    def _widest(self, values: torch.Tensor) -> torch.Tensor:
+    def _max_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         if self.trainer.accelerator.num_processes == 1:
             return values
         return self.trainer.accelerator.gather(values[None]).amax(0)

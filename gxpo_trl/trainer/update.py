@@ -17,7 +17,7 @@ from ..engines import Engine, make_engine
 from ..rollout.window import RolloutWindow
 from ..update.algorithm import lookahead_step, one_pass
 from ..update.extrapolation import Extrapolation
-from ..update.measurements import Measurements, StepReport, measure_truth
+from ..update.measurements import Measurements, StepReport, take_real_steps
 from .advice import Advisor
 from .layout import BatchLayout, Shares
 
@@ -142,11 +142,11 @@ class LookaheadUpdate:
     def _take_step(self, replay) -> StepReport:
         state = self.engine.state
         rule = dataclasses.replace(self.rule, alpha=self.rule.alpha * self.gate.alpha_factor)
-        every, truth = self.trainer.args.lookahead_diagnostics_steps, None
+        every, real_steps = self.trainer.args.lookahead_diagnostics_steps, None
         if every > 0 and self.gate.active_steps % every == 0:
             extrapolation = rule.extrapolation or Extrapolation(rule.probes)
-            truth = measure_truth(state, lambda: one_pass(state, replay), extrapolation)
-        return lookahead_step(state, replay, rule, Measurements(state, rule, truth))
+            real_steps = take_real_steps(state, lambda: one_pass(state, replay), extrapolation)
+        return lookahead_step(state, replay, rule, Measurements(state, rule, real_steps))
 
     def _replay(self, model: torch.nn.Module, window: RolloutWindow) -> None:
         """One pass over the window at the present parameters, as TRL's own `training_step` would make it."""

@@ -112,16 +112,16 @@ class Measurements:
     Args:
         state (`TrainingState`): Parameters and gradients.
         rule (`LookaheadRule`): The update rule.
-        truth (`Truth`, *optional*): Where real steps lead, to compare with.
+        real_steps (`RealSteps`, *optional*): Where real steps lead, to compare with.
     """
 
     SUMS = (
-        *("slow_squared", "dot_0_slow", "active", "lost", "lost_squared", "scale"),
+        *("slow_squared", "dot_0_slow", "active", "centered", "centered_squared", "scale"),
         *("probes_squared", "lookahead_squared"),
     )
 
-    def __init__(self, state: TrainingState, rule: "LookaheadRule", truth: "Truth | None" = None):
-        self.state, self.rule, self.truth = state, rule, truth
+    def __init__(self, state: TrainingState, rule: "LookaheadRule", real_steps: "RealSteps | None" = None):
+        self.state, self.rule, self.real_steps = state, rule, real_steps
         self.norms: list[float] = []  # of the gradients at θ0, θ1, … and θ̃
         self.totals = Totals(state)
 
@@ -138,18 +138,18 @@ class Measurements:
         active: torch.Tensor,
     ) -> None:
         """A slice has been moved to θ̃."""
-        lost = (retention - 1.0) * active  # centred, because most ratios are close to 1
+        centered = (retention - 1.0) * active  # since most ratios are close to 1
         self.totals.add(
             active=active.sum(),
-            lost=lost.sum(),
-            lost_squared=lost.square().sum(),
+            centered=centered.sum(),
+            centered_squared=centered.square().sum(),
             scale=scale.sum(),
             probes_squared=displacement.square().sum(),
             lookahead_squared=(scale * displacement).square().sum(),
         )
         self.totals.maximum(scale_max=torch.where(active.bool(), scale, -math.inf).max())
-        if self.truth is not None:
-            self.totals.add(**self.truth.compare(part, displacement, scale, self.rule))
+        if self.real_steps is not None:
+            self.totals.add(**self.real_steps.compare(part, displacement, scale, self.rule))
 
     def correction(self, grad_0: list[torch.Tensor | None]) -> None:
         """g_slow is there."""
@@ -163,7 +163,7 @@ class Measurements:
 
     def report(self) -> StepReport:
         """What was measured, over all ranks: one collective."""
-        errors = () if self.truth is None else Truth.SUMS
+        errors = () if self.real_steps is None else RealSteps.SUMS
         totals = self.totals.reduce((*self.SUMS, *errors), ("scale_max",))
         self.norms.append(math.sqrt(totals["slow_squared"]))
         report = StepReport(passes=len(self.norms))
@@ -179,8 +179,8 @@ class Measurements:
             report.effective_multiplier = self.rule.alpha * report.displacement_ratio
         if self.rule.extrapolation is not None:
             self._report_extrapolation(report, totals)
-        if self.truth is not None:
-            report.diagnostics = self.truth.errors(totals, self.rule.alpha) | self.truth.noise
+        if self.real_steps is not None:
+            report.diagnostics = self.real_steps.errors(totals, self.rule.alpha) | self.real_steps.noise
         return report
 
     def _report_extrapolation(self, report: StepReport, totals: dict[str, float]) -> None:
@@ -189,9 +189,9 @@ class Measurements:
         report.inactive_fraction = 1.0 - active / coordinates
         if active:
             report.scale_max = totals["scale_max"]
-            lost_mean = totals["lost"] / active
-            report.retention_mean = 1.0 + lost_mean
-            report.retention_std = math.sqrt(max(totals["lost_squared"] / active - lost_mean**2, 0.0))
+            centered_mean = totals["centered"] / active
+            report.retention_mean = 1.0 + centered_mean
+            report.retention_std = math.sqrt(max(totals["centered_squared"] / active - centered_mean**2, 0.0))
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
@@ -200,7 +200,7 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 
 @dataclass
-class Truth:
+class RealSteps:
     """Where K real steps lead, and how far a gradient repeats itself.
 
     Attributes:
@@ -246,7 +246,9 @@ class Truth:
 
 
 @torch.no_grad()
-def measure_truth(state: TrainingState, one_pass: Callable[[], None], extrapolation: Extrapolation) -> Truth | None:
+def take_real_steps(
+    state: TrainingState, one_pass: Callable[[], None], extrapolation: Extrapolation
+) -> RealSteps | None:
     """Computes g0 a second time and takes K real optimizer steps from θ0 on the same rollouts, then restores all.
 
     It costs K further passes (one for the noise floor, K - 1 for the real steps, which begin with g0) and, while it
@@ -258,21 +260,21 @@ def measure_truth(state: TrainingState, one_pass: Callable[[], None], extrapolat
         extrapolation (`Extrapolation`): K, and the bounds of the retention ratio.
 
     Returns:
-        `Truth | None`: `None` if a gradient on the way was not finite.
+        `RealSteps | None`: `None` if a gradient on the way was not finite.
     """
     start = Origin.of(state, with_optimizer=True)
     try:
-        truth = _repeat_and_step(state, one_pass, extrapolation, start)
+        real_steps = _repeat_and_step(state, one_pass, extrapolation, start)
     except BaseException:
         start.return_to(state, alone=True)
         raise
     start.return_to(state)
-    return truth
+    return real_steps
 
 
 def _repeat_and_step(
     state: TrainingState, one_pass: Callable[[], None], extrapolation: Extrapolation, start: Origin
-) -> Truth | None:
+) -> RealSteps | None:
     one_pass()
     noise = _noise(state, start, extrapolation)
     state.set_gradients([None if g is None else g.clone() for g in start.grad_0])
@@ -284,7 +286,7 @@ def _repeat_and_step(
             return None
         state.step()
     displacements = [p - theta_0 for p, theta_0 in zip(state.parameters(), start.theta_0, strict=True)]
-    return Truth(displacements, noise)
+    return RealSteps(displacements, noise)
 
 
 def _noise(state: TrainingState, start: Origin, extrapolation: Extrapolation) -> dict[str, float]:
@@ -293,12 +295,12 @@ def _noise(state: TrainingState, start: Origin, extrapolation: Extrapolation) ->
         if again is None or grad_0 is None:
             continue
         retention, _, active = retention_and_scale(grad_0.float(), again.float(), extrapolation)
-        lost = retention - 1.0
+        centered = retention - 1.0
         totals.add(dot=(again * grad_0).sum(), again=again.square().sum(), first=grad_0.square().sum())
-        totals.add(active=active.sum(), lost=lost.sum(), lost_squared=lost.square().sum())
-    sums = totals.reduce(("dot", "again", "first", "active", "lost", "lost_squared"))
+        totals.add(active=active.sum(), centered=centered.sum(), centered_squared=centered.square().sum())
+    sums = totals.reduce(("dot", "again", "first", "active", "centered", "centered_squared"))
     if not (sums["active"] and sums["again"] and sums["first"]):
         return {}
-    spread = max(sums["lost_squared"] / sums["active"] - (sums["lost"] / sums["active"]) ** 2, 0.0)
+    spread = max(sums["centered_squared"] / sums["active"] - (sums["centered"] / sums["active"]) ** 2, 0.0)
     cosine = sums["dot"] / math.sqrt(sums["again"] * sums["first"])
     return {"noise_cos": cosine, "noise_retention_std": math.sqrt(spread)}
