@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import shlex
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,26 +17,29 @@ import pytest
 import trl
 import yaml
 from helpers import ON_CPU, RisingGateTrainer, text_reward, train
+from packaging.specifiers import SpecifierSet
 from sphinx.cmd.build import build_main
 
 import gxpo_trl
-from gxpo_trl import GroupedSamplingArguments, GXPOConfig, GXPORLOOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer
+from gxpo_trl import GroupedSamplingArguments, GXPOConfig, GXPOTrainer, LookaheadConfig, SFPOConfig, SFPOTrainer
+from gxpo_trl.callbacks.benchmarks import BenchmarkArguments
+from gxpo_trl.callbacks.trajectories import TrajectoryArguments
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.scripts import cli, demo, push, recipes, report, watch
 from gxpo_trl.scripts.arguments import ExtrapolationLoopArguments, ProblemArguments
-from gxpo_trl.scripts.keys import parse_keys
+from gxpo_trl.scripts.keys import GONE, parse_keys
 from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.tasks import TINY_MODEL_PATH
+from gxpo_trl.tasks.arithmetic import sample_problems
 from gxpo_trl.tasks.datasets import EMBEDDED_DATASET
 from gxpo_trl.tasks.names import EMBEDDED_MODEL
 from gxpo_trl.tasks.rewards import maths_reward
-from gxpo_trl.trainer.config import LookaheadArguments, LookaheadConfig
 from gxpo_trl.trajectory.settings import ExtrapolationArguments
 
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *DOCS]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
 
 
 def name_of(page: Path) -> str:
@@ -142,7 +147,9 @@ def test_the_list_of_papers_agrees_with_the_citations_and_the_model_cards():
 SUBSTITUTIONS = {
     '"Qwen/Qwen2.5-1.5B-Instruct"': repr(str(TINY_MODEL_PATH)),
     'load_dataset("trl-lib/DeepMath-103K", split="train")': "gxpo_trl.tasks.load_arithmetic(64, 16)['train']",
+    'load_dataset("trl-lib/Capybara", split="train")': "load_dataset('json', data_files='chats.jsonl', split='train')",
     'load_problems("MATH-500", limit=4)': "load_problems('arithmetic', limit=4)",
+    '["MATH-500"]': "['problems.jsonl']",
 }
 """What a snippet names that is not on this machine, and what stands for it. Nothing else of it is changed."""
 
@@ -150,6 +157,7 @@ SMALL = {
     **{name: ON_CPU[name] for name in ("use_cpu", "bf16", "gradient_checkpointing", "report_to", "save_strategy")},
     **{"dataloader_pin_memory": False, "disable_tqdm": True},
     **{"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8},
+    **{"eval_steps": 1},
 }
 """And what its configurations have besides: a step of two prompts on a CPU."""
 
@@ -159,9 +167,21 @@ SNIPPETS = [(page, i) for page in PAGES for i in range(len(blocks(page, "python"
 def small(config_class: type) -> type:
     class Small(config_class):
         def __init__(self, *args, **settings):
-            super().__init__(*args, **{**settings, **SMALL})
+            known = {name: value for name, value in SMALL.items() if name in config_class.__dataclass_fields__}
+            super().__init__(*args, **{**settings, **known})
 
     return Small
+
+
+def write_data(folder: Path) -> None:
+    """What `SUBSTITUTIONS` read: a few problems, and the same as chats."""
+    problems = [{"problem": p.question, "answer": str(p.answer)} for p in sample_problems(8, "test", 0)]
+    chats = [
+        {"messages": [{"role": "user", "content": p["problem"]}, {"role": "assistant", "content": p["answer"]}]}
+        for p in problems
+    ]
+    for name, rows in (("problems", problems), ("chats", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize(
@@ -169,9 +189,11 @@ def small(config_class: type) -> type:
 )
 def test_python_runs(page, i, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trl, "RLOOConfig", small(trl.RLOOConfig))
-    for config_class in (GXPOConfig, SFPOConfig, LookaheadConfig, GXPORLOOConfig):
+    write_data(tmp_path)
+    for config_class in (GXPOConfig, SFPOConfig, LookaheadConfig):
         monkeypatch.setattr(gxpo_trl, config_class.__name__, small(config_class), raising=False)
+    for config_class in (trl.GRPOConfig, trl.RLOOConfig, trl.SFTConfig):
+        monkeypatch.setattr(trl, config_class.__name__, small(config_class))
     code = blocks(page, "python")[i]
     for name, stand_in in SUBSTITUTIONS.items():
         code = code.replace(name, stand_in)
@@ -217,6 +239,8 @@ def check(words: list[str]) -> None:
         of_recipes = [word for word in rest if word.startswith("--") and f'"{word}"' not in source]
         for option in of_recipes:  # benchmarks hand them on
             check_gxpo("train", ["--config", TINY_RECIPE, option, rest[rest.index(option) + 1]])
+    elif program.startswith(".ci/"):
+        assert Path(program).is_file() and not rest
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", Path("Makefile").read_text(), re.MULTILINE)
     else:
@@ -303,8 +327,16 @@ def setting_tables() -> Iterator[tuple[Path, list[str], list[list[str]]]]:
                 yield page, header, rows
 
 
+OF_SAMPLING_AND_CALLBACKS = (GroupedSamplingArguments, BenchmarkArguments, TrajectoryArguments)
+
+
+def of_the_update() -> set[str]:
+    """The settings that our trainers add to TRL's."""
+    return fields(LookaheadConfig) - fields(trl.GRPOConfig)
+
+
 def test_settings_in_tables_exist():
-    of_recipes = fields(LookaheadConfig, GroupedSamplingArguments, ProblemArguments, ExtrapolationLoopArguments)
+    of_recipes = fields(LookaheadConfig, *OF_SAMPLING_AND_CALLBACKS, ProblemArguments, ExtrapolationLoopArguments)
     of_commands = fields(EvaluationArguments, ExtrapolationArguments)
     for page, _, rows in setting_tables():
         for name in (name for row in rows for name in names(row[0])):
@@ -314,10 +346,25 @@ def test_settings_in_tables_exist():
 
 def test_every_setting_is_in_a_table():
     shown = {name for page, _, rows in setting_tables() if page in DOCS for row in rows for name in names(row[0])}
-    assert fields(LookaheadArguments) <= shown
+    assert of_the_update() <= shown
+    assert fields(*OF_SAMPLING_AND_CALLBACKS) <= shown
     assert {f"--{name}" for name in fields(EvaluationArguments)} <= shown
     assert {f"--{name}" for name in fields(ExtrapolationArguments)} - {"--run", "--base_model"} <= shown
-    assert fields(GroupedSamplingArguments, ProblemArguments, ExtrapolationLoopArguments) <= shown
+    assert fields(ProblemArguments, ExtrapolationLoopArguments) <= shown
+
+
+@each_page
+def test_settings_that_are_gone_are_named_with_the_results_alone_and_as_what_they_are(page):
+    said = spans(page) + blocks(page, "bash") + blocks(page, "yaml") + blocks(page, "python")
+    named = {name for name in GONE if any(re.search(rf"(?<![/\w]){name}(?!\w)", code) for code in said)}
+    assert not named or (page.name == "results.md" and "version 0.1.0" in page.read_text()), named
+
+
+def test_the_changelog_lists_the_settings_that_are_gone():
+    text = textwrap.dedent((ROOT / "CHANGELOG.md").read_text().partition("### Removed")[2].partition("\n## ")[0])
+    table = re.search(r"^  \| setting \| what to do \|\n(?:  \|.*\n)+", text, re.MULTILINE)[0]
+    listed = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert sorted(name for cell in listed for name in names(cell)) == sorted(GONE)
 
 
 def read(cell: str):
@@ -330,15 +377,53 @@ def test_defaults_in_tables_are_those_of_the_settings():
     columns = {"GXPO": GXPOConfig, "SFPO": SFPOConfig, "default": GXPOConfig}
     for page, header, rows in setting_tables():
         for row in rows:
-            if page not in DOCS or names(row[0])[0] not in fields(LookaheadArguments, GroupedSamplingArguments):
+            if page not in DOCS or names(row[0])[0] not in of_the_update() | fields(*OF_SAMPLING_AND_CALLBACKS):
                 continue
             (name,) = names(row[0])
             for column, config_class in columns.items():
                 cell = row[header.index(column)] if column in header else "–"
                 if cell != "–":
-                    known = config_class.__dataclass_fields__ | GroupedSamplingArguments.__dataclass_fields__
+                    known = {
+                        f.name: f for c in (config_class, *OF_SAMPLING_AND_CALLBACKS) for f in dataclasses.fields(c)
+                    }
                     default = known[name].default
                     assert read(cell) == default, f"{name_of(page)}: {name} is {default} in {config_class.__name__}"
+
+
+# ---- Developers
+
+
+def test_versions_in_the_table_are_those_that_may_be_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in project["dependencies"])
+    rows = next(rows for header, rows in tables(ROOT / "CONTRIBUTING.md") if header == ["package", "versions"])
+    assert {"torch", "trl", "transformers"} <= {name for row in rows for name in names(row[0])}
+    for package, versions in rows:
+        (name,) = names(package)
+        first, _, last = versions.partition(" to ")
+        allowed, ends = SpecifierSet(ranges[name]), [tuple(map(int, end.split("."))) for end in (first, last or first)]
+        (first_major, first_minor), (last_major, last_minor) = ends
+        assert f"{first_major}.{first_minor}.0" in allowed and f"{last_major}.{last_minor}.9" in allowed, name
+        assert f"{first_major}.{first_minor - 1}.9" not in allowed, name
+        assert f"{last_major}.{last_minor + 1}.0" not in allowed, name
+
+
+def test_the_tree_is_that_of_the_package():
+    (tree,) = blocks(ROOT / "CONTRIBUTING.md", "text")
+    lines = re.findall(r"^( *)(.+?)(?:  +.*|)$", tree, re.MULTILINE)
+    package, room, listed = ROOT / "gxpo_trl", "", {}
+    for indent, what in lines[1:-1]:
+        for name in what.split(", "):
+            path = package / (name if len(indent) == 2 else f"{room}/{name}")
+            assert path.exists(), path
+            if len(indent) == 2 and name.endswith("/"):
+                room = name.rstrip("/")
+            listed.setdefault(room if len(indent) > 2 else "", set()).add(name.rstrip("/"))
+    here = {path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert listed.pop("") == here
+    for room, files in listed.items():  # those whose files are listed: all of them
+        assert files == {path.name for path in (package / room).glob("*.py")} - {"__init__.py"}, room
+    assert all((ROOT / folder).is_dir() for folder in "".join(lines[-1]).split())
 
 
 # ---- Metrics

@@ -52,12 +52,6 @@ def recipe_path(name: str) -> Path:
     return path
 
 
-def first_comment(path: Path) -> str:
-    """What a recipe says of itself: its first line."""
-    with open(path, encoding="utf-8") as file:
-        return file.readline().removeprefix("#").strip()
-
-
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -76,7 +70,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
             names = recipe_names()
             width = max(map(len, names))
             for name in names:
-                print(f"{PREFIX}{name:<{width}}  {first_comment(recipes_folder() / name)}")
+                first_line = (recipes_folder() / name).read_text(encoding="utf-8").partition("\n")[0]
+                print(f"{PREFIX}{name:<{width}}  {first_line.removeprefix('#').strip()}")
     except BrokenPipeError:  # `gxpo recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

@@ -14,8 +14,8 @@
 Model, dataset, PEFT and rewards are built from a recipe as TRL's own GRPO script builds them; `gxpo_trl/arithmetic`
 and `gxpo_trl/tiny` name the embedded dataset and model. `--resume_from_checkpoint last` goes on from the newest
 checkpoint in the output folder, and starts from the beginning where there is none. `--resume_adapter DIR` starts from
-an adapter. A recipe with `extrapolate_after` (recipes/tiny/next.yaml) trains, extrapolates and goes on. `--dry-run`
-says what a recipe would take and carries it out in small (`dry_run.py`).
+an adapter. A recipe with `extrapolate_after` (recipes/tiny/next.yaml) trains, extrapolates and goes on
+(`next_loop.py`). `--dry-run` says what a recipe would take and carries it out in small (`dry_run.py`).
 """
 
 import sys

@@ -1,9 +1,11 @@
 """Where each matrix is, where it came from and where it went: the rank-1 deltas that NExt learns from."""
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -70,7 +72,8 @@ def _deltas_of(trajectory: Trajectory, names: list[str], k: int, checkpoints: ra
     pairs += [(i + k, i) for i in checkpoints if i + k in checkpoints]
 
     def triplets_of(part: slice) -> Triplets:
-        return _stack([leading_triplets(f.to(device)) for f in trajectory.differences(names[part], pairs)])
+        found = [leading_triplets(f.to(device)) for f in trajectory.differences(names[part], pairs)]
+        return _join(found, lambda column: torch.stack(column).cpu())
 
     parts = in_chunks(trajectory, names)
     if isinstance(trajectory, AdapterTrajectory):
@@ -78,7 +81,7 @@ def _deltas_of(trajectory: Trajectory, names: list[str], k: int, checkpoints: ra
             found = list(pool.map(triplets_of, parts))
     else:
         found = list(map(triplets_of, parts))
-    triplets, count = _concatenate(found), len(checkpoints)
+    triplets, count = _join(found, partial(torch.cat, dim=1)), len(checkpoints)
     from_start = align_signs(triplets[:count])
     local, target = (
         turn_towards(align_signs(t), from_start) for t in (triplets[count : 2 * count], triplets[2 * count :])
@@ -98,15 +101,7 @@ def _side_by_side() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _stack(parts: list[Triplets]) -> Triplets:
-    """With a new first dimension."""
-    return Triplets(*(torch.stack(column).cpu() for column in _columns(parts)))
-
-
-def _concatenate(parts: list[Triplets]) -> Triplets:
-    """Along the matrices."""
-    return Triplets(*(torch.cat(column, dim=1) for column in _columns(parts)))
-
-
-def _columns(parts: list[Triplets]) -> list[list[torch.Tensor]]:
-    return [[getattr(part, name) for part in parts] for name in ("sigma", "u", "v", "energy")]
+def _join(parts: list[Triplets], join: Callable[[list[torch.Tensor]], torch.Tensor]) -> Triplets:
+    """σ, u, v and energies of all parts, each joined into one tensor."""
+    names = (f.name for f in dataclasses.fields(Triplets))
+    return Triplets(*(join([getattr(part, name) for part in parts]) for name in names))
