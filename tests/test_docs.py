@@ -12,12 +12,13 @@ from types import ModuleType
 from urllib.parse import urlsplit
 
 import pytest
+import trl
 import yaml
 from helpers import ON_CPU, RisingGateTrainer, text_reward, train
 from sphinx.cmd.build import build_main
 
 import gxpo_trl
-from gxpo_trl import GXPOConfig, GXPORLOOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer
+from gxpo_trl import GroupedSamplingArguments, GXPOConfig, GXPORLOOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.scripts import cli, demo, push, recipes, report, watch
 from gxpo_trl.scripts.arguments import ExtrapolationLoopArguments, ProblemArguments
@@ -168,6 +169,7 @@ def small(config_class: type) -> type:
 )
 def test_python_runs(page, i, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trl, "RLOOConfig", small(trl.RLOOConfig))
     for config_class in (GXPOConfig, SFPOConfig, LookaheadConfig, GXPORLOOConfig):
         monkeypatch.setattr(gxpo_trl, config_class.__name__, small(config_class), raising=False)
     code = blocks(page, "python")[i]
@@ -302,7 +304,7 @@ def setting_tables() -> Iterator[tuple[Path, list[str], list[list[str]]]]:
 
 
 def test_settings_in_tables_exist():
-    of_recipes = fields(LookaheadConfig, ProblemArguments, ExtrapolationLoopArguments)
+    of_recipes = fields(LookaheadConfig, GroupedSamplingArguments, ProblemArguments, ExtrapolationLoopArguments)
     of_commands = fields(EvaluationArguments, ExtrapolationArguments)
     for page, _, rows in setting_tables():
         for name in (name for row in rows for name in names(row[0])):
@@ -315,7 +317,7 @@ def test_every_setting_is_in_a_table():
     assert fields(LookaheadArguments) <= shown
     assert {f"--{name}" for name in fields(EvaluationArguments)} <= shown
     assert {f"--{name}" for name in fields(ExtrapolationArguments)} - {"--run", "--base_model"} <= shown
-    assert fields(ProblemArguments, ExtrapolationLoopArguments) <= shown
+    assert fields(GroupedSamplingArguments, ProblemArguments, ExtrapolationLoopArguments) <= shown
 
 
 def read(cell: str):
@@ -328,13 +330,14 @@ def test_defaults_in_tables_are_those_of_the_settings():
     columns = {"GXPO": GXPOConfig, "SFPO": SFPOConfig, "default": GXPOConfig}
     for page, header, rows in setting_tables():
         for row in rows:
-            if page not in DOCS or names(row[0])[0] not in fields(LookaheadArguments):
+            if page not in DOCS or names(row[0])[0] not in fields(LookaheadArguments, GroupedSamplingArguments):
                 continue
             (name,) = names(row[0])
             for column, config_class in columns.items():
                 cell = row[header.index(column)] if column in header else "–"
                 if cell != "–":
-                    default = config_class.__dataclass_fields__[name].default
+                    known = config_class.__dataclass_fields__ | GroupedSamplingArguments.__dataclass_fields__
+                    default = known[name].default
                     assert read(cell) == default, f"{name_of(page)}: {name} is {default} in {config_class.__name__}"
 
 

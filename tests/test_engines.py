@@ -126,8 +126,8 @@ def jobs_of(engine: str) -> dict[str, dict]:
 GREEDY = {"do_sample": False, "eos_token_id": list(range(1, 130, 9))}  # so that random models end completions
 SAMPLED = {"scripted": False, "max_steps": 1, "learning_rate": 1e-3, "max_completion_length": 28}
 SAMPLED |= {"generation_backend": "grouped", "generation_kwargs": GREEDY, "generation_token_budget": 700}
-GENERATIONS = {
-    "generation": {"kind": "sample", "lora": False, "settings": SAMPLED},
+GENERATIONS = {  # by TRL's own trainer, and by ours
+    "generation": {"kind": "sample", "trainer": "trl", "lora": False, "settings": SAMPLED},
     "generation-lora": {"kind": "sample", "lora": True, "settings": SAMPLED | {"gradient_checkpointing": True}},
 }
 BENCHMARK = SAMPLED | {"eval_benchmarks": ["FOLDER/seven.jsonl"], "eval_steps": 1, "eval_on_start": True}

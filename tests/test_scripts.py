@@ -58,6 +58,17 @@ def test_the_update_rule_chooses_the_trainer():
         assert type(build_trainer(parse_recipe(recipe(name)))) is trainer_class
 
 
+def test_recipes_sample_in_groups_unless_they_say_otherwise():
+    def sampling(*options: str):
+        return build_trainer(parse_recipe([*recipe("grpo"), *options]))._generate_single_turn.__self__
+
+    assert type(sampling()).__name__ == "GroupedSampling"
+    assert sampling("--generation_token_budget", "300").token_budget == 300
+    assert type(sampling("--generation_backend", "transformers")) is LookaheadTrainer
+    with pytest.raises(ValueError, match="Leave out `generation_token_budget`"):
+        sampling("--generation_backend", "transformers", "--generation_token_budget", "300")
+
+
 @pytest.mark.parametrize(
     "key, nearest", [("lookahead_step", "lookahead_steps"), ("reposition_alfa", "reposition_alpha")]
 )

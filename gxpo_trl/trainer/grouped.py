@@ -4,7 +4,7 @@
     sample_in_groups(trainer)
     trainer.train()
 
-All of its state is in one object, which the trainer's own methods are replaced by on this one instance.
+One object holds all of its state; on this one trainer its methods stand in for those that sample and score.
 """
 
 import copy
@@ -246,10 +246,10 @@ def _has_old_logps(trainer: GRPOTrainer | RLOOTrainer, config: GenerationConfig)
     numbers in fp32 and at the same temperature; in bf16 and TF32 the two differ by rounding.
     """
     args = trainer.args
+    if getattr(args, "ratio_anchor", "rollout") == "current":  # of our trainer: the policy of each pass itself
+        return False
     lasts = args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) != 0
     makes_pass = lasts or isinstance(trainer, RLOOTrainer)
     in_fp32 = all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
-    alike = in_fp32 and trainer.accelerator.mixed_precision == "no" and not args.tf32
-    alike = alike and config.do_sample and config.temperature == trainer.temperature
-    moves = getattr(args, "ratio_anchor", "rollout") == "current"  # ours: the policy of each pass itself
-    return makes_pass and alike and not moves
+    in_fp32 = in_fp32 and trainer.accelerator.mixed_precision == "no" and not args.tf32
+    return makes_pass and in_fp32 and config.do_sample and config.temperature == trainer.temperature
