@@ -20,6 +20,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOConfig, LookaheadConfig, LookaheadTrainer
+from gxpo_trl.callbacks.hub import HubCallback
 
 
 TIMES = ("time", "runtime", "per_second")
@@ -167,6 +168,7 @@ def test_a_checkpoint_of_another_trainer_is_resumed_with_a_warning(tmp_path, cap
 
 def test_the_model_card_names_method_paper_and_settings(tmp_path):
     trainer = make_trainer(tmp_path, lookahead_steps=7)
+    HubCallback(trainer)  # completes it
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "README.md").read_text()
     assert "2605.06755" in card
