@@ -34,7 +34,7 @@ demo: $(READY)
 	$(BIN)/gxpo demo --output_dir out/demo
 
 test: $(READY)
-	$(PYTEST) -m "not slow and not notebooks" --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow and not notebooks" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest LOCK=.ci/lowest.txt TORCH="$(LOWEST_TORCH)"
@@ -43,7 +43,7 @@ test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK= TORCH="$(LATEST_TORCH)"
 
 slow: $(READY)
-	$(PYTEST) -m "slow and not notebooks" --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "slow and not notebooks" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-notebooks: $(READY)
 	$(PYTEST) -m notebooks

@@ -13,6 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare_rules.py"
 COMMITTED = SCRIPT.parent / "results" / "compare_rules"
 
 
+@pytest.mark.slow
 def test_pages_and_figure_are_drawn_from_the_committed_results(tmp_path):
     results = tmp_path / "quick" / "results"
     shutil.copytree(COMMITTED, results, ignore=lambda _, names: {name for name in names if not name.endswith(".json")})
@@ -33,6 +34,7 @@ def test_pages_and_figure_are_drawn_from_the_committed_results(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_without_results_nothing_is_drawn(tmp_path):
     command = [sys.executable, str(SCRIPT), "--quick", "--draw", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -114,6 +114,7 @@ def test_the_recipe_of_one_gpu_is_one_process(tmp_path):
     assert (result["engine"], result["processes"], result["bf16"]) == ("ReplicatedState", 1, True)
 
 
+@pytest.mark.slow
 def test_deepspeed_runs_on_one_process(tmp_path):
     """As people do who offload the optimizer of a single GPU."""
     report = tmp_path / "report.json"

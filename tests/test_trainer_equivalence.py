@@ -23,6 +23,7 @@ from gxpo_trl import GXPOConfig, LookaheadConfig, LookaheadTrainer
 from gxpo_trl.callbacks.hub import HubCallback
 
 
+SLOW = pytest.mark.slow
 TIMES = ("time", "runtime", "per_second")
 SAMPLED = {"scripted": False, "learning_rate": 1e-3, "beta": 0.02, "eval_strategy": "steps", "eval_steps": 2}
 INERT = {"reposition_alpha": 0.0, "rule": {"rollback": True}}
@@ -64,10 +65,11 @@ def test_after_shut_off_a_run_is_trl_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"loss_type": t} for t in ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")),
+        *({"loss_type": t} for t in ("grpo", "dapo", "cispo")),
+        *(pytest.param({"loss_type": t}, marks=SLOW) for t in ("dr_grpo", "bnpo", "sapo", "luspo", "vespo")),
         {"num_iterations": 2},
         {"steps_per_generation": 4},
-        {"steps_per_generation": 1},
+        pytest.param({"steps_per_generation": 1}, marks=SLOW),
         {"num_iterations": 3, "steps_per_generation": 4, "loss_type": "dapo"},
         {"importance_sampling_level": "sequence"},
         {"entropy_coef": 0.01},
@@ -75,12 +77,12 @@ def test_after_shut_off_a_run_is_trl_bit_for_bit(tmp_path):
         {"top_entropy_quantile": 0.5},
         {"off_policy_mask_threshold": 0.1},
         {"mask_truncated_completions": True},
-        {"max_grad_norm": 0.0},
+        pytest.param({"max_grad_norm": 0.0}, marks=SLOW),
         {"optim": "sgd"},
         {"optim": "adafactor"},
         {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2},
         {"gradient_accumulation_steps": 3},
-        {"gradient_checkpointing": True},
+        pytest.param({"gradient_checkpointing": True}, marks=SLOW),
         {"bf16": True},
     ],
     ids=lambda settings: ",".join(f"{k}={v}" for k, v in settings.items()),
