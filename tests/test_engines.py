@@ -32,7 +32,7 @@ from gxpo_trl.tasks import TINY_MODEL_PATH
 WORKER = Path(__file__).with_name("engine_worker.py")
 TYPES = {  # ours, what it is wrapped in, and DeepSpeed's optimizer
     "ddp": ("ReplicatedState", "DistributedDataParallel", "NoneType"),
-    "fsdp2": ("FSDP2State", "FSDPLlamaForCausalLM", "NoneType"),
+    "fsdp2": ("FSDP2State", "FSDPPeftModel", "NoneType"),
     "zero1": ("Zero12State", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
     "zero2": ("Zero12State", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
     "zero2-offload": ("Zero12State", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
