@@ -75,8 +75,9 @@ def install() -> None:
     def __init__(self, cpu=False, **kwargs):
         is_first = PartialState._shared_state == {}
         initialise(self, cpu, **kwargs)
+        if is_first and self.device.type == "cpu":
+            self.device = torch.device("cpu")  # not "cpu:0", which is another device to a mesh, and to torch 2.11 none
         if is_first and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            self.device = torch.device("cpu")  # not "cpu:0", which is another device to a mesh
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState._prepare_backend = _prepare_backend

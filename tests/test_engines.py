@@ -191,7 +191,7 @@ def launched(tmp_path_factory, request) -> Path:
     command = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(WORKER)]
     with open(folder / "log.txt", "w") as log:
         subprocess.run(
-            [sys.executable, "-m", *command, str(folder / "jobs.json")], timeout=900, stdout=log, stderr=log
+            [sys.executable, "-m", *command, str(folder / "jobs.json")], timeout=1800, stdout=log, stderr=log
         )
     return folder
 
