@@ -56,6 +56,7 @@ def into(folder: Path, repo: str, *options: str) -> list[str]:
     return [*RUN, "--output_dir", str(folder / repo), "--hub_model_id", f"me/{repo}", *options]
 
 
+@pytest.mark.slow
 def test_every_strategy_leaves_the_whole_run_on_the_hub(hub, tmp_path):
     """The last of several commits holds the adapter that the run ended with, in all of them."""
     strategies = {

@@ -58,7 +58,7 @@ def read(report: Path, process: subprocess.CompletedProcess) -> dict:
     return json.loads(report.read_text())
 
 
-@pytest.mark.parametrize("engine", each(*ENGINES, in_short=("fsdp2", "zero3")))
+@pytest.mark.parametrize("engine", each(*ENGINES, in_short=("zero3",)))
 def test_a_recipe_gives_the_engine_it_is_named_after(tmp_path, engine):
     """bf16, fp32 parameters and fp32 accumulation, and the recipe's clipping."""
     report = tmp_path / "report.json"
