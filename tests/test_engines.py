@@ -420,4 +420,5 @@ def test_in_bf16_a_run_goes_where_one_in_fp32_does_within_bounds(ranks, single, 
     in_fp32 = fp32 - start
     in_bf16 = bf16 - (start.bfloat16().float() if engine.startswith("zero") else start)
     assert torch.cosine_similarity(in_bf16, in_fp32, 0) > alignment
-    assert 0.75 < in_bf16.norm() / in_fp32.norm() < 1.25
+    # Five seeds of GXPO under DeepSpeed's bf16 came to 0.97-1.17 with torch 2.13 and 0.97-1.26 with 2.14.
+    assert 0.75 < in_bf16.norm() / in_fp32.norm() < 1.35
