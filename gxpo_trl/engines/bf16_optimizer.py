@@ -28,9 +28,6 @@ class BF16OptimizerState(WholeParametersState):
         norms = [torch.linalg.vector_norm(flat) for flat in self.zero.fp32_groups_gradients_flat]  # of all ranks
         return torch.linalg.vector_norm(torch.stack(norms)).item()
 
-    def own_gradient(self, i: int) -> torch.Tensor:
-        return self.reduced_gradient(i).to(self.optimized()[i].dtype)
-
     def release_gradients(self) -> None:
         self.zero.zero_grad()
 
