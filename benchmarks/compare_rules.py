@@ -2,18 +2,18 @@
 
     python benchmarks/compare_rules.py                     # all parts, two runs at a time: about two hours
     python benchmarks/compare_rules.py --parts equal lora  # some of them
-    python benchmarks/compare_rules.py --quick             # few batches, two seeds: minutes, to see that it runs
+    python benchmarks/compare_rules.py --quick             # few batches, arms and seeds: minutes, to see that it runs
     python benchmarks/compare_rules.py --draw              # trains nothing: pages and figure from the committed JSON
 
 All arms of a part start from one warm start and see the same prompts, seed by seed, and as many rollouts. A lookahead
 moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal`
-has every rule and variant at one learning rate beside GRPO at multiples of it, and `tuned` has each at its own best,
+has every rule and variant at one learning rate, next to GRPO at multiples of it, and `tuned` has each at its own best,
 found on other seeds with equal budget. `lora`, `decay` and `harder` are `tuned` with adapters, with a learning rate
 that falls to 0, and with longer problems; `precision` measures the noise under the retention ratio and the true error
 of the lookahead, `next` what NExt adds.
 
 What has been trained is not trained again; `--out` holds the runs. Each part leaves `results/compare_rules/PART.json`
-and a page, `PART.html`, beside it. Git has the JSON and the figure, not the pages: `--draw` makes them from the JSON,
+and a page, `PART.html`, next to it. Git has the JSON and the figure, not the pages: `--draw` makes them from the JSON,
 with every curve and the medians of the diagnostics; those of a training also show metrics over steps and the time.
 The committed rows of the ratio of updates and of a relative threshold are of version 0.1, which had them as settings.
 Seconds are of CPU time, so that a busy machine matters less.
@@ -107,6 +107,8 @@ TUNED = (
     *(GRPO, THREE_ITERATIONS, sfpo(3), gxpo("GXPO K 5 α 0.5", alpha=0.5), GXPO),
     *(gxpo("GXPO K 10 α 1", steps=10), LINEAR, ROLLBACK, PER_MATRIX, FASTER_ADAM, FASTER_ROLLBACK),
 )
+QUICK = (GRPO, THREE_ITERATIONS, GXPO, LINEAR, ROLLBACK, PER_MATRIX)
+"""What `--quick` runs of them: each way of making a run once."""
 FIRST_STEPS = gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12)
 SCHEDULED = (GATED, FIRST_STEPS)
 """At the learning rate found for `GXPO`: when to stop looking ahead."""
@@ -254,7 +256,7 @@ def tune(bench: Bench, part: Part) -> tuple[list[tuple[Arm, float]], dict[str, d
 
 
 def run_part(bench: Bench, part: Part) -> tuple[list[Run], dict]:
-    """Its runs, and what is to be known beside them."""
+    """Its runs, and further results about them."""
     seeds = range(part.seeds)
     if len(part.learning_rates) > 1:
         arms, tried = tune(bench, part)
@@ -358,7 +360,9 @@ def precision(bench: Bench, seeds: int, batches: int) -> list[dict]:
 
 
 def extrapolated(bench: Bench, seeds: int, batches: int) -> list[dict]:
-    """NExt in two thirds of a LoRA run, after GRPO and after GXPO; its control begins anew as well, where it was."""
+    """NExt in two thirds of a LoRA run, after GRPO and after GXPO; its control is restarted too, from the unchanged
+    adapter.
+    """
     spacing = max(batches // 18, 1)
     loop = {"trajectory_steps": spacing, "extrapolate_after": 12 * spacing, "extrapolate_steps_ahead": 4 * spacing}
     part = Part("next", "", (GRPO, GXPO), (3e-4,), LORA | loop, seeds, 18 * spacing, 2 * spacing)
@@ -369,7 +373,7 @@ def extrapolated(bench: Bench, seeds: int, batches: int) -> list[dict]:
             folder = bench.folder / part.name / arm.label.replace(" ", "_") / f"seed-{seed}"
             jobs[(arm.label, seed)] = bench.pool.submit(train_loop, folder, settings, (0.0, 1.0))
     rows = []
-    print("| arm | before | right after | at the end | ahead of beginning anew |\n|---|---|---|---|---|")
+    print("| arm | before | right after | at the end | ahead of a restart |\n|---|---|---|---|---|")
     for arm in part.arms:
         loops = [jobs[(arm.label, seed)].result() for seed in range(seeds)]
         anew = [final(load_run(loop[0.0] / "after").points[HELD_OUT]) for loop in loops]
@@ -411,7 +415,7 @@ def draw(results: Path) -> Path:
 
 
 def draw_page(results: Path, part: Part) -> Path:
-    """The page of a part from its JSON alone, without the runs: they are not kept in git."""
+    """The page of a part from its JSON only, without the runs: they are not in git."""
     result = json.loads((results / f"{part.name}.json").read_text())
     arms = {arm.label: arm for arm in (*part.arms, *SCHEDULED)}
     rows = [row for row in result["rows"] if row["arm"] in ON_PAGES]
@@ -464,7 +468,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*(part.name for part in PARTS), *OTHER_PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
-    parser.add_argument("--quick", action="store_true", help="few batches, two seeds; leaves no results")
+    parser.add_argument("--quick", action="store_true", help="few batches, arms and seeds; leaves no results")
     parser.add_argument("--draw", action="store_true", help="train nothing: draw pages and figure from the JSON there")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/compare_rules"), help="where runs are kept")
@@ -495,7 +499,8 @@ def measure_parts(options: argparse.Namespace, folder: Path, results: Path) -> N
         for part in [part for part in PARTS if part.name in options.parts]:
             if options.quick:
                 rates = part.learning_rates[1:3] or part.learning_rates
-                part = replace(part, learning_rates=rates, extends=False, seeds=2, batches=6, every=3)
+                arms = tuple(arm for arm in part.arms if arm in QUICK or part.name != "tuned")
+                part = replace(part, arms=arms, learning_rates=rates, extends=False, seeds=2, batches=4, every=2)
             print(f"\n{part.name}", flush=True)
             runs, about = run_part(bench, part)
             arms = group_arms(runs)
@@ -508,7 +513,7 @@ def measure_parts(options: argparse.Namespace, folder: Path, results: Path) -> N
         for name, (measure, seeds, batches) in OTHER_PARTS.items():
             if name in options.parts:
                 print(f"\n{name}", flush=True)
-                rows = measure(bench, *((2, batches // 4) if options.quick else (seeds, batches)))
+                rows = measure(bench, *((1, batches // 4) if options.quick else (seeds, batches)))
                 save(results, name, {"rows": rows, **machine})
 
 

@@ -1,8 +1,8 @@
-"""What evaluating a model costs beside a plain loop over `generate`.
+"""What evaluating a model costs compared with a plain loop over `generate`.
 
     python benchmarks/evaluation.py            # about 2 minutes on one core
 
-One run, interleaved: `gxpo eval`'s benchmark run, sampling, judging and saving, beside a loop that calls `generate`
+One run, interleaved: `gxpo eval`'s benchmark run, sampling, judging and saving, next to a loop that calls `generate`
 on batches of as many problems and judges with the same function. The embedded model on its own task, 16 samples of
 each of 200 problems. A figure is the median over blocks of samples per second.
 """
@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from common import describe_machine, keep_freed_memory, save_result
 
-from gxpo_trl.evaluation.benchmark import Benchmark, run_benchmark
+from gxpo_trl.evaluation.benchmark import run_benchmark
 from gxpo_trl.evaluation.sampling import load_model, load_tokenizer, transformers_sampler
-from gxpo_trl.evaluation.scoring import load_benchmark
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.tasks.rewards import judge
+from gxpo_trl.tasks.task import Task, load_task
 
 
-def plain_loop(model, tokenizer, benchmark: Benchmark, settings: EvaluationArguments) -> None:
+def plain_loop(model, tokenizer, benchmark: Task, settings: EvaluationArguments) -> None:
     """What one would write without us."""
     texts, golds = [], []
     for start in range(0, len(benchmark.problems), settings.problems_per_batch):
@@ -53,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     settings = EvaluationArguments(max_new_tokens=28, dtype="float32")
-    benchmark = load_benchmark("arithmetic")
+    benchmark = load_task("arithmetic")
     tokenizer = load_tokenizer(str(TINY_MODEL_PATH))
     model = load_model(str(TINY_MODEL_PATH), settings, torch.device("cpu"))
     sampler = transformers_sampler(model, tokenizer, settings)

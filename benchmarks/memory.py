@@ -1,4 +1,4 @@
-"""What an active step holds in memory beside a plain step, by setting.
+"""What an active step holds in memory compared with a plain step, by setting.
 
     python benchmarks/memory.py
 
@@ -74,7 +74,7 @@ def main() -> None:
     trainable = sum(p.numel() * p.element_size() for p in model.parameters())
     plain = peak_bytes(lambda: step(None)) / trainable
     rows = {"plain": plain}
-    print(f"{trainable / 2**20:.0f} MiB of trainable parameters. Peak of a step in multiples of them, beside a plain:")
+    print(f"{trainable / 2**20:.0f} MiB of trainable parameters. Peak of a step in multiples of them, and of a plain:")
     print(f"  {'plain':42s} {plain:5.2f}")
     for name, rule in RULES.items():
         rows[name] = peak_bytes(lambda r=rule, n=name: step(r, diagnose="diagnostics" in n)) / trainable

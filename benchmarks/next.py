@@ -1,4 +1,4 @@
-"""What extrapolating a run costs: triplets from factors beside dense SVDs, and `gxpo extrapolate` as a whole.
+"""What extrapolating a run costs: triplets from factors compared with dense SVDs, and all of `gxpo extrapolate`.
 
     python benchmarks/next.py                        # about two minutes; writes 1 GB to out/benchmarks/next
 
@@ -125,7 +125,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     run = Path("out/benchmarks/next")
     make_trajectory(run)
-    whole = extrapolate(run, options.threads)  # first: the peak memory is that of the largest child so far
+    whole = extrapolate(run, options.threads)  # first: the peak memory is the largest child's so far
     triplets = compare_triplets(run, options.samples)
     print(
         f"triplets: {triplets['seconds_from_factors']:.1f} s from factors; dense SVDs "

@@ -1,9 +1,9 @@
-"""NExt on the embedded task: does a run that is extrapolated on its way get further in as many steps?
+"""NExt on the embedded task: does a run that is extrapolated during training get further in as many steps?
 
     python benchmarks/next_loop.py                   # 35 runs, two at a time: about twelve minutes
 
-Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method goes on from there, and so does a
-control that only begins anew (α = 0: another optimizer, other prompts). The peer is the same recipe without an
+Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method continues from there, and so does
+a control that is only restarted (α = 0: another optimizer, other prompts). The peer is the same recipe without an
 extrapolation. Printed are held-out pass@1 before, right after, and at the end, and steps per point gained (ICER).
 Further options go to all runs.
 """
@@ -25,7 +25,7 @@ from gxpo_trl.reporting.statistics import icer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny" / "next.yaml"
 OUT = Path("out/benchmarks/next_loop")
-ARMS = {  # what goes on after the extrapolation
+ARMS = {  # what continues after the extrapolation
     "begun anew (α = 0)": ["--extrapolate_alpha", "0"],
     "NExt, α = 0.5": ["--extrapolate_alpha", "0.5"],
     "NExt, α = 1": [],

@@ -1,4 +1,4 @@
-"""Runs of the embedded task for comparisons, one after the other in a process on one thread."""
+"""Runs for comparisons, of the embedded task unless another recipe is named, one after the other on one thread."""
 
 import contextlib
 import itertools
@@ -16,11 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from rivals import RIVALS
 from transformers import PrinterCallback
+from trl import GRPOTrainer
 
 from gxpo_trl.callbacks import records
 from gxpo_trl.rollout.window import RolloutWindow
 from gxpo_trl.run_folder import TRAINER_STATE_NAME
+from gxpo_trl.scripts import building
 from gxpo_trl.scripts.building import build_trainer
 from gxpo_trl.scripts.demo import quieten
 from gxpo_trl.scripts.next_loop import train_around_extrapolation
@@ -35,40 +38,46 @@ from gxpo_trl.update.measurements import take_real_steps
 
 
 Settings = dict[str, Any]
-"""Where a run differs from `recipes/tiny/grpo.yaml`, by name."""
+"""Where a run differs from its recipe, by name."""
+RECIPE = "gxpo:tiny/grpo.yaml"
 HELD_OUT = "held-out"
-"""The benchmark of these runs: the file `held-out.json` beside their data."""
+"""The benchmark of these runs: the file `held-out.json` next to their data."""
 
 
-def start_worker() -> None:
-    """Prepares a process for runs. Their clocks count CPU time, so that a busy machine matters less."""
+def start_worker(cpu_time: bool = True) -> None:
+    """Prepares a process for runs. Their clocks count CPU time, so that a busy machine matters less, or the wall's."""
     warnings.simplefilter("ignore")
     quieten()
     torch.set_num_threads(1)  # the model is too small to share
-    records.time = SimpleNamespace(perf_counter=time.process_time)
+    if cpu_time:
+        records.time = SimpleNamespace(perf_counter=time.process_time)
 
 
-def train_run(folder: Path, settings: Settings, hooks: Sequence[str] = ()) -> Path:
-    """Trains one run, with some of `HOOKS`, unless its folder holds it whole."""
+def train_run(
+    folder: Path, settings: Settings, hooks: Sequence[str] = (), keeps_model: bool = False, recipe: str = RECIPE
+) -> Path:
+    """Trains one run, with some of `HOOKS`, unless its folder holds it whole. Its model is left there if asked for."""
     if not (folder / TRAINER_STATE_NAME).is_file():
         with _silence(), contextlib.ExitStack() as stack:
             for hook in hooks:
                 stack.enter_context(HOOKS[hook]())
-            trainer = build_trainer(parse_recipe(_command_line(folder, settings)))
+            trainer = build_trainer(parse_recipe(_command_line(folder, settings, recipe)))
             trainer.remove_callback(PrinterCallback)
             trainer.train()
+            if keeps_model:
+                trainer.save_model()
             trainer.save_state()
     return folder
 
 
 def train_loop(folder: Path, settings: Settings, alphas: Sequence[float]) -> dict[float, Path]:
-    """A run that is extrapolated on its way, once for each α, from one run up to there.
+    """A run that is extrapolated during training, once for each α, from one run up to that step.
 
     Returns:
         `dict[float, Path]`: By α, a folder with `before` and `after`.
     """
     before = {name: value for name, value in settings.items() if not name.startswith("extrapolate_")}
-    train_run(folder / "common" / "before", before | {"max_steps": settings["extrapolate_after"]})
+    train_run(folder / "common" / "before", before | {"max_steps": settings["extrapolate_after"]}, keeps_model=True)
     found = {}
     for alpha in alphas:
         found[alpha] = place = folder / f"alpha-{alpha:g}"
@@ -81,10 +90,11 @@ def train_loop(folder: Path, settings: Settings, alphas: Sequence[float]) -> dic
     return found
 
 
-def _command_line(folder: Path, settings: Settings) -> list[str]:
-    problems = str(settings["dataset_name"].with_name("held-out.json"))
-    PROBLEM_SETS[HELD_OUT] = ProblemSet("json", split="train", kind="arithmetic", data_files=problems)
-    words = ["--config", "gxpo:tiny/grpo.yaml", "--disable_tqdm", "true", "--log_level", "error"]
+def _command_line(folder: Path, settings: Settings, recipe: str = RECIPE) -> list[str]:
+    if recipe == RECIPE:
+        problems = str(settings["dataset_name"].with_name("held-out.json"))
+        PROBLEM_SETS[HELD_OUT] = ProblemSet("json", split="train", kind="arithmetic", data_files=problems)
+    words = ["--config", recipe, "--disable_tqdm", "true", "--log_level", "error"]
     for name, value in {**settings, "output_dir": folder}.items():
         words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return words
@@ -96,7 +106,7 @@ def _silence() -> Iterator[None]:
         yield
 
 
-# ---- What is no setting of the package
+# ---- Options that the package has no setting for
 
 
 @contextlib.contextmanager
@@ -150,12 +160,23 @@ def _rows_in_reverse() -> Iterator[None]:
     in_order = RolloutWindow.replay
 
     def replay(window):
-        for inputs, is_last in in_order(window):
+        for replayed in in_order(window):
+            inputs = replayed.inputs
             rows = len(inputs["completion_ids"])
             reverse = {n: v.flip(0) for n, v in inputs.items() if torch.is_tensor(v) and v.dim() and len(v) == rows}
-            yield {**inputs, **reverse}, is_last
+            yield replayed._replace(inputs={**inputs, **reverse})
 
     with patch.object(RolloutWindow, "replay", replay):
+        yield
+
+
+@contextlib.contextmanager
+def trainer_of_trl() -> Iterator[None]:
+    """TRL's own `GRPOTrainer` in place of the package's: its update, its layout of a batch, `generate`."""
+    with (
+        patch.object(building, "trainer_class", lambda rule: GRPOTrainer),
+        patch.object(building, "sample_in_groups", lambda *args: None),
+    ):
         yield
 
 
@@ -164,4 +185,6 @@ HOOKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "noise of rounding": noise_of_rounding,
     "scale K/2": partial(changed_rule, _half_the_steps),  # one scale for all: the probes, as often as it takes to K
     "rollback": partial(changed_rule, partial(replace, rollback=True)),  # of the optimizer's state, after the probes
+    "trainer of TRL": trainer_of_trl,
+    **RIVALS,
 }

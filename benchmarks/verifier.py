@@ -1,13 +1,11 @@
-"""What verifying answers costs: a plain loop, the pool, and TRL's `accuracy_reward`.
+"""What verifying answers costs: `maths_reward`'s check, and TRL's `accuracy_reward`.
 
     python benchmarks/verifier.py                        # about 2 minutes on two cores
 
 One run. Completions are generated: some 2000 characters of words and formulas, then a boxed answer of one of several
-kinds, half of them right. No two requests are equal, so that nothing is saved by verifying equal ones once. Within a
+kinds, half of them right. No two are equal, so that nothing is saved by what is kept of the last ones. Within a
 block every contender verifies the same batch, one after the other and each in its turn first; the next block has new
-answers. A figure is the median over blocks. The first block, in which workers start, is left out.
-
-Bar: the pool with one worker takes at most 1.2 × the plain loop.
+answers. A figure is the median over blocks. The first block, which warms up, is left out.
 """
 
 import argparse
@@ -20,12 +18,10 @@ from collections.abc import Callable
 from common import describe_machine, save_result
 from trl.rewards import accuracy_reward
 
-from gxpo_trl.tasks.maths import verify_maths
-from gxpo_trl.tasks.verifier import VerifierPool
+from gxpo_trl.tasks.answers import verify_maths
 
 
-BASELINE = "plain loop"
-ONE, TWO = "pool, 1 worker", "pool, 2 workers"
+BASELINE = "verify_maths"
 CHARACTERS = 2000
 WORDS = (
     "so we add the two sides and find that $x^2 + {n} = {m}$, hence by symmetry $\\frac{{{n}}}{{{m}}}$ is less than"
@@ -63,7 +59,7 @@ def with_trl(completions: list[str], golds: list[str]) -> list:
     return accuracy_reward(messages, [f"${gold}$" for gold in golds])
 
 
-def with_plain_loop(completions: list[str], golds: list[str]) -> list:
+def with_verify_maths(completions: list[str], golds: list[str]) -> list:
     return list(map(verify_maths, completions, golds))
 
 
@@ -93,21 +89,12 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
 
-    with VerifierPool(workers=1) as one, VerifierPool(workers=2) as two:
-        contenders = {
-            BASELINE: with_plain_loop,
-            ONE: one.verify,
-            TWO: two.verify,
-            "accuracy_reward": with_trl,
-        }
-        figures = measure(contenders, options.completions, options.blocks)
-        failures = one.failures + two.failures
+    contenders = {BASELINE: with_verify_maths, "accuracy_reward": with_trl}
+    figures = measure(contenders, options.completions, options.blocks)
     for name, figure in figures.items():
         print(f"{name:20s} {1000 * figure['seconds_per_answer']:7.3f} ms an answer  {figure['ratio']:5.2f} ×")
-    speedup = figures[ONE]["seconds_per_answer"] / figures[TWO]["seconds_per_answer"]
-    print(f"2 workers: {speedup:.2f} × the throughput of 1; {failures} undecided")
-    result = {"completions": options.completions, "speedup_of_2_workers": speedup, "failures": failures, **figures}
-    print(f"written to {save_result('verifier', {**result, **describe_machine(threads=1)})}")
+    result = {"completions": options.completions, **figures, **describe_machine(threads=1)}
+    print(f"written to {save_result('verifier', result)}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ HOMES = {
     "sample_grouped": ".sampling.grouped",
     "sample_in_groups": ".trainer.grouped",
 }
-"""Where the public names live. They are imported when they are asked for: a report needs no TRL."""
+"""The modules of the public names. A name is imported on first use, so that a report does not load TRL."""
 
 
 def __getattr__(name: str):

@@ -4,6 +4,7 @@ Accelerate takes a process without an accelerator for a plain one, and offers FS
 """
 
 import copy
+import importlib.util
 import os
 from typing import Any
 
@@ -63,7 +64,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def install() -> None:
-    """To be called before anything of accelerate is made."""
+    """To be called before anything of accelerate is made. With GPUs, what is there is taken as it is."""
+    if torch.cuda.is_available():
+        return
     initialise, prepare_backend = PartialState.__init__, PartialState._prepare_backend
 
     def _prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
@@ -82,10 +85,12 @@ def install() -> None:
 
     PartialState._prepare_backend = _prepare_backend
     PartialState.__init__ = __init__
-    import deepspeed
     import transformers.training_args
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at the first launch
+    if importlib.util.find_spec("deepspeed") is not None:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at the first launch
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 

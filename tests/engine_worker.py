@@ -2,9 +2,12 @@
 
 torchrun --nproc_per_node 2 tests/engine_worker.py JOBS.json
 
-Each job is saved as soon as it is done; what a launch is judged by are these files.
+Each job is saved as soon as it is done; what a launch is judged by are these files. With GPUs it runs on these, over
+NCCL, with any number of processes; `benchmarks/engines.py` starts it there. DeepSpeed may then be missing.
 """
 
+import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -21,8 +24,6 @@ cpu_engines.install()
 
 import torch  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
-from deepspeed.runtime.zero import GatheredParameters  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from helpers import (  # noqa: E402
     RisingGateTrainer,
     compute_in_float64,
@@ -37,10 +38,20 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from vllm_stand_in import standing_in  # noqa: E402
+from waits import WatchingOneStep  # noqa: E402
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadTrainer, SFPOConfig, SFPOTrainer  # noqa: E402
+from gxpo_trl.engines.bf16_optimizer import BF16OptimizerState  # noqa: E402
+from gxpo_trl.update import step_control  # noqa: E402
 from gxpo_trl.update.algorithm import lookahead_step  # noqa: E402
 from gxpo_trl.update.snapshot import Origin  # noqa: E402
+
+
+if importlib.util.find_spec("deepspeed") is not None:
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+ON_GPUS = torch.cuda.is_available()
 
 
 class PoisonedOnOneRankTrainer(GXPOTrainer):
@@ -64,6 +75,94 @@ class PoisonedFromTheStartTrainer(PoisonedOnOneRankTrainer):
 
 class PoisonedAtTheEndTrainer(PoisonedOnOneRankTrainer):
     poisoned_pass = 3
+
+
+def poison(state) -> None:
+    """Puts what is not a number where a pass has left its reduced gradient, on this rank."""
+    zero = getattr(state, "zero", None)
+    if zero is None:
+        gradient = next(g for g in state.gradients() if g is not None and g.numel())
+    elif isinstance(state, BF16OptimizerState):
+        gradient = zero.fp32_groups_gradients_flat[0]  # its beginning is the partition of rank 0
+    elif getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
+        gradient = state.optimized()[0].grad
+    else:
+        gradient = zero.averaged_gradients[0][0]
+    gradient[(0,) * gradient.dim()] = math.nan
+
+
+class PoisonedAfterReductionTrainer(GXPOTrainer):
+    """Rank 1 alone has a gradient that is not a number, after one pass of the second step."""
+
+    poisoned_pass = 2
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        take_step = self.lookahead._take_step
+
+        def take_poisoned_step(replay):
+            passes = itertools.count(1)
+
+            def after(one_pass):
+                one_pass()
+                if (self.state.global_step, next(passes), self.accelerator.process_index) == (
+                    1,
+                    self.poisoned_pass,
+                    1,
+                ):
+                    poison(self.lookahead.engine.state)
+
+            after(lambda: None)  # pass 1 has been made
+            return take_step(lambda: after(replay))
+
+        self.lookahead._take_step = take_poisoned_step
+
+
+class PoisonedAfterReductionFromTheStartTrainer(PoisonedAfterReductionTrainer):
+    poisoned_pass = 1
+
+
+class PoisonedAfterReductionAtTheEndTrainer(PoisonedAfterReductionTrainer):
+    poisoned_pass = 3
+
+
+class MatricesOnlyTrainer(GXPOTrainer):
+    """The optimizer holds the matrices, as Muon does. Norms and biases get gradients that are clipped too."""
+
+    def create_optimizer(self, *args, **kwargs):
+        matrices = [p for p in self.model.parameters() if getattr(p, "ds_shape", p.shape).numel() > 131]
+        self.optimizer = torch.optim.AdamW(matrices, lr=self.args.learning_rate, eps=self.args.adam_epsilon)
+        return self.optimizer
+
+
+class ClosedGateTrainer(GXPOTrainer):
+    """Plain steps from the first on."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lookahead.gate.active = False
+
+
+class BrokenTrainer(GXPOTrainer):
+    """Raises on every rank in the second step: at the end of its last pass, or when TRL is to clip and step."""
+
+    place = "_clip_grad_norm"
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.calls = getattr(self, "calls", 0) + (self.state.global_step == 1)
+        return self._break_off(loss) if self.place == "compute_loss" and self.calls == 6 else loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        return self._break_off(norm) if self.place == "_clip_grad_norm" and self.state.global_step == 1 else norm
+
+    def _break_off(self, result):
+        raise KeyboardInterrupt
+
+
+class BrokenInAReplayTrainer(BrokenTrainer):
+    place = "compute_loss"
 
 
 class Warnings(logging.Handler):
@@ -121,15 +220,27 @@ class CountingEveryCollective:
 
 TRAINERS = {
     "gxpo": (GXPOTrainer, GXPOConfig),
+    "matrices only": (MatricesOnlyTrainer, GXPOConfig),
     "plain": (LookaheadTrainer, GXPOConfig),
     "sfpo": (SFPOTrainer, SFPOConfig),
     "trl": (GRPOTrainer, GRPOConfig),
     "rising gate": (RisingGateTrainer, GXPOConfig),
+    "closed gate": (ClosedGateTrainer, GXPOConfig),
+    "broken before the step": (BrokenTrainer, GXPOConfig),
+    "broken in pass 3": (BrokenInAReplayTrainer, GXPOConfig),
     "poisoned in pass 1": (PoisonedFromTheStartTrainer, GXPOConfig),
     "poisoned in pass 2": (PoisonedOnOneRankTrainer, GXPOConfig),
     "poisoned in pass 3": (PoisonedAtTheEndTrainer, GXPOConfig),
+    "poisoned after pass 1": (PoisonedAfterReductionFromTheStartTrainer, GXPOConfig),
+    "poisoned after pass 2": (PoisonedAfterReductionTrainer, GXPOConfig),
+    "poisoned after pass 3": (PoisonedAfterReductionAtTheEndTrainer, GXPOConfig),
 }
-MODELS = {"tiny": tiny_model, "odd": odd_model, "double": double_model}
+MODELS = {
+    "tiny": tiny_model,
+    "odd": odd_model,
+    "double": double_model,
+    "odd in bf16": lambda: odd_model().to(torch.bfloat16),
+}
 
 
 def full_parameters(trainer) -> dict[str, torch.Tensor]:
@@ -152,7 +263,8 @@ def full_parameters(trainer) -> dict[str, torch.Tensor]:
 
 
 def build(job: dict, folder: Path, **overrides):
-    settings = {**cpu_engines.choose(job["engine"]), "use_cpu": job["engine"].startswith("ddp"), "ddp_backend": "gloo"}
+    settings = {**cpu_engines.choose(job["engine"]), "use_cpu": job["engine"].startswith("ddp") and not ON_GPUS}
+    settings["ddp_backend"] = "nccl" if ON_GPUS else "gloo"
     trainer_class, config_class = TRAINERS[job.get("trainer", "gxpo")]
     lora = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False) if job.get("lora") else None
     torch.manual_seed(0)
@@ -182,6 +294,7 @@ def outcome(trainer) -> dict:
         "master_dtype": state.parameters()[0].dtype,
         "moved": trainer.watching.moved,  # from the first step on
         "passes": trainer.backward_passes,
+        "stepped": state.coordinates(),
         "gate": trainer.lookahead.gate.state_dict(),
     }
 
@@ -214,6 +327,73 @@ def train_and_resume(job: dict, folder: Path) -> dict:
     return result
 
 
+class Multiplier(TrainerCallback):
+    """Sets the multiplier of the learning rate before the first step, or after some."""
+
+    def __init__(self, trainer, at_first: float, after: dict[int, float]):
+        self.trainer, self.values = trainer, {0: at_first, **after}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in self.values:
+            self.trainer.lookahead.control.multiplier = self.values[state.global_step]
+
+
+def train_multiplied(job: dict, folder: Path, at_first: float, after=None, **settings) -> dict:
+    trainer = build(job, folder, step_control="cosine", **settings)
+    trainer.add_callback(Multiplier(trainer, at_first, after or {}))
+    trainer.train()
+    optimizer = trainer.lookahead.engine.state.base_optimizer
+    result = outcome(trainer) | {"rates": [float(group["lr"]) for group in optimizer.param_groups]}
+    close(trainer)
+    return result | {"control": trainer.lookahead.control.state_dict()}
+
+
+def scale_rates(job: dict, folder: Path) -> dict:
+    """A run whose multiplier is 0.3 throughout, its gate closing on the way, and one at 0.3 times its rate."""
+    result = {"multiplied": train_multiplied(job, folder, 0.3, step_control_gain=0.0)}
+    settings = {**job["settings"], "learning_rate": 0.3 * job["settings"]["learning_rate"]}
+    return result | {"plain": train({**job, "settings": settings}, folder)}
+
+
+def take_back(job: dict, folder: Path) -> dict:
+    """A run whose steps are all taken back, whatever their cosines, and one that makes plain steps instead."""
+    below, step_control.TAKE_BACK_BELOW = step_control.TAKE_BACK_BELOW, 2.0
+    try:
+        result = {"taken back": train_multiplied(job, folder, 1.0, {1: 1.0})}
+    finally:
+        step_control.TAKE_BACK_BELOW = below
+    settings = {**job["settings"], "learning_rate": job["settings"]["learning_rate"] / 4}
+    return result | {"plain": train({**job, "trainer": "closed gate", "settings": settings}, folder)}
+
+
+def check_steps(job: dict, folder: Path) -> dict:
+    """Runs of *check*, with gain and without, and of the plain rule."""
+    settings = job["settings"]
+    return {
+        "checked": train(job, folder),
+        "without gain": train({**job, "settings": {**settings, "step_control_gain": 0.0}}, folder),
+        "plain": train({**job, "settings": {**settings, "update_rule": "grpo"}}, folder),
+    }
+
+
+def break_off(job: dict, folder: Path) -> dict:
+    """A run that fails in its second step: its weights, as they are saved too, and those after one step and two."""
+    result = {}
+    for name, steps in (("after one step", 1), ("after two steps", 2)):
+        trainer = build({**job, "trainer": "gxpo"}, folder, max_steps=steps)
+        trainer.train()
+        result[name] = full_parameters(trainer)
+        close(trainer)
+    trainer = build(job, folder)
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        trainer.save_model(str(folder / "saved"))
+    result |= {"steps": trainer.state.global_step, "parameters": full_parameters(trainer)}
+    close(trainer)
+    return result
+
+
 def count_communication(job: dict, folder: Path) -> dict:
     """The collectives of an active update and of a plain one, on the engine that a run of one step leaves."""
     trainer = build(job, folder)
@@ -233,7 +413,8 @@ def count_communication(job: dict, folder: Path) -> dict:
             lookahead_step(state, one_pass, rule)
         passes.finish()
         if state.accelerator.distributed_type != DistributedType.DEEPSPEED:  # as the training loop does
-            state.clip_gradients()
+            norm = state.accelerator.clip_grad_norm_(model.parameters(), state.max_grad_norm)
+            (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # which is logged
             state.step()
             state.clear_gradients()
 
@@ -250,6 +431,16 @@ def count_communication(job: dict, folder: Path) -> dict:
     return counted
 
 
+def watch_waits(job: dict, folder: Path) -> dict:
+    """Where the third step of a run waits for the accelerator."""
+    trainer = build(job, folder)
+    watching = WatchingOneStep(2)
+    trainer.add_callback(watching)
+    trainer.train()
+    close(trainer)
+    return {"reads": watching.reads, "warned": watching.warned, "runtime": watching.runtime}
+
+
 def sample(job: dict, folder: Path) -> dict:
     """Greedy completions after a step, of more and longer ones on rank 1; and the parameters they come from."""
     trainer = build(job, folder)
@@ -263,7 +454,41 @@ def sample(job: dict, folder: Path) -> dict:
     return result
 
 
-KINDS = {"sample": sample, "communication": count_communication, "resume": train_and_resume, "train": train}
+def synchronise(job: dict, folder: Path) -> dict:
+    """What a stand-in for vLLM is sent after a run and 30 synchronisations more, and all parameters before these."""
+    with standing_in():
+        trainer = build(job, folder, use_vllm=True, vllm_importance_sampling_correction=False)
+        trainer.train()
+        result = {"before": every_parameter(trainer)}
+        for _ in range(30):
+            trainer.vllm_generation.sync_weights()
+    result |= {"after": every_parameter(trainer), "sent": trainer.vllm_generation.llm.weights}
+    result["synchronisations"] = trainer.vllm_generation.llm.synchronisations
+    close(trainer)
+    return result
+
+
+def every_parameter(trainer) -> dict[str, torch.Tensor]:
+    """Frozen ones too, whole, as the next forward pass would read them."""
+    parameters = {}
+    for name, p in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
+        with GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+            parameters[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+    return parameters
+
+
+KINDS = {
+    "waits": watch_waits,
+    "synchronise": synchronise,
+    "scale": scale_rates,
+    "take back": take_back,
+    "check": check_steps,
+    "break off": break_off,
+    "sample": sample,
+    "communication": count_communication,
+    "resume": train_and_resume,
+    "train": train,
+}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from gxpo_trl.engines.fsdp2 import FSDP2State  # noqa: E402
 from gxpo_trl.scripts.building import build_trainer  # noqa: E402
 from gxpo_trl.scripts.parsing import parse_recipe  # noqa: E402
 from gxpo_trl.scripts.recipes import recipe_names  # noqa: E402
-from gxpo_trl.scripts.running import train  # noqa: E402
+from gxpo_trl.scripts.running import prepare, train  # noqa: E402
 from gxpo_trl.scripts.train import main as train_command  # noqa: E402
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     recipe = parse_recipe(arguments)
     if recipe.rehearsal.dry_run or recipe.loop.extrapolate_after is not None:
         return train_command(arguments)
-    trainer = build_trainer(recipe)
+    trainer = prepare(recipe, build_trainer)
     train(trainer, recipe)
     state = trainer.lookahead.engine.state
     result = {

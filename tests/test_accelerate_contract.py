@@ -33,6 +33,10 @@ NAMES = [
         *(ACCELERATOR, "clip_grad_norm_", "engines/replicated.py", "clips as the trainer does"),
         "parameters, max_norm",
     ),
+    Name(ACCELERATOR, "wait_for_everyone", "trainer/trainer.py", "has all processes save before older ones go", ""),
+    Name(
+        "accelerate.utils", "broadcast_object_list", "scripts/", "tells all processes what one decides", "object_list"
+    ),
     Name(ACCELERATOR, "free_memory", "scripts/", "leaves the devices to the next trainer with it", ""),
     Name(ACCELERATOR, "end_training", "scripts/", "ends trackers and processes with it", ""),
     Name(ACCELERATOR, "deepspeed_engine_wrapped", PASSES, "puts `BackwardOnly` in its place"),

@@ -76,3 +76,29 @@ def test_the_trainer_passes_it_on(tmp_path, caplog):
     warned = [record for record in caplog.records if "reposition_alpha" in record.message]
     assert len(warned) == 1
     assert warned[0].levelname == "WARNING"
+
+
+@pytest.mark.parametrize("interval", [1, 7])
+def test_a_run_whose_groups_are_mostly_flat_says_so_once(tmp_path, caplog, interval):
+    train(
+        tmp_path,
+        update_rule="grpo",
+        max_steps=42,
+        logging_steps=interval,
+        reward=lambda prompts, **_: [1.0] * len(prompts),
+    )
+    said = [r.getMessage() for r in caplog.records if "frac_reward_zero_std" in r.getMessage()]
+    assert len(said) == 1 and "100%" in said[0] and "`temperature`" in said[0]
+
+
+def test_a_resumed_run_counts_its_own_steps_only(tmp_path, caplog):
+    options = {"update_rule": "grpo", "save_strategy": "steps", "save_steps": 19}
+    options |= {"reward": lambda prompts, **_: [1.0] * len(prompts)}
+    train(tmp_path, max_steps=19, **options)
+    train(tmp_path, max_steps=24, resume_from_checkpoint=str(tmp_path / "checkpoint-19"), **options)
+    assert not [r for r in caplog.records if "frac_reward_zero_std" in r.getMessage()]
+
+
+def test_groups_with_spread_are_not_warned_of(tmp_path, caplog):
+    train(tmp_path, update_rule="grpo", max_steps=21)
+    assert not [r for r in caplog.records if "frac_reward_zero_std" in r.getMessage()]

@@ -1,8 +1,10 @@
 """Which letter a completion chooses."""
 
+import time
+
 import pytest
 
-from gxpo_trl.tasks.choice import choose, format_choices
+from gxpo_trl.tasks.answers.choice import choose, format_choices
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ from gxpo_trl.tasks.choice import choose, format_choices
         ("The answer is A train.", None),
         ("The answer is: A good answer", None),
         ("The answer I gave was wrong.", None),
-        ("My answer: I think it's B", None),
+        ("My answer: I think it's B", "B"),
         ("Answer: E = mc^2", None),
         ("A train leaves at noon.", None),
         ("The answer is Apples.", None),
@@ -42,10 +44,32 @@ from gxpo_trl.tasks.choice import choose, format_choices
         (r"\boxed{CAD}", None),
         ("**C** is wrong, and so are the others.", None),
         ("", None),
+        ("(C)", "C"),
+        ("C. photon", "C"),
+        ("I would pick C — a safe choice.", "C"),
+        ("So it must be B, or rather: the answer seems to be C.", "C"),
+        ("Therefore, C is the best answer.", "C"),
+        (r"\boxed{C: A longer option}", "C"),
+        ("**C**, not **D**: the answer is **C**, not **D**.", "C"),
+        ("If the answer is (B), that fails. Is the answer (D)? No.", None),
+        ("The answer isn't (C).", None),
+        ("The answer is A, B, C or D.", None),
+        (r"\boxed{A} or \boxed{C}", None),
+        (r"\boxed{ABCD}", None),
+        (r"<think>\boxed{B}</think> The answer is (C).", "C"),
+        (r"<think>\boxed{C}", None),
+        ("答案：C", "C"),
     ],
 )
 def test_the_last_statement_is_the_choice(completion, letter):
     assert choose(completion, "C") == (float(letter == "C"), letter)
+
+
+@pytest.mark.parametrize("piece", [" ", "answer ", "it is ", "\\boxed{", "(", "*", "answer\n"])
+def test_ten_thousand_of_anything_take_no_time(piece):
+    started = time.perf_counter()
+    assert choose("answer" + piece * 10_000 + "x", "C") == (0.0, None)
+    assert time.perf_counter() - started < 5
 
 
 def test_another_letter_is_wrong():

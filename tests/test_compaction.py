@@ -36,6 +36,8 @@ from gxpo_trl.rollout.compaction import (
     prune,
     scored_tokens,
 )
+from gxpo_trl.rollout.generators import Generators
+from gxpo_trl.rollout.window import RolloutWindow
 from gxpo_trl.sampling.model_traits import draws_at_random, has_relative_positions
 
 
@@ -110,35 +112,50 @@ def gradient(trainer, micro_batches: list[dict], nominal: int) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None] or [torch.zeros(1)])
 
 
+def tokens(micro_batches: list[dict]) -> int:
+    return sum(map(count_tokens, micro_batches))
+
+
 LOSSES = ("grpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
-SLOW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSSES)
-@SLOW
+@pytest.mark.parametrize(
+    "loss_type, level",
+    [
+        *((loss_type, "token") for loss_type in LOSSES[:4]),
+        ("grpo", "sequence"),
+        *(pytest.param(loss_type, "token", marks=pytest.mark.slow) for loss_type in LOSSES[4:]),
+        *(pytest.param(loss_type, "sequence", marks=pytest.mark.slow) for loss_type in LOSSES[1:]),
+    ],
+)
+@MANY
 @given(window=windows(), max_tokens=st.sampled_from([None, 15, 40, 1000]))
 def test_the_gradient_stays_what_it_is(trainer, loss_type, level, window, max_tokens):
     trainer.loss_type, trainer.importance_sampling_level = loss_type, level
     how = Compaction(averages_rows=loss_type not in ("cispo", "dapo", "vespo"), prunes=True, max_tokens=max_tokens)
     expected = gradient(trainer, window, len(window))
-    compacted = compact(window, how)
-    assert len(compacted) == len(window)
+    result = compact(window, how)
+    compacted = result.batches
+    assert len(compacted) == len(window) >= len(result.forward_only)
+    rows = [row for batch in (*compacted, *result.forward_only) for row in batch["old_per_token_logps"][:, 0].tolist()]
+    assert sorted(rows) == sorted(row for batch in window for row in batch["old_per_token_logps"][:, 0].tolist())
+    assert not any(batch["advantages"].any() for batch in result.forward_only)
     torch.testing.assert_close(gradient(trainer, compacted, len(window)), expected, rtol=1e-9, atol=1e-12)
-    if pruned := prune(compacted, how):
+    if pruned := prune(compacted, count_rows(window[0]), how):
         torch.testing.assert_close(gradient(trainer, pruned, len(window)), expected, rtol=1e-9, atol=1e-12)
     else:
         assert not expected.any()
     if max_tokens is None:
-        assert sum(map(count_tokens, pruned)) <= sum(map(count_tokens, compacted)) <= sum(map(count_tokens, window))
+        assert max(tokens(pruned), tokens(compacted) + tokens(result.forward_only)) <= tokens(window)
 
 
-@SLOW
+@MANY
 @given(window=windows())
 def test_prompts_are_trimmed_where_positions_are_relative(trainer, window):
     """Rotary angles, which shift with the prompt, are computed in float64 here: transformers' own are fp32."""
     trainer.loss_type, trainer.importance_sampling_level = "grpo", "token"
-    trimmed = compact(window, Compaction(trims_prompts=True))
+    trimmed = compact(window, Compaction(trims_prompts=True)).batches
     assert all(batch["prompt_mask"][:, 0].any() for batch in trimmed)
     rotary = trainer.model.model.rotary_emb
 
@@ -152,18 +169,18 @@ def test_prompts_are_trimmed_where_positions_are_relative(trainer, window):
         torch.testing.assert_close(gradient(trainer, trimmed, len(window)), expected, rtol=1e-9, atol=1e-12)
 
 
-@SLOW
+@MANY
 @given(window=windows())
 def test_a_loss_that_depends_on_the_micro_batch_is_trimmed_alone(trainer, window):
     trainer.loss_type, trainer.importance_sampling_level = "bnpo", "token"
-    trimmed = compact(window, Compaction(regroup=False, prunes=True))
+    trimmed = compact(window, Compaction(regroup=False, prunes=True)).batches
     assert [count_rows(batch) for batch in trimmed] == [count_rows(batch) for batch in window]
     expected = gradient(trainer, window, len(window))
     torch.testing.assert_close(gradient(trainer, trimmed, len(window)), expected, rtol=1e-9, atol=1e-12)
-    assert prune(trimmed, Compaction(regroup=False, prunes=True)) is trimmed
+    assert prune(trimmed, count_rows(window[0]), Compaction(regroup=False, prunes=True)) is trimmed
 
 
-@SLOW
+@MANY
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     data=st.data(),
@@ -173,8 +190,8 @@ def test_ranks_agree_on_the_rows_of_every_micro_batch(trainer, shape, data, max_
     trainer.loss_type, trainer.importance_sampling_level = "grpo", "token"
     ranks = [data.draw(windows(*shape)) for _ in range(2)]
     how = Compaction(prunes=True, max_tokens=max_tokens)
-    compacted = on_two_ranks(ranks, lambda window, widest: compact(window, how, widest))
-    pruned = on_two_ranks(compacted, lambda window, widest: prune(window, how, widest))
+    compacted = on_two_ranks(ranks, lambda window, widest: compact(window, how, widest).batches)
+    pruned = on_two_ranks(compacted, lambda window, widest: prune(window, shape[1], how, widest))
     for first, second in (compacted, pruned):
         assert [count_rows(batch) for batch in first] == [count_rows(batch) for batch in second]
     for window, kept in zip(ranks, pruned, strict=True):
@@ -229,7 +246,7 @@ def test_many_rows_are_partitioned_within_the_bound_without_a_search(monkeypatch
     assert partition([100, 40, 30, 30, 10, 10, 10], count=5, max_tokens=120) == [1, 2, 1, 2, 1]
 
 
-@SLOW
+@MANY
 @given(
     widths=st.lists(st.integers(1, 60), min_size=1, max_size=8).map(lambda widths: sorted(widths, reverse=True)),
     count=st.integers(1, 8),
@@ -252,7 +269,7 @@ def test_no_other_partition_computes_fewer(widths, count, max_tokens):
 
 def test_weights_follow_the_number_of_rows():
     window = make_window(**EXAMPLE)
-    packed = compact(window, Compaction(max_tokens=20))
+    packed = compact(window, Compaction(max_tokens=20)).batches
     for batch in packed:
         assert batch.get(LOSS_WEIGHT, 1.0) == pytest.approx(count_rows(batch) / 3)
 
@@ -260,8 +277,8 @@ def test_weights_follow_the_number_of_rows():
 @pytest.mark.parametrize("key", ["pixel_values", "an unknown entry"])
 def test_what_is_not_known_is_left_as_it_is(key):
     window = [batch | {key: torch.ones(3)} for batch in make_window(**EXAMPLE)]
-    assert compact(window, Compaction()) is window
-    assert prune(window, Compaction(prunes=True)) is window
+    assert compact(window, Compaction()).batches is window
+    assert prune(window, count_rows(window[0]), Compaction(prunes=True)) is window
     with pytest.raises(ValueError, match=f"max_tokens_per_micro_batch.*{key}"):
         compact(window, Compaction(max_tokens=10))
 
@@ -269,7 +286,7 @@ def test_what_is_not_known_is_left_as_it_is(key):
 def test_generation_batches_with_normalizers_of_their_own_are_not_mixed():
     window = make_window(**EXAMPLE)
     window[1]["num_items_in_batch"] = window[1]["num_items_in_batch"].clone()
-    assert prune(window, Compaction(prunes=True)) is window
+    assert prune(window, count_rows(window[0]), Compaction(prunes=True)) is window
 
 
 def test_positions_and_dropout_are_read_off_the_model():
@@ -288,19 +305,25 @@ OFF = {"compact_batches": False}
 @pytest.mark.parametrize(
     "trainer_class, config_class, options",
     [
-        *((GXPOTrainer, GXPOConfig, {"loss_type": loss_type}) for loss_type in (*LOSSES, "bnpo")),
-        (GXPOTrainer, GXPOConfig, {"steps_per_generation": 4}),
-        (GXPOTrainer, GXPOConfig, {"steps_per_generation": 1, "loss_type": "dapo"}),
-        (GXPOTrainer, GXPOConfig, {"gradient_accumulation_steps": 3, "steps_per_generation": 2}),
-        (GXPOTrainer, GXPOConfig, {"num_iterations": 2}),
+        (GXPOTrainer, GXPOConfig, {"loss_type": "grpo"}),
+        (GXPOTrainer, GXPOConfig, {"loss_type": "dapo", "steps_per_generation": 1}),
         (GXPOTrainer, GXPOConfig, {"beta": 0.05}),
-        (GXPOTrainer, GXPOConfig, {"entropy_coef": 0.01}),
-        (GXPOTrainer, GXPOConfig, {"top_entropy_quantile": 0.5}),
-        (GXPOTrainer, GXPOConfig, {"mask_truncated_completions": True}),
-        (GXPOTrainer, GXPOConfig, {"max_tokens_per_micro_batch": 200}),
-        (GXPOTrainer, GXPOConfig, {"ratio_anchor": "current"}),
         (SFPOTrainer, SFPOConfig, {}),
         (LookaheadTrainer, GXPOConfig, {"update_rule": "grpo", "max_tokens_per_micro_batch": 200}),
+        *(
+            pytest.param(GXPOTrainer, GXPOConfig, options, marks=pytest.mark.slow)
+            for options in (
+                *({"loss_type": loss_type} for loss_type in (*LOSSES[1:], "bnpo")),
+                {"gradient_accumulation_steps": 3, "steps_per_generation": 2},
+                {"num_iterations": 2},
+                {"steps_per_generation": 4},
+                {"entropy_coef": 0.01},
+                {"top_entropy_quantile": 0.5},
+                {"mask_truncated_completions": True},
+                {"max_tokens_per_micro_batch": 200},
+                {"ratio_anchor": "current"},
+            )
+        ),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value.__name__,
 )
@@ -337,6 +360,15 @@ def test_token_means_are_those_of_the_whole_step(tmp_path, float64):
     assert logged(ours, "clip_ratio/region_mean")[1] > 0.1
 
 
+def test_vespos_row_means_are_those_of_the_whole_step(tmp_path, float64):
+    options = {**SAMPLED, "max_steps": 2, "num_iterations": 2, "loss_type": "vespo", "reward": half_without_spread}
+    large = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    one = train(tmp_path, update_rule="grpo", **OFF, model=double_model(), **options, **large)
+    ours = train(tmp_path, update_rule="grpo", model=double_model(), **options)
+    assert logged(ours, "vespo/phi_seq_mean") == pytest.approx(logged(one, "vespo/phi_seq_mean"), rel=1e-4)
+    assert len(set(logged(ours, "vespo/phi_seq_mean"))) == 2
+
+
 def test_what_the_last_pass_measures_counts_all_rows(tmp_path, float64):
     options = {**SAMPLED, "max_steps": 2, "epsilon": 0.01, "reward": half_without_spread}
     stock = train(tmp_path, model=double_model(), **OFF, **options, gradient_accumulation_steps=1)
@@ -347,12 +379,37 @@ def test_what_the_last_pass_measures_counts_all_rows(tmp_path, float64):
     assert min(slow) > 0.05
 
 
-def test_replays_leave_out_completions_without_advantage(tmp_path):
-    trainer = train(tmp_path, reward=half_without_spread, **SAMPLED)
-    for first, replay in zip(
-        logged(trainer, "lookahead/token_fraction"), logged(trainer, "lookahead/replay_token_fraction"), strict=True
+@pytest.mark.parametrize("rule", ["gxpo", "grpo"])
+def test_completions_without_advantage_take_no_part_in_a_backward_pass(tmp_path, rule):
+    trainer = train(tmp_path, reward=half_without_spread, update_rule=rule, **SAMPLED)
+    for first, others in zip(
+        logged(trainer, "lookahead/token_fraction"),
+        logged(trainer, "lookahead/forward_only_token_fraction"),
+        strict=True,
     ):
-        assert 0.3 < replay < 0.7 < first
+        assert 0.3 < first < 0.7 and 0.3 < others < 0.7
+    for replay in logged(trainer, "lookahead/replay_token_fraction"):
+        assert 0.3 < replay < 0.7
+
+
+def test_in_bf16_the_forward_pass_without_a_gradient_does_not_change_the_gradient(tmp_path):
+    """Autocast keeps casts of weights."""
+    options = {**SAMPLED, "reward": half_without_spread, "max_steps": 1, "bf16": True}
+    stock, ours = train(tmp_path, **OFF, **options), train(tmp_path, **options)
+    assert logged(ours, "lookahead/forward_only_token_fraction")[0] > 0.3
+    assert logged(ours, "lookahead/grad_norm_0") == pytest.approx(logged(stock, "lookahead/grad_norm_0"), rel=0.05)
+
+
+def test_trls_metrics_count_the_completions_without_advantage(tmp_path, float64):
+    options = {**SAMPLED, "epsilon": 0.01, "max_steps": 2, "num_iterations": 2, "reward": half_without_spread}
+    one_batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    stock = train(tmp_path, update_rule="grpo", **OFF, model=double_model(), **options, **one_batch)
+    ours = train(tmp_path, update_rule="grpo", model=double_model(), **options, **one_batch)
+    assert logged(ours, "lookahead/token_fraction")[1] < 0.7
+    names = ("entropy", "loss", "clip_ratio/region_mean", "clip_ratio/low_min", "clip_ratio/high_max")
+    for name in names:
+        assert logged(ours, name) == pytest.approx(logged(stock, name), rel=1e-5, abs=1e-6)
+    assert logged(ours, "clip_ratio/high_max")[1] > 0.1
 
 
 @pytest.mark.parametrize(
@@ -440,3 +497,40 @@ def test_an_entry_that_is_not_known_is_warned_of_once(tmp_path, caplog):
     said = [r for r in caplog.records if "not compacted" in r.getMessage() and r.levelname == "WARNING"]
     assert len(said) == 1 and "pixel_values" in said[0].getMessage()
     assert set(logged(trainer, "lookahead/token_fraction")) == {1.0}
+
+
+# ---- What keeps replays on the micro-batches of pass 1
+
+
+def window_of(divisors: list[int], drew: list[bool]) -> RolloutWindow:
+    window = RolloutWindow(Generators((), ()), freeze_old_logps=False)
+    for batch, divisor, draws in zip(make_window(**EXAMPLE), divisors, drew, strict=True):
+        window.open_micro_batch(batch, divisor)
+        if draws:
+            torch.rand(())
+        window.close_micro_batch()
+    return window
+
+
+@pytest.mark.parametrize(
+    "divisors, drew, packs",
+    [([2, 2], [False, False], True), ([2, 1], [False, False], False), ([2, 2], [False, True], False)],
+)
+def test_rows_change_micro_batches_only_where_all_have_one_divisor_and_none_drew(tmp_path, divisors, drew, packs):
+    layout = make_trainer(tmp_path).lookahead.layout
+    layout.nominal_rows = EXAMPLE["rows"]
+    window = window_of(divisors, drew)
+    replayed = layout.pack(window)
+    assert (sum(map(count_rows, replayed)) < 6) == packs == (window.packed is not None)
+    assert [part.accumulation_steps for part in window.replay()] == divisors[: len(replayed)]
+
+
+def test_a_rank_that_drew_keeps_the_others_from_packing(tmp_path, monkeypatch):
+    """Ranks have to agree on the micro-batches of a replay."""
+    trainer = make_trainer(tmp_path, reward=half_without_spread, **{**SAMPLED, "max_steps": 2})
+    monkeypatch.setattr(
+        trainer.lookahead.layout, "_max_over_ranks", lambda values: torch.maximum(values, torch.ones_like(values))
+    )
+    trainer.train()
+    assert logged(trainer, "lookahead/replay_token_fraction") == logged(trainer, "lookahead/token_fraction")
+    assert len(logged(trainer, "lookahead/token_fraction")) == 2

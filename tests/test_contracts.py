@@ -111,7 +111,8 @@ def test_no_private_name_of_another_library_is_touched_without_a_contract():
     ours = set().union(*map(given_in, sources()))
     found = (*accesses(), *private_names_in_strings())
     private = (access for access in found if access.name.startswith("_") and access.name not in ours)
-    assert not (found := unlisted(private)), found[0]
+    of_others = (access for access in private if (access.receiver, access.name) != ("os", "_exit"))
+    assert not (found := unlisted(of_others)), found[0]
 
 
 @pytest.mark.parametrize(

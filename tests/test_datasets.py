@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 
 from gxpo_trl.tasks import load_arithmetic, load_problems, resolve_dataset
+from gxpo_trl.tasks.answers import verify_maths
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, find_overlap, fold, hub_dataset, problem_set, to_prompts
-from gxpo_trl.tasks.maths import verify_maths
 
 
 DAPO = "Solve the following math problem step by step. The last line is …\n\n{}\n\nRemember to put your answer on …"
@@ -158,7 +158,7 @@ def test_overlap_is_found_whatever_the_spelling():
     [
         ({"name": "MATH500"}, "did you mean `MATH-500`"),
         ({"name": "nowhere.jsonl"}, "no file nowhere.jsonl"),
-        ({"name": "FOLDER/a.csv"}, "is none of .json"),
+        ({"name": "FOLDER/a.csv"}, "is not one of .json"),
         (
             {"name": "FOLDER/a.jsonl", "problem_column": "question"},
             "no column `question`; set `problem_column` to one of",
@@ -223,5 +223,6 @@ def test_where_a_set_is_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "data" / "folder").mkdir(parents=True)
     assert hub_dataset("data/folder") is None
     assert hub_dataset("MATH-500") == "HuggingFaceH4/MATH-500" and hub_dataset("owner/set") == "owner/set"
-    for elsewhere in ("gxpo_trl/arithmetic", "arithmetic", "DAPO-Math-17k+MATH-train", "data/mine.jsonl", None):
+    local = ("gxpo_trl/arithmetic", "arithmetic", "reasoning_gym/chain_sum", "data/mine.jsonl")
+    for elsewhere in (*local, "DAPO-Math-17k+MATH-train", None):
         assert hub_dataset(elsewhere) is None

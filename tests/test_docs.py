@@ -1,16 +1,20 @@
 """The pages say what is so: their links lead somewhere, their commands and settings exist, and their Python runs."""
 
-import contextlib
+import argparse
+import ast
 import dataclasses
-import io
+import functools
 import json
 import re
+import runpy
 import shlex
+import sys
 import textwrap
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 import pytest
@@ -25,7 +29,8 @@ from gxpo_trl import GroupedSamplingArguments, GXPOConfig, GXPOTrainer, Lookahea
 from gxpo_trl.callbacks.benchmarks import BenchmarkArguments
 from gxpo_trl.callbacks.trajectories import TrajectoryArguments
 from gxpo_trl.evaluation.settings import EvaluationArguments
-from gxpo_trl.scripts import cli, demo, push, recipes, report, watch
+from gxpo_trl.reporting.step_costs import share_needed
+from gxpo_trl.scripts import cli, demo, merge, push, recipes, report, watch
 from gxpo_trl.scripts.arguments import ExtrapolationLoopArguments, ProblemArguments
 from gxpo_trl.scripts.keys import GONE, parse_keys
 from gxpo_trl.scripts.parsing import parse_recipe
@@ -133,13 +138,43 @@ def test_papers_that_are_named_are_in_the_list(page):
 
 
 def test_the_list_of_papers_agrees_with_the_citations_and_the_model_cards():
-    entries = "\n".join(blocks(ROOT / "README.md", "bibtex"))
+    (entries,) = blocks(ROOT / "docs" / "papers.md", "bibtex")
+    titles = {}
     for entry in re.findall(r"^@\w+\{.*?^\}", entries, re.MULTILINE | re.DOTALL):
         title = re.search(r"title\s*=\s*\{\{(.+?)\}\}", entry)[1]
         if identifier := re.search(r"arXiv:([\d.]+)", entry):
-            assert cited()[identifier[1]] == title
+            titles[identifier[1]] = title
+    assert titles.items() <= cited().items()
     for trainer in (GXPOTrainer, SFPOTrainer):
-        assert cited()[trainer._paper["id"]] == trainer._paper["title"]
+        assert trainer._paper["title"] == cited()[trainer._paper["id"]] == titles[trainer._paper["id"]]
+
+
+# ---- The README
+
+
+def test_the_readme_is_short_and_leads_to_what_a_newcomer_needs():
+    page = ROOT / "README.md"
+    assert len(page.read_text().splitlines()) <= 140
+    headings = re.findall(r"^## (.+)$", prose(page), re.MULTILINE)
+    assert headings[:4] == ["Install", "First run", "Change two names", "Or use a recipe"]
+    assert {"What you get", "When it pays", "Limits"} <= set(headings)
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose(page))}
+    needed = {"recipes/README.md", "CONTRIBUTING.md"}
+    needed |= {f"docs/{name}.md" for name in ("tasks", "evaluation", "hub", "pays", "results")}
+    needed |= {f"docs/{name}.md" for name in ("faq", "features", "caveats")}
+    assert needed <= linked, needed - linked
+
+
+def test_figures_of_the_readme_are_those_of_the_pages():
+    """Each number of a measurement, and the command that gives it."""
+    pages = "\n".join(page.read_text() for page in DOCS)
+    rows = next(rows for header, rows in tables(ROOT / "README.md") if header == ["what", "measured", "command"])
+    assert len(rows) > 5
+    for what, measured, command in rows:
+        for figure in re.findall(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w])", measured):
+            assert re.search(rf"(?<![\w.,]){re.escape(figure)}(?![\w]|\.\d)", pages), f"{what}: {figure}"
+        for name in names(command):
+            assert name in pages, f"{what}: {name}"
 
 
 # ---- Python
@@ -205,8 +240,10 @@ def test_python_runs(page, i, tmp_path, monkeypatch):
 PLACEHOLDER = re.compile(r"[A-Z]{2,}(\.yaml)?")
 TINY_RECIPE = "recipes/tiny/gxpo.yaml"
 COMMAND_OF_MODULE = {"gxpo_trl.scripts.train": "train", "gxpo_trl.scripts.eval": "eval"}
-OTHER_COMMANDS = {"report": report, "watch": watch, "demo": demo, "push": push, "recipes": recipes}
-"""Commands whose options are no settings."""
+OTHER_COMMANDS = {"merge": merge, "report": report, "watch": watch, "demo": demo, "push": push, "recipes": recipes}
+"""Commands whose options are not settings."""
+NOT_RUN = {"pip": "installs from the network", "hf": "logs in to the Hub", "sbatch": "needs a cluster"}
+"""Programs of which only the words are read, and why. All other commands are parsed by their own parsers."""
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
@@ -235,16 +272,51 @@ def check(words: list[str]) -> None:
         script, _, engine = rest[rest.index("--nodes") + 2 :]
         assert Path(script).is_file() and Path(f"recipes/accelerate/{engine}.yaml").is_file()
     elif program == "python":
-        source = Path(rest[0]).read_text()
-        of_recipes = [word for word in rest if word.startswith("--") and f'"{word}"' not in source]
-        for option in of_recipes:  # benchmarks hand them on
-            check_gxpo("train", ["--config", TINY_RECIPE, option, rest[rest.index(option) + 1]])
+        if "argparse" in Path(rest[0]).read_text():
+            left_over = parse_only(load_script(rest[0])["main"], rest)
+            if left_over:  # benchmarks pass these on to recipes
+                check_gxpo("train", ["--config", TINY_RECIPE, *left_over])
+        else:
+            assert Path(rest[0]).name == "run.py" or len(rest) == 1, "it has no options"
     elif program.startswith(".ci/"):
         assert Path(program).is_file() and not rest
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", Path("Makefile").read_text(), re.MULTILINE)
     else:
-        assert words[:2] == ["pip", "install"]
+        assert program in NOT_RUN, f"{program}: parse it, or say in NOT_RUN why it isn't run"
+
+
+class Parsed(Exception):
+    """A parser has accepted the words, and has left these over."""
+
+    def __init__(self, left_over: list[str]):
+        self.left_over = left_over
+
+
+def parse_only(main: Callable[[], None], words: list[str]) -> list[str]:
+    """Calls a command up to its parser, with these words, and returns those that the parser leaves over."""
+    parse_known = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(parser, args=None, namespace=None):
+        raise Parsed(parse_known(parser, args, namespace)[1])
+
+    def parse_args(parser, args=None, namespace=None):
+        left_over = parse_known(parser, args, namespace)[1]
+        assert not left_over, f"unknown: {left_over}"
+        raise Parsed([])
+
+    known, all_known = (
+        mock.patch.object(argparse.ArgumentParser, f.__name__, f) for f in (parse_known_args, parse_args)
+    )
+    with known, all_known, mock.patch.object(sys, "argv", words), pytest.raises(Parsed) as parsed:
+        main()
+    return parsed.value.left_over
+
+
+@functools.cache
+def load_script(path: str) -> dict[str, Any]:
+    with mock.patch.object(sys, "path", [str(Path(path).parent), *sys.path]):
+        return runpy.run_path(path)
 
 
 def check_gxpo(command: str, arguments: list[str]) -> None:
@@ -261,15 +333,10 @@ def check_gxpo(command: str, arguments: list[str]) -> None:
     elif command == "extrapolate":
         run = arguments[:1] if arguments and not arguments[0].startswith("-") else []
         parse_keys(["--run", "RUN", *arguments[len(run) :]], (ExtrapolationArguments,))
-    else:
-        assert {word for word in arguments if word.startswith("--")} <= options_of(OTHER_COMMANDS[command])
-
-
-def options_of(module: ModuleType) -> set[str]:
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        module.main(["--help"])
-    return set(re.findall(r"--\w+", shown.getvalue()))
+    elif arguments:  # otherwise it is only the command's name
+        left_over = parse_only(lambda: OTHER_COMMANDS[command].main(arguments), [command])
+        if left_over:  # the demo passes these on to recipes
+            check_gxpo("train", ["--config", TINY_RECIPE, *left_over])
 
 
 @each_page
@@ -278,7 +345,7 @@ def test_commands_exist_with_their_options_and_files(page, monkeypatch):
     for words in command_lines(page):
         try:
             check(words)
-        except (AssertionError, ValueError, OSError, KeyError) as error:
+        except (AssertionError, ValueError, OSError, KeyError, SystemExit) as error:
             pytest.fail(f"`{shlex.join(words)}`: {error!r}")
 
 
@@ -390,6 +457,13 @@ def test_defaults_in_tables_are_those_of_the_settings():
                     assert read(cell) == default, f"{name_of(page)}: {name} is {default} in {config_class.__name__}"
 
 
+def test_the_shares_that_pay_are_computed_from_the_formula():
+    header, rows = next(table for table in tables(ROOT / "docs" / "pays.md") if table[0][0] == "f")
+    for f, *shares in rows:
+        for column, share in zip(header[1:], shares, strict=True):
+            assert share == f"{share_needed(float(column.removeprefix('c = ')), float(f)):.2f}", (f, column)
+
+
 # ---- Developers
 
 
@@ -426,9 +500,69 @@ def test_the_tree_is_that_of_the_package():
     assert all((ROOT / folder).is_dir() for folder in "".join(lines[-1]).split())
 
 
+# ---- What pages say of the code
+
+
+def lines_of(file: Path) -> int:
+    return len(file.read_text().splitlines())
+
+
+def imports_of(file: Path) -> tuple[set[str], set[str]]:
+    """The libraries that a file of the package imports, and the files of the package, by their path in it."""
+    package, libraries, ours = ROOT / "gxpo_trl", set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            libraries |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            libraries.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            origin = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            module = origin.with_suffix(".py")
+            ours.add(module if module.is_file() else origin / "__init__.py")
+    return libraries - set(sys.stdlib_module_names), {str(path.relative_to(package)) for path in ours}
+
+
+def test_the_parts_for_trl_are_described_as_they_are():
+    """Their lines to within a twentieth, and exactly what they import."""
+    listed = [row for header, rows in tables(ROOT / "docs" / "for-trl.md") for row in rows if header[0] == "file"]
+    assert len(listed) > 5
+    for (name,), lines, libraries, ours, tests in ((names(row[0]), *row[1:]) for row in listed):
+        file = ROOT / "gxpo_trl" / name
+        assert int(lines) == pytest.approx(lines_of(file), rel=0.05), f"{name}: {lines_of(file)} lines"
+        assert (set(names(libraries)), set(names(ours))) == imports_of(file), name
+        for test in names(tests):
+            assert (ROOT / "tests" / test).is_file(), test
+    listed = [row for header, rows in tables(ROOT / "docs" / "for-trl.md") for row in rows if header[0] == "tests"]
+    for (name,), lines, _ in ((names(row[0]), *row[1:]) for row in listed):
+        assert int(lines) == pytest.approx(lines_of(ROOT / "tests" / name), rel=0.05), name
+    here = {path.name for path in (ROOT / "tests").glob("test_*_contract.py")}
+    assert here <= {names(row[0])[0] for row in listed}
+
+
+def test_features_are_shown_by_tests_and_sentences_that_are_there():
+    page = ROOT / "docs" / "features.md"
+    sources = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(sources), re.MULTILINE))
+    named = {span for span in spans(page) if span.startswith("test_")}
+    assert len(named) > 20 and named <= defined, named - defined
+    said = {
+        node.value
+        for path in (ROOT / "gxpo_trl").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    rows = [row for header, rows in tables(page) if header[1:] == ["here", "shown by"] for row in rows]
+    quoted = [sentence for row in rows for sentence in re.findall(r'"([^"]+)"', row[-1])]
+    assert len(quoted) > 8
+    for sentence in quoted:
+        assert any(sentence in text for text in said), f"nothing says: {sentence}"
+    assert all(row[-1] or row[1].endswith("not run") or row[1] == "none" for row in rows)
+
+
 # ---- Metrics
 
-ON_GPUS = {"lookahead/peak_memory"}
+ELSEWHERE = {"lookahead/peak_memory", "lookahead/cos_check", "lookahead/vllm_adapter_share"}
+ELSEWHERE |= {"lookahead/retention", "lookahead/true_error_scaled", "lookahead/true_cosine_scaled"}
 
 
 def documented() -> set[str]:
@@ -438,6 +572,7 @@ def documented() -> set[str]:
 
 def test_the_page_of_metrics_has_those_that_a_run_logs(tmp_path):
     settings = {"lookahead_diagnostics_steps": 1, "gate_warmup_steps": 0, "beta": 0.01, "max_steps": 4}
+    settings |= {"step_control": "cosine"}
     evaluation = {"eval_benchmarks": ["arithmetic"], "eval_steps": 4, "eval_samples": 2}
     rewards = [maths_reward, text_reward]  # the second has spread in every group
     trainer = train(tmp_path, RisingGateTrainer, scripted=False, reward=rewards, **settings, **evaluation)
@@ -445,7 +580,7 @@ def test_the_page_of_metrics_has_those_that_a_run_logs(tmp_path):
     ours = {key for key in keys if key.startswith(("lookahead/", "eval/", "verify_"))}
     logged = {key.replace("/arithmetic/", "/<benchmark>/").replace("@2", "@n") for key in ours}
     assert logged - documented() == set(), "logged, and not on the page"
-    assert documented() - logged == ON_GPUS, "on the page, and not logged"
+    assert documented() - logged == ELSEWHERE, "on the page, and not logged"
 
 
 @each_page

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,18 @@ import torch
 from accelerate import PartialState
 from helpers import tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from gxpo_trl.evaluation.benchmark import read_samples, slug
 from gxpo_trl.evaluation.sampling import load_model, load_tokenizer, read_sample, transformers_sampler
-from gxpo_trl.evaluation.scoring import evaluate, load_benchmark, verify_again, verify_gold
+from gxpo_trl.evaluation.scoring import evaluate, verify_again, verify_gold
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.run_folder import BenchmarkResults, Score
 from gxpo_trl.scripts.eval import main
 from gxpo_trl.scripts.parsing import parse_keys
 from gxpo_trl.tasks import TINY_MODEL_PATH, load_problems
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, to_prompts
+from gxpo_trl.tasks.task import load_task
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +49,7 @@ def without_seconds(path: Path) -> list[dict]:
 def test_a_benchmark_is_sampled_judged_and_written(tmp_path):
     results = evaluate(settings(tmp_path))[TINY]["arithmetic"]
     lines = without_seconds(samples_file(tmp_path))
-    benchmark = load_benchmark("arithmetic", limit=12)
+    benchmark = load_task("arithmetic", limit=12)
     assert [(line["id"], line["sample"]) for line in lines] == [
         (row_id, sample) for row_id in benchmark.problems["id"] for sample in range(4)
     ]
@@ -102,6 +104,69 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_loses_a_batch_at_most(tmp_path):
+    """And ends with what one gives that is not. Twice: amid the batches, and later."""
+    few = {"samples": 4, "limit": 120, "problems_per_batch": 3}
+    evaluate(settings(tmp_path / "whole", **few))
+    arguments = [f"--{k}={v}" for k, v in (FEW | few).items() if not isinstance(v, list)]
+    arguments += ["--models", TINY, "--benchmarks", "arithmetic", "--output_dir", str(tmp_path / "cut" / "out")]
+    command = [sys.executable, "-m", "gxpo_trl.scripts.cli", "eval", *arguments]
+    parts, kept = samples_file(tmp_path / "cut").with_suffix(".parts"), {}
+    for enough in (3, 20):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while len(list(parts.glob("*.jsonl"))) < enough:
+            assert process.poll() is None, "it was over before it was killed"
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        for path, lines in kept.items():
+            assert path.read_text() == lines  # none is made again
+        kept = {path: path.read_text() for path in parts.glob("*.jsonl")}
+        assert enough <= len(kept) < 40
+    (parts / "00039.jsonl").write_text("")  # as where the machine itself goes down
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert without_seconds(samples_file(tmp_path / "cut")) == without_seconds(samples_file(tmp_path / "whole"))
+    lines = samples_file(tmp_path / "cut").read_text().splitlines()
+    assert {line for text in kept.values() for line in text.splitlines()} <= set(lines)  # with their seconds
+    results = [
+        json.loads((samples_file(tmp_path / name).parent / "results.json").read_text()) for name in ("cut", "whole")
+    ]
+    for found in results:
+        del found["benchmarks"]["arithmetic"]["seconds"]
+    assert results[0] == results[1]
+    assert not list(tmp_path.rglob("*.part*"))
+    shown = done.stderr.replace("\r", "\n")
+    bar = [line for line in shown.splitlines() if line.startswith("arithmetic:")]
+    assert "480/480" in bar[-1] and "samples/s" in bar[-1] and f"{4 * 3 * len(kept)}/480" in bar[0]
+
+
+def test_batches_of_other_problems_are_not_gone_on_with(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    options = settings(tmp_path, benchmarks=[str(path)], limit=None)
+    evaluate(options)
+    folder = samples_file(tmp_path).parent
+    gathered = next(folder.glob("*one.jsonl"))
+    (folder / f"{gathered.stem}.parts").mkdir()
+    gathered.rename(folder / f"{gathered.stem}.parts" / "00000.jsonl")
+    path.write_text('{"problem": "1 + 1?", "answer": "2", "level": 2}\n')  # which a reward may look at
+    with pytest.raises(ValueError, match="samples of other problems"):
+        evaluate(options)
+    path.write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    assert evaluate(options)[TINY][str(path)]["samples"] == 4
+
+
+def test_what_a_kill_leaves_beside_gathered_samples_is_removed(tmp_path):
+    evaluate(settings(tmp_path))
+    parts = samples_file(tmp_path).with_suffix(".parts")
+    parts.mkdir()
+    (parts / "00000.jsonl").write_text("")
+    evaluate(settings(tmp_path))
+    assert not parts.exists()
+
+
 COUNTING = """
 import gxpo_trl.evaluation.benchmark as benchmark
 from accelerate import PartialState
@@ -115,6 +180,7 @@ print(f"rank {PartialState().process_index}: {len(calls)} batches", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_give_what_one_gives(tmp_path):
     evaluate(settings(tmp_path / "one"))
     arguments = [f"--{k}={v}" for k, v in FEW.items() if not isinstance(v, list)]
@@ -150,23 +216,47 @@ def test_several_checkpoints_one_of_them_an_adapter(tmp_path):
 
 def test_a_model_that_grouped_sampling_cannot_serve_is_sampled_by_generate(tmp_path, monkeypatch, caplog):
     PartialState(cpu=True)  # which warnings ask for the rank
-    tokenizer, model = load_tokenizer(str(TINY_MODEL_PATH)), tiny_model().eval()
+    tokenizer = load_tokenizer(str(TINY_MODEL_PATH))
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 8, "state_size": 4, "num_hidden_layers": 1}
     calls = []
-    generate = type(model).generate
-    monkeypatch.setattr(
-        type(model), "generate", lambda *a, **k: (calls.append("custom_generate" in k), generate(*a, **k))[1]
-    )
-    for ngram in (0, 3):
-        model.generation_config.no_repeat_ngram_size = ngram
+    for model in (tiny_model().eval(), MambaForCausalLM(MambaConfig(**sizes)).eval()):
+        generate = model.generate
+        monkeypatch.setattr(
+            model, "generate", lambda *a, f=generate, **k: (calls.append("custom_generate" in k), f(*a, **k))[1]
+        )
         sampled = transformers_sampler(model, tokenizer, settings(tmp_path))([[5, 6, 7], [8, 9]], 3, 0)
         assert [len(of_prompt) for of_prompt in sampled] == [3, 3]
         assert all(0 < sample.length <= 28 for of_prompt in sampled for sample in of_prompt)
     assert calls == [True, False]
-    assert (
-        caplog.text.count("`generate`, which takes longer: the setting `no_repeat_ngram_size: 3` is not served.") == 1
-    )
+    assert caplog.text.count("`generate`, which takes longer: MambaForCausalLM takes no KV cache") == 1
     with pytest.raises(ValueError, match="`token_budget` needs grouped generation"):
         transformers_sampler(model, tokenizer, settings(tmp_path, token_budget=100))
+
+
+OWN_SETTINGS = {"repetition_penalty": 5.0, "min_p": 0.9, "top_k": 1, "top_p": 0.1, "no_repeat_ngram_size": 1}
+
+
+def test_a_models_own_generation_settings_have_no_part_in_an_evaluation(tmp_path):
+    """And they are the model's again afterwards."""
+    tokenizer = load_tokenizer(str(TINY_MODEL_PATH))
+    sampled = []
+    for own in ({}, OWN_SETTINGS):
+        model = tiny_model().eval()
+        model.generation_config.update(**own)
+        before = model.generation_config.to_dict()
+        sampled.append(transformers_sampler(model, tokenizer, settings(tmp_path))([[5, 6, 7], [8, 9]], 4, 0))
+        assert model.generation_config.to_dict() == before
+    assert sampled[0] == sampled[1] and len({sample.text for sample in sampled[0][0]}) > 1
+
+
+@pytest.mark.parametrize("name, value", [("repetition_penalty", 5.0), ("min_p", 0.9), ("top_k", 1), ("top_p", 0.1)])
+def test_the_settings_of_the_distribution_are_those_that_are_sampled_from(tmp_path, name, value):
+    tokenizer, model = load_tokenizer(str(TINY_MODEL_PATH)), tiny_model().eval()
+    plain, changed = (
+        transformers_sampler(model, tokenizer, settings(tmp_path, **more))([[5, 6, 7]], 8, 0)
+        for more in ({}, {name: value})
+    )
+    assert plain != changed
 
 
 @pytest.mark.parametrize("name", ["gxpo", "sfpo", "next"])
@@ -197,12 +287,12 @@ def test_recorded_completions_are_judged_again(tmp_path, capsys):
     spoiled = json.loads(lines[0])
     path.write_text("\n".join([json.dumps({**spoiled, "score": 1.0 - spoiled["score"]}), *lines[1:]]) + "\n")
     main(["--verify-only", str(path), "--samples", "4"])
-    assert "1 of 48 scores are others than recorded" in capsys.readouterr().out
+    assert "1 of 48 scores differ from the recorded ones" in capsys.readouterr().out
     assert read_samples(path.with_suffix(".verified.jsonl"))[0].score == spoiled["score"]
 
 
 def test_right_answers_are_accepted_and_refused_ones_named(tmp_path, capsys):
-    assert verify_gold(load_benchmark("arithmetic")) == []
+    assert verify_gold(load_task("arithmetic")) == []
     path = tmp_path / "odd.jsonl"
     rows = [{"q": "1 + 1?", "a": "2"}, {"q": "Name?", "a": "\\boxed{seven}"}]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -223,13 +313,18 @@ def test_right_answers_are_accepted_and_refused_ones_named(tmp_path, capsys):
         ({"benchmarks": []}, "`benchmarks`"),
         ({"benchmarks": ["MATH-50"]}, "MATH-500"),
         ({"samples": 0}, "`samples`"),
-        ({"ks": [1, 8]}, "`ks` holds 8, and there are 4"),
+        ({"ks": [1, 8]}, "`ks` has 8, and there are 4"),
         ({"temperature": 0.0}, "`samples: 1`"),
         ({"temperature": -1.0}, "`temperature`"),
         ({"top_p": 0.0}, "`top_p`"),
         ({"backend": "onnx"}, "`backend`"),
         ({"prompt": "Solve this."}, "{problem}"),
         ({"backend": "vllm"}, "needs vLLM"),
+        ({"backend": "vllm", "min_p": 0.1, "top_p": 0.9}, "`min_p` before `top_p`"),
+        ({"min_p": 1.5}, "`min_p` must be between 0 and 1"),
+        ({"top_k": -1}, "`top_k` must be at least 0"),
+        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be a finite number above 0"),
+        ({"vllm_gpu_memory_utilization": 0.0}, "`vllm_gpu_memory_utilization` must be above 0"),
         ({"backend": "vllm", "token_budget": 100}, "`token_budget` has no meaning"),
     ],
     ids=str,
@@ -243,7 +338,7 @@ def test_bad_settings_are_named(tmp_path, change, message):
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     AutoTokenizer.from_pretrained(TINY_MODEL_PATH).save_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         evaluate(settings(tmp_path, models=[str(tmp_path / "empty")]))
 
 
@@ -299,7 +394,7 @@ def test_a_file_that_holds_no_samples_is_named(tmp_path):
     with pytest.raises(ValueError, match="no samples file"):
         verify_again(path, ks=[1])
     path.write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match="no samples file of `gxpo eval`"):
+    with pytest.raises(ValueError, match="not a samples file of `gxpo eval`"):
         verify_again(path, ks=[1])
 
 

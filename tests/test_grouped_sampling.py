@@ -539,7 +539,15 @@ each_trainer = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("settings", [{}, {"generation_token_budget": 300}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"generation_token_budget": 300}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @each_trainer
 def test_the_trainer_scores_the_completions_that_generate_gives(tmp_path, trainer_class, config_class, settings):
     greedy = {"scripted": False, "generation_kwargs": {"do_sample": False}, "temperature": 0.7}

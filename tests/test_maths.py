@@ -1,7 +1,5 @@
 """What counts as a correct mathematical answer, form by form, and what does not."""
 
-import subprocess
-import sys
 import threading
 import time
 
@@ -10,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.rewards import accuracy_reward
 
-from gxpo_trl.tasks import maths
-from gxpo_trl.tasks.maths import Verdict, final_answer, final_part, normalize, verify_maths
+from gxpo_trl.tasks.answers import Verdict, final_answer, verify_maths
+from gxpo_trl.tasks.answers.normalize import normalize
 
 
 def score(answer: str, gold: str) -> float | None:
@@ -119,6 +117,31 @@ SAME = [
     (r"(\gamma+1)(\gamma-1)", r"\gamma^{2}-1"),
     ("−3", "-3"),
     ("√2", r"\sqrt{2}"),
+    ("1.75", "7/4"),
+    (r"I(0)\exp(-t)", "I(0) e^{-t}"),
+    (r"\dot x_0 + 1", r"1 + \dot{x}_{0}"),
+    (r"1 - \mathrm{e}^{-1}", r"1-\frac{1}{\mathrm{e}}"),
+    ("x<0 \\text{ or } x=1", r"(-\infty, 0) \cup\{1\}"),
+    (r"x \ne 0", r"(-\infty,0)\cup(0,\infty)"),
+    (r"\{x : x > 2\}", r"(2,\infty)"),
+    ("|x| < 3", "(-3,3)"),
+    ("]0, 12.5[", "(0,12.5)"),
+    (r"\mathbb{R} \setminus \{3\}", r"x \neq 3"),
+    (r"\{1,3\} \cup \{2\}", r"\{1,2,3\}"),
+    (r"(\{2,1\}, 3)", r"(\{1,2\}, 3)"),
+    ("4:6", "2:3"),
+    (r"{10 \choose 3}", "120"),
+    (r"3\ \Omega", "3"),
+    (r"5\ \mu\text{m}", r"5\text{ micrometers}"),
+    (r"7\text{ megahertz}", r"7\text{ MHz}"),
+    (r"5\,\frac{\mathrm{m}}{\mathrm{s}}", r"5\text{ meters per second}"),
+    (r"5\text{ m}\,\text{s}^{-1}", r"5\text{ m/s}"),
+    (r"\sin 30^\circ", r"\frac12"),
+    (r"1101_{\text{two}}", "1101_2"),
+    (r"\text{an Ellipse}", r"\text{ellipse}"),
+    (r"n(n-1)!", "n!"),
+    (r"\frac{n(n-1)}{2}", r"\binom{n}{2}"),
+    (r"F_n = \sum_{k=0}^{n-1} F_{n-k-1} F_k", r"F_n = \sum_{k=0}^{n-1} F_k F_{n-k-1}"),
 ]
 
 
@@ -191,7 +214,32 @@ DIFFERENT = [
     ("words without number", "7"),
     ("1 2", "12"),
     ("0", "$10^{-20}$"),
+    (r"\angle A E B_{2}=90", r"\angle A E B_{1}=90"),
+    ("E_2 = 5", "E_1 = 5"),
+    ("x_{2}", "x_{1}"),
+    (r"\theta_{v} + 1", r"\theta_{w} + 1"),
+    ("-f(x)=2x", "$f(x)=2 x$"),
+    ("-x = 5", "5"),
+    ("0", "I(0)"),
+    ("y' + 2y = 0", "I(0)"),
+    (r"I(1) e^{-t}", r"I(0) e^{-t}"),
+    (r"\lfloor\sqrt{n-3}\rfloor", r"\lfloor\sqrt{n-1}\rfloor"),
+    ("5 perhaps seven", "5"),
+    (r"\int_0^1 x dx", "7"),
     ("9" * 5000, "9"),
+    (r"7\text{ mHz}", r"7\text{ MHz}"),
+    (r"5\text{ s}", r"5\text{ m}"),
+    (r"5\text{ rad}", r"5^\circ"),
+    ("2517_8", "2516_8"),
+    ("2516_7", "2516_8"),
+    (r"8\text{ plus nine}", "8"),
+    (r"8\text{ hundreds}", "8"),
+    ("-(1,2)", "(-1,-2)"),
+    ("(1,2) + (3,4)", "(1,2,3,4)"),
+    (r"\exp^{-1}(1)", "1"),
+    (r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", r"\frac16"),
+    ("y = 3x + 1", "y = 3x"),
+    ("(2, 1), 3", "(1, 2), 3"),
 ]
 
 
@@ -208,7 +256,7 @@ def test_a_neighbour_is_wrong(answer, gold):
         (r"The roots are $\boxed{1}$ and $\boxed{2}$.", "1,2"),
         (r"$x=\boxed{1}$, $y=\boxed{2}$", "1,2"),
         (r"\boxed{7} \boxed{7}", "7"),
-        (r"\boxed{x = \boxed{5}}", "5"),
+        (r"\boxed{x = \boxed{5}}", r"x = \boxed{5}"),
         (r"\boxed {\{1,2\}}", r"\{1,2\}"),
         ("The final answer is $7$. I hope it is correct.", "7"),
         (r"**Answer:** \(x^2\)", "x^2"),
@@ -236,13 +284,13 @@ def test_a_gold_may_be_a_whole_solution(gold):
     assert score("4", gold) == 0.0
 
 
-@pytest.mark.parametrize("gold", ["", "$$", r"\boxed{}", r"t(0,4]"])
+@pytest.mark.parametrize("gold", ["", "$$", r"\boxed{}", "(0,4", r"\frac{1}{2"])
 def test_a_gold_that_cannot_be_read_decides_nothing(gold):
     assert score("7", gold) is None
 
 
 def test_an_unreadable_gold_still_accepts_itself():
-    assert score("t(0, 4]", r"$t(0,4]$") == 1.0
+    assert verify_maths(r"The answer is $\{0, 4$.", r"\{0,4").score == 1.0
 
 
 @pytest.mark.parametrize(
@@ -276,13 +324,16 @@ def test_other_answers_get_their_own(one, other):
     [
         (r"$\dfrac 59$", r"\frac{5}{9}"),
         (r"\frac\pi2", r"\frac{\pi}{2}"),
-        (r"\frac{\frac12}3", r"\frac{\frac{1}{2}}{3}"),
-        (r"\sqrt[3]2 + \sqrt2", r"\sqrt[3]{2} + \sqrt{2}"),
+        ("½", r"1/2"),
+        (r"\textcolor{blue}{\mathbf{73}}", "{ 73 }"),
+        (r"\sqrt[3]2 + \sqrt2", r"\sqrt[3]2 + \sqrt{2}"),
         (r"\left( 1,\ 2 \right]", "( 1, 2 ]"),
-        (r"90^{\circ}", "90"),
-        (r"x_1^2", "x_{1}^{2}"),
+        (r"90^{\circ}", r"90\degree"),
+        ("x₁²", "x_{1}^{2}"),
         (r"e^{-2t}", "e^{-2t}"),
-        ("1,234,567.", "1234567"),
+        (r"1\,234\,567.", "1234567"),
+        ("5 miles per hour", r"5 \unit{mi} / \unit{h}"),
+        (r"5\text{ sq. kilometers}", r"5\unit{km}^2"),
         ("(1,234)", "(1,234)"),
     ],
 )
@@ -319,14 +370,6 @@ def test_no_text_makes_it_raise(text, gold):
     assert verify_maths(rf"\boxed{{{text}}}", gold).score in (0.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    "completion", [r"Some \boxed{3}, but \boxed{4} or \boxed{5}.", "The answer is $7$.", "No.", r"\boxed{"]
-)
-def test_the_verdict_depends_on_the_final_part_alone(completion):
-    assert final_answer(final_part(completion)) == final_answer(completion)
-    assert len(final_part("word " * 10_000 + completion)) <= 20_000
-
-
 def test_what_accuracy_reward_accepts_of_these_stays_accepted():
     pairs = [(answer, gold) for answer, gold in SAME + [(gold, gold) for gold in GOLDS]]
     texts = [[{"role": "assistant", "content": rf"So $\boxed{{{answer}}}$."}] for answer, _ in pairs]
@@ -335,10 +378,40 @@ def test_what_accuracy_reward_accepts_of_these_stays_accepted():
     assert all(score(*pair) == 1.0 for pair, reward in zip(pairs, accepted, strict=True) if reward == 1.0)
 
 
-@pytest.mark.parametrize("answer", ["\\frac1" * 5000, " " * 100_000 + "7", "1" * 100_000])
-def test_a_monstrous_answer_is_not_right_and_takes_no_time(answer):
+MONSTERS = [
+    r"\frac1" * 5000,
+    " " * 100_000 + "7",
+    "1" * 100_000,
+    "{" * 900,
+    r"\{" * 300 + "7" + r"\}" * 300 + ",1",
+    "(10^9)!",
+    r"\binom{10^8}{5\cdot 10^7}",
+    r"\sum_{k=1}^{10^9} k^k",
+    "9^{9^{9^9}}",
+    r"\sin(10^{10^{10}})",
+    r"\exp(\exp(\exp(100)))",
+    r"\lfloor e^{10^{14}} \rfloor",
+    r"\log_{2^5}(\log_{2^4}(\log_{2^3}(2^{2^{2^{2^2}}})))",
+    "2^{99999}" * 200,
+    "x^{" * 200 + "x" + "}" * 200,
+    "1/" * 900 + "2",
+    r"\tan(" * 200 + "x" + ")" * 200,
+    ",".join(f"{number}!" for number in range(400)),
+    r"\pm " * 400,
+    r"x \in " * 300,
+    r"\{x : " * 200 + "x < 1" + r"\}" * 200,
+    "a=" * 900 + "1",
+    r"5\%" * 400,
+    "_1" * 800,
+]
+
+
+@pytest.mark.parametrize("gold", ["7", "x^2 + 1", "(-1, 2)", "1, 2, 3"])
+@pytest.mark.parametrize("answer", MONSTERS, ids=lambda answer: answer[:16])
+def test_no_answer_takes_long(answer, gold):
     started = time.perf_counter()
-    assert verify_maths(rf"\boxed{{{answer}+1}}", "7").score in (None, 0.0)
+    assert verify_maths(rf"\boxed{{{answer} + 1}}", gold).score == 0.0
+    assert verify_maths(rf"\boxed{{{answer}}}", gold).score == 0.0 or answer.strip() == gold
     assert time.perf_counter() - started < 5
 
 
@@ -348,9 +421,3 @@ def test_it_works_in_a_thread():
     thread.start()
     thread.join()
     assert verdicts == [1.0]
-
-
-def test_it_imports_nothing_of_torch():
-    loaded = "{'torch', 'trl', 'gxpo_trl'} & set(sys.modules)"
-    code = f"import runpy, sys; runpy.run_path({maths.__file__!r}); assert not {loaded}"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -60,9 +60,10 @@ def engine(monkeypatch) -> State:
     return engine
 
 
-def test_an_active_step_holds_two_copies_of_the_trainable_parameters(engine):
+@pytest.mark.parametrize("of_optimizer", [False, True])
+def test_an_active_step_holds_two_copies_of_the_trainable_parameters(engine, of_optimizer):
     plain = peak_bytes(lambda: plain_step(engine))
-    active = peak_bytes(lambda: active_step(engine))
+    active = peak_bytes(lambda: active_step(engine, of_optimizer=of_optimizer))
     assert 1.9 < (active - plain) / MODEL_BYTES < 2.05
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gxpo_trl.evaluation.metrics import average, estimate, majority_at_k, pass_at_k, summarize
-from gxpo_trl.tasks.maths import Verdict
+from gxpo_trl.tasks.answers import Verdict
 
 
 RIGHT, WRONG, UNDECIDED = Verdict(1.0, "7"), Verdict(0.0, "8"), Verdict(None, None)
@@ -84,6 +84,15 @@ def test_the_interval_is_the_same_for_the_same_seed_and_narrows_with_problems():
     assert estimate(values) == estimate(values)
     many = estimate(values * 25)
     assert many.high - many.low < 0.3 * (estimate(values).high - estimate(values).low)
+
+
+@pytest.mark.parametrize("n, most", [(1, 0.7935), (10, 0.2775), (50, 0.0713)])
+def test_none_and_all_have_wilsons_interval(n, most):
+    """z² / (n + z²) with z = 1.96, and its mirror image; a bootstrap would say that there is no doubt."""
+    none, all_of_them = estimate([0.0] * n), estimate([None, *[1.0] * n])
+    assert (none.low, none.high, none.value) == (0.0, pytest.approx(most, abs=1e-4), 0.0)
+    assert (all_of_them.low, all_of_them.high) == (pytest.approx(1 - most, abs=1e-4), 1.0)
+    assert all_of_them.problems == n
 
 
 def test_problems_without_a_value_are_left_out_and_counted():

@@ -92,7 +92,10 @@ def test_a_resumed_run_goes_on_recording_and_a_new_one_keeps_the_old(tmp_path):
 
 @pytest.mark.parametrize(
     "trainer_class, config_class, settings",
-    [(SFPOTrainer, SFPOConfig, {}), (RLOOTrainer, RLOOConfig, {"scripted": False})],
+    [
+        pytest.param(SFPOTrainer, SFPOConfig, {}, marks=pytest.mark.slow),
+        (RLOOTrainer, RLOOConfig, {"scripted": False}),
+    ],
 )
 def test_the_trajectory_of_any_trainer_will_do(tmp_path, trainer_class, config_class, settings):
     recorded(
@@ -131,7 +134,8 @@ SHORT += ["--per_device_train_batch_size", "8", "--num_generations", "4", "--eva
 SHORT += ["--eval_on_start", "false", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
 
 
-@pytest.mark.parametrize("rule", ["grpo", "gxpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["gxpo", "grpo"])
 def test_the_whole_loop(tmp_path, capsys, rule):
     arguments = [*recipe("next"), *SHORT, "--update_rule", rule, "--output_dir", str(tmp_path)]
     main(arguments)
@@ -149,9 +153,19 @@ def test_the_whole_loop(tmp_path, capsys, rule):
 
     with pytest.raises(SystemExit, match="holds an earlier run"):
         main(arguments)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "before").rglob("*")}
+    capsys.readouterr()
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     main([*arguments, "--resume_from_checkpoint", "last"])  # what is finished is not done again
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "before").rglob("*")} == times
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
+    assert capsys.readouterr().out.count("has ended after") == 2
+    with pytest.raises(SystemExit, match="Set `last`"):
+        main([*arguments, "--resume_from_checkpoint", str(tmp_path / "before" / "checkpoint-4")])
+
+    (tmp_path / "after" / "trainer_state.json").unlink()  # broken off, before it had saved a checkpoint
+    (tmp_path / "after" / ADAPTER_WEIGHTS).unlink()
+    main([*arguments, "--resume_from_checkpoint", "last"])
+    written = {path for path, time in times.items() if path.is_file() and path.stat().st_mtime_ns != time}
+    assert written and all((tmp_path / "after") in path.parents for path in written - {tmp_path / "recipe.yaml"})
 
 
 def test_the_first_trainer_is_gone_when_the_second_is_made(tmp_path, monkeypatch):
@@ -171,14 +185,19 @@ def test_the_first_trainer_is_gone_when_the_second_is_made(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_vllm_is_shut_down_with_the_first_trainer(monkeypatch, mode):
+    """Without the end of `torch.distributed`, which the engine's own shut-down would bring about."""
     trainer = MagicMock(use_vllm=True, vllm_mode=mode)
     trainer.accelerator.is_main_process = True
     monkeypatch.setattr(next_loop, "_build", lambda part: trainer)
     monkeypatch.setattr(next_loop, "train", lambda *arguments: None)
     next_loop._train_and_shut_down(None)
     vllm = trainer.vllm_generation
-    shut_down = {"colocate": vllm.llm.llm_engine.engine_core.shutdown, "server": vllm.vllm_client.close_communicator}
+    shut_down = {
+        "colocate": vllm.llm.llm_engine.model_executor.shutdown,
+        "server": vllm.vllm_client.close_communicator,
+    }
     assert {name: bool(call.called) for name, call in shut_down.items()} == {name: name == mode for name in shut_down}
+    assert not vllm.llm.llm_engine.engine_core.shutdown.called
 
 
 @pytest.mark.parametrize(

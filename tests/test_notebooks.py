@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -12,7 +13,8 @@ from gxpo_trl import __version__
 from gxpo_trl.scripts.arguments import PARTS
 
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+PROJECT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 REPOSITORY = "gxpo-trl/gxpo_trl"
 LARGEST = 600_000  # bytes, pictures and all
 KEYS = {"config"} | {field.name for part in PARTS.values() for field in dataclasses.fields(part)}
@@ -37,9 +39,12 @@ def test_the_first_cell_opens_this_notebook_in_colab(path):
 
 
 @each_notebook
-def test_the_second_cell_installs_this_version(path):
+def test_the_second_cell_installs_this_version_and_a_torch_that_it_supports(path):
     second = read(path).cells[1]
-    assert f'%pip install --quiet "gxpo_trl @ git+https://github.com/{REPOSITORY}@v{__version__}"' in second.source
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    (torch,) = (line for line in project["dependencies"] if re.match(r"torch\b", line))
+    package = f'"gxpo_trl @ git+https://github.com/{REPOSITORY}@v{__version__}"'
+    assert f'%pip install --quiet {package} "{torch}" torchvision' in second.source
     assert not second.outputs, "it does nothing where the package is there"
 
 

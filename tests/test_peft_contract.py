@@ -23,10 +23,12 @@ from gxpo_trl.trajectory.checkpoints import (
 )
 
 
-MODEL, LORA = "peft.PeftModel", "peft.LoraConfig"
-TRAITS, RECORDER, CHECKPOINTS, WRITING = (
+MODEL, LORA, LAYER = "peft.PeftModel", "peft.LoraConfig", "peft.tuners.tuners_utils.BaseTunerLayer"
+ADAPTERS = "callbacks/adapters.py"
+WEIGHTS = "trainer/vllm.py"
+TRAITS, RECORDER, CHECKPOINTS, MERGING = (
     *("sampling/model_traits.py", "callbacks/trajectories.py"),
-    *("trajectory/checkpoints.py", "trajectory/writing.py"),
+    *("trajectory/checkpoints.py", "trajectory/merging.py"),
 )
 
 NAMES = [
@@ -34,6 +36,21 @@ NAMES = [
     Name(MODEL, "peft_config", TRAITS, "reads the adapters' settings there"),
     Name("peft.PeftConfig", "is_prompt_learning", TRAITS, "knows by it that an adapter changes the prompt"),
     Name(LORA, "alora_invocation_tokens", TRAITS, "knows by it that an adapter changes the prompt"),
+    Name(MODEL, "base_model", WEIGHTS, "knows by its class whether an adapter can be merged"),
+    Name(MODEL, "get_base_model", WEIGHTS, "names parameters as the base model does", ""),
+    Name(MODEL, "active_peft_config", WEIGHTS, "reads the adapter's settings there"),
+    Name(MODEL, "active_adapters", WEIGHTS, "sends what these have trained"),
+    Name("peft.PeftConfig", "peft_type", WEIGHTS, "names what can't be merged"),
+    Name(LORA, "ensure_weight_tying", WEIGHTS, "knows by it that tied weights are changed alike"),
+    Name("peft.tuners.tuners_utils", "BaseTuner", WEIGHTS, "knows by it that an adapter has layers to merge"),
+    Name("peft.tuners.tuners_utils", "BaseTunerLayer", WEIGHTS, "finds layers to merge by it"),
+    Name("peft.tuners.tuners_utils.BaseTunerLayer", "get_base_layer", WEIGHTS, "finds what is sent with it", ""),
+    Name("peft.tuners.tuners_utils.BaseTunerLayer", "merged_adapters", WEIGHTS, "forgets that it has merged"),
+    Name("peft.tuners.lora.Linear", "merge", WEIGHTS, "merges into other parameters with it", ""),
+    Name("peft.tuners.lora.LoraLayer", "lora_variant", WEIGHTS, "tries one layer of each kind by it"),
+    Name("peft.tuners.trainable_tokens", "TrainableTokensLayer", WEIGHTS, "knows by it that tied tokens are alike"),
+    Name("peft.utils.other", "ModulesToSaveWrapper", WEIGHTS, "knows by it which copy of a module is in use"),
+    Name("peft.utils.other.ModulesToSaveWrapper", "active_adapters", WEIGHTS, "knows by it which copy is in use"),
     Name(MODEL, "active_adapter", RECORDER, "saves the adapter of that name"),
     Name(MODEL, "active_peft_config", RECORDER, "saves these settings with it"),
     Name(LORA, "inference_mode", RECORDER, "sets it as PEFT does when it saves"),
@@ -42,6 +59,9 @@ NAMES = [
         *("peft", "get_peft_model_state_dict", RECORDER, "picks an adapter's tensors"),
         "model, state_dict, adapter_name, * save_embedding_layers",
     ),
+    Name(LAYER, "active_adapters", ADAPTERS, "knows by it which adapters are in use"),
+    Name(MODEL, "active_adapter", ADAPTERS, "knows by it which learned prompt is in use"),
+    Name(MODEL, "peft_config", ADAPTERS, "reads the adapters' settings there"),
     Name(
         "peft.utils.other", "get_pattern_key", CHECKPOINTS, "finds a module's rank by it", "pattern_keys, key_to_match"
     ),
@@ -59,8 +79,9 @@ NAMES = [
         )
     ),
     *(Name(LORA, name, CHECKPOINTS, "refuses by it an adapter that is no plain LoRA") for name in OTHER_VARIANTS),
-    Name("peft.LoraModel", "merge_and_unload", WRITING, "merges an adapter with it", ""),
-    Name("peft", "AutoPeftModelForCausalLM", WRITING, "loads an adapter on its base with it"),
+    Name("peft.LoraModel", "merge_and_unload", MERGING, "merges an adapter with it", "* safe_merge"),
+    Name("peft.PeftConfig", "is_prompt_learning", MERGING, "refuses what can't be merged by it"),
+    Name("peft", "AutoPeftModelForCausalLM", "evaluation/sampling.py", "loads an adapter on its base with it"),
     Name(
         *(MODEL, "from_pretrained", "scripts/", "loads an adapter that is trained further"),
         "model, model_id, * is_trainable",

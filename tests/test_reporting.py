@@ -1,6 +1,8 @@
 """Tables and figures from logs written by hand, with known answers; and pages of real runs."""
 
 import base64
+import contextlib
+import glob
 import itertools
 import json
 import math
@@ -8,12 +10,10 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+import hostile_runs
 import pytest
 from helpers import make_trainer, train
 from peft import LoraConfig
@@ -24,7 +24,18 @@ from gxpo_trl import GXPOTrainer, SFPOConfig, SFPOTrainer
 from gxpo_trl.callbacks.records import find_record
 from gxpo_trl.reporting.arm_tables import budget_table, demo_table, difference_table, matching_table, results_table
 from gxpo_trl.reporting.arms import Arm, group_arms, load_runs
-from gxpo_trl.reporting.figures import COLORS, draw_curves, draw_demo, metric_picture, new_figure, styles_of
+from gxpo_trl.reporting.card import write_card
+from gxpo_trl.reporting.figures import (
+    COLORS,
+    Picture,
+    draw_curves,
+    draw_demo,
+    metric_picture,
+    new_figure,
+    save_figure,
+    styles_of,
+)
+from gxpo_trl.reporting.page import write_report
 from gxpo_trl.reporting.runs import HELD_OUT, Point, Run, load_run
 from gxpo_trl.reporting.sections import (
     comparison_section,
@@ -32,14 +43,16 @@ from gxpo_trl.reporting.sections import (
     diagnostics_section,
     evaluation_section,
     next_section,
+    pays_section,
     sweep_section,
 )
 from gxpo_trl.reporting.sections.comparison import find_baseline
+from gxpo_trl.reporting.sections.section import Section
 from gxpo_trl.reporting.statistics import area, match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
+from gxpo_trl.reporting.step_costs import factor_needed, share_needed
 from gxpo_trl.reporting.tables import Table, interval, number
 from gxpo_trl.run_folder import ExtrapolationReport, RunDescription
 from gxpo_trl.scripts import extrapolate, report
-from gxpo_trl.scripts.watch import make_server
 
 
 LOG = [
@@ -142,7 +155,7 @@ def test_what_is_not_finite_is_missing(tmp_path):
     assert run.series("kl") == ([], []) and run.last("kl") is None
 
 
-@pytest.mark.parametrize("text, message", [(None, "holds no run"), ("{", "no whole JSON")])
+@pytest.mark.parametrize("text, message", [(None, "holds no run"), ("{", "not complete JSON")])
 def test_a_folder_without_a_run_is_named(tmp_path, text, message):
     if text:
         (tmp_path / "trainer_state.json").write_text(text)
@@ -345,7 +358,112 @@ def test_the_cost_is_split_into_what_was_logged(tmp_path):
     entry = {f"lookahead/{name}": value for name, value in times.items()}
     log = [{"step": 1, **entry, "lookahead/elapsed_time": 2.0, "num_tokens": 2e6, "lookahead/token_fraction": 0.5}]
     (table,) = cost_section([load_run(write_run(tmp_path, log))]).tables
-    assert table.rows[0][1:] == ["2.000", "1.000", "0.250", "0.500", "0.250", "2.00", "0.50", "–", "–"]
+    assert table.rows[0][1:] == ["2.000", "1.000", "0.250", "0.500", "0.250", "2.00", "0.50", "–", "–", "–"]
+
+
+# ---- When several passes pay
+
+
+def timed(updates, outside: float = 3.0, passes: int = 1, active: bool = False, saved: float = 0.4) -> list[dict]:
+    """The log of a run with known seconds: each step has its update, and 3 seconds outside of it.
+
+    The first step takes ten times as long, and the fourth has a save of a minute.
+    """
+    log, elapsed, spent = [], 0.0, 0
+    for step, update in enumerate(updates, start=1):
+        is_active = active and update > 1.0
+        spent += passes if is_active else 1
+        scale = 10 if step == 1 else 1
+        elapsed += scale * (update + outside) + (60 if step == 4 else 0)
+        entry = {"step": step, "lookahead/update_time": scale * update, "lookahead/active": float(is_active)}
+        entry |= {"lookahead/elapsed_time": elapsed, "lookahead/backward_passes": spent}
+        log.append(entry)
+    return [{"step": 0, "eval_reward": 0.2}, *log, {"step": len(updates), "eval_reward": saved}]
+
+
+def pays_row(tmp_path, *names: str) -> list[str]:
+    (table,) = pays_section(load_runs([str(tmp_path / name) for name in names])).tables
+    return table.rows[0]
+
+
+def test_what_an_update_costs_is_measured_against_grpo(tmp_path):
+    """A plain step has 3 s and an update of 1 s: s = 0.75. Active updates take 2.4 s, in 6 of 8 steps."""
+    write_run(tmp_path / "grpo", timed([1.0] * 8), GRPO)
+    write_run(tmp_path / "gxpo", timed([2.4] * 6 + [0.5] * 2, passes=3, active=True), GXPO)
+    row = pays_row(tmp_path, "grpo", "gxpo")
+    assert row[1:5] == ["0.75", "2.40", "GRPO", "75%"]
+    assert row[5:7] == [f"{0.75 + 2.4 * 0.25:.2f}", f"{0.75 + (1 + 0.75 * 1.4) * 0.25:.2f}"]
+    assert row[7:] == [f"1.00 on {HELD_OUT} (1 of 1 seeds)", "no share"]
+
+
+def test_the_share_that_a_measured_factor_needs(tmp_path):
+    """Half of the rollouts, c = 2.4: it pays where s > (2.4 - 2) / 1.4."""
+    write_run(tmp_path / "grpo", timed([1.0] * 8), GRPO)
+    write_run(tmp_path / "gxpo", timed([2.4] * 4, passes=3, active=True), GXPO)
+    row = pays_row(tmp_path, "grpo", "gxpo")
+    assert row[7:] == [f"2.00 on {HELD_OUT} (1 of 1 seeds)", f"{0.4 / 1.4:.2f}"]
+    write_run(tmp_path / "cheap", timed([1.0] * 3 + [1.01], passes=3, active=True), GXPO)
+    assert pays_row(tmp_path, "grpo", "cheap")[8] == "0.00", "c of about 1: any share"
+
+
+def test_without_grpo_of_its_size_a_run_is_measured_against_its_own_plain_steps(tmp_path):
+    log = timed([2.4] * 6 + [0.5] * 3, passes=3, active=True)
+    for entry in log[7:]:
+        entry["lookahead/shutoff_step"] = 6
+    write_run(tmp_path / "gxpo", log, GXPO)
+    write_run(tmp_path / "grpo", timed([1.0] * 8), {**GRPO, "per_device_train_batch_size": 1})
+    for names in (["gxpo"], ["grpo", "gxpo"]):
+        row = pays_row(tmp_path, *names)
+        assert row[1:4] == [f"{3 / 3.5:.2f}", "4.80", "its own steps after shut-off"]
+
+
+def test_without_plain_steps_an_update_is_estimated_by_its_passes(tmp_path):
+    """Three passes in 2.4 s: one would take 0.8 s of a step of 3.8 s."""
+    write_run(tmp_path / "gxpo", timed([2.4] * 6, passes=3, active=True), GXPO)
+    assert pays_row(tmp_path, "gxpo")[1:5] == [f"{3 / 3.8:.2f}", "3.00", "passes (an estimate)", "100%"]
+    write_run(tmp_path / "check", timed([1.2] * 8), {**GXPO, "update_rule": "check"})
+    assert pays_row(tmp_path, "check")[1:5] == [f"{3 / 4.2:.2f}", "1.00", "passes (an estimate)", "100%"]
+
+
+def test_a_run_of_grpo_says_what_two_and_three_passes_would_need(tmp_path):
+    write_run(tmp_path / "grpo", timed([1.0] * 8), GRPO)
+    (table,) = pays_section(load_runs([str(tmp_path / "grpo")])).tables
+    assert [row[5] for row in table.rows] == [f"{0.75 + 2 * 0.25:.2f}", f"{0.75 + 3 * 0.25:.2f}"]
+
+
+def test_steps_that_share_their_rollouts_are_one(tmp_path):
+    """Two steps a generation: 5 s of sampling before every other step."""
+    settings = {**GRPO, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    log = timed([1.0] * 12, outside=0.0)
+    for i, entry in enumerate(log[1:-1]):
+        entry["lookahead/elapsed_time"] += 5.0 * (i // 2 + 1)
+    write_run(tmp_path / "grpo", log, settings)
+    (table,) = pays_section(load_runs([str(tmp_path / "grpo")])).tables
+    assert table.rows[0][1] == f"{1 - 2 / 7:.2f}"
+
+
+def test_times_that_were_not_logged_are_missed(tmp_path):
+    """Without a `RunRecordCallback` there is c, and no s; plain TRL logs neither."""
+    for name, log, settings in (
+        ("grpo", timed([1.0] * 8), GRPO),
+        ("gxpo", timed([2.4] * 8, passes=3, active=True), GXPO),
+    ):
+        bare = [{k: v for k, v in entry.items() if k != "lookahead/elapsed_time"} for entry in log]
+        write_run(tmp_path / name, bare, settings)
+    section = pays_section(load_runs([str(tmp_path / "grpo"), str(tmp_path / "gxpo")]))
+    assert section.tables[0].rows[0][1:3] == ["–", "2.40"] and "RunRecordCallback" in section.notes[0]
+    write_run(tmp_path / "silent", [{"step": 1, "reward": 0.1}], GXPO)
+    section = pays_section(load_runs([str(tmp_path / "silent")]))
+    assert not section.tables and "s and c are not known" in section.notes[0]
+    write_run(tmp_path / "trl", [{"step": 5, "step_time": 2.0}], settings=None)
+    assert pays_section(load_runs([str(tmp_path / "trl")])).is_empty
+
+
+@pytest.mark.parametrize("c, f, share", [(2.1, 1.4, 0.7 / 1.1), (2.1, 2.2, 0.0), (2.1, 1.0, None), (0.8, 1.1, 0.0)])
+def test_the_share_above_which_it_pays(c, f, share):
+    assert share_needed(c, f) == (None if share is None else pytest.approx(share))
+    if share:
+        assert factor_needed(share, c) == pytest.approx(f), "there the time is GRPO's"
 
 
 # ---- Recording
@@ -416,6 +534,32 @@ def test_the_medians_are_of_the_active_phase(tmp_path):
     assert tables["active-phase"].rows == [["GXPO", "–", "–", "–", "–", "2.0000", "–", "–"]]
     assert tables["clipping"].rows == [["GXPO", "–", "–", "0.03000", "0.06000", *["–"] * 4]]
     assert "displacement" not in tables
+
+
+def test_phantom_steps_have_columns_of_their_own(tmp_path):
+    log = [{"step": 1, "lookahead/retention": 0.25, "lookahead/true_error": 0.1, "lookahead/true_error_scaled": 0.3}]
+    section = diagnostics_section([load_run(write_run(tmp_path, log), "GXPO")])
+    tables = {table.name: table for table in section.tables}
+    row = dict(zip(tables["active-phase"].columns, tables["active-phase"].rows[0], strict=True))
+    assert row["retention of the model"] == "0.2500"
+    row = dict(zip(tables["displacement"].columns, tables["displacement"].rows[0], strict=True))
+    assert (row["relative"], row["relative, the paper's scale for phantom steps"]) == ("0.1000", "0.3000")
+
+
+def test_the_multiplier_is_drawn_for_the_arms_that_have_one(tmp_path):
+    steps = [
+        {"step": i, "lookahead/step_multiplier": 2.0 ** (i - 4), "lookahead/cos_0_slow": 1 - 0.1 * i} for i in range(9)
+    ]
+    for seed in (0, 1):
+        write_run(tmp_path / f"controlled-{seed}", steps[seed:], {**GXPO, "step_control": "cosine", "seed": seed})
+    write_run(tmp_path / "plain", [{"step": 1, "lookahead/cos_0_slow": 0.5}], {**GXPO, "step_control": "none"})
+    controlled, plain = (load_runs([f"{tmp_path}/{name}"]) for name in ("*", "plain"))
+    assert "step-control" not in {picture.name for picture in diagnostics_section(plain).pictures}
+    (picture,) = (p for p in diagnostics_section(controlled).pictures if p.name == "step-control")
+    above, below = picture.figure.axes
+    assert [len(axes.lines) for axes in (above, below)] == [1, 1]  # one arm of two seeds
+    assert above.lines[0].get_ydata().tolist() == [2.0 ** (i - 4) for i in range(9)] and above.get_yscale() == "log"
+    assert b"<svg" in picture.svg
 
 
 @pytest.fixture(scope="module")
@@ -490,7 +634,7 @@ def test_the_page_of_one_run_has_its_settings_and_completions(tmp_path, runs):
 def test_a_run_that_broke_off_says_so(tmp_path):
     write_run(tmp_path, LOG[:4], GXPO, "checkpoint-3/trainer_state.json")
     (note,) = comparison_section([load_run(tmp_path, "GXPO")], None).notes[:1]
-    assert note == f"{tmp_path} has not come to its end: it is shown up to step 3."
+    assert note == f"{tmp_path} has not ended: it is shown up to step 3."
 
 
 def test_a_run_that_was_never_evaluated_says_so(tmp_path):
@@ -522,33 +666,6 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, arguments, messa
     assert not (tmp_path / "out").exists()
 
 
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(url) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def test_a_run_is_watched_while_it_grows(tmp_path):
-    server = make_server([str(tmp_path / "run")], "127.0.0.1", 0, every=7)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/"
-    try:
-        assert get(url)[0] == 503  # nothing there yet
-        write_run(tmp_path / "run", LOG[:3])
-        before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-        status, page = get(url)
-        assert status == 200 and '<meta http-equiv="refresh" content="7">' in page and "0.600" not in page
-        assert get(url + "run.json")[0] == 404
-        assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
-        write_run(tmp_path / "run", LOG)
-        assert "0.600" in get(url)[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -575,3 +692,129 @@ def test_one_recipe_on_other_numbers_of_gpus_is_one_arm(tmp_path):
         write_run(tmp_path / str(i), curve([0.1, 0.2]), settings)
     labels = [run.label for run in load_runs([f"{tmp_path}/{i}" for i in range(4)])]
     assert labels[0] == labels[1] and len(set(labels)) == 3
+
+
+# ---- Folders that are broken, and names that mean something elsewhere
+
+
+def report_or_sentence(names: list[str], out: Path) -> str | None:
+    """The sentence that a report is refused with, or `None` if there is one."""
+    try:
+        report.main([*names, "--out", str(out)])
+    except SystemExit as error:
+        assert not (out / "report.html").exists()
+        return str(error.code)
+    assert (out / "report.html").is_file()
+    return None
+
+
+def check_hostile_folder(what: str, folder: Path, good: Path) -> None:
+    """A report of it, a comparison, and a card: each is there, or refused in a sentence that names the folder."""
+    name = glob.escape(str(folder))
+    for names in ([name], [name, str(good)]):
+        if sentence := report_or_sentence(names, folder.parent / f"out-{len(names)}"):
+            assert str(folder) in sentence and "\n" not in sentence.replace(str(folder), ""), (what, sentence)
+    with contextlib.suppress(ValueError):
+        write_card(folder)
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Laid out, and not drawn: that is what takes the time."""
+
+    def lay_out(picture: Picture, *args) -> str:
+        picture.figure.set_layout_engine("none")
+        picture.figure.draw_without_rendering()
+        return ""
+
+    for name in ("save", "data_uri"):
+        monkeypatch.setattr(Picture, name, lay_out)
+
+
+def test_hostile_folders_are_reported_or_refused(tmp_path, quick_figures):
+    good = hostile_runs.write_run(tmp_path / "good")
+    for what, folder in itertools.islice(hostile_runs.hostile_folders(tmp_path, seed=1), 7, None, 211):
+        check_hostile_folder(what, folder, good)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_a_quarter_of_the_hostile_folders_is_reported_or_refused(tmp_path, quick_figures, part):
+    """All of them would take a quarter of an hour."""
+    good = hostile_runs.write_run(tmp_path / "good")
+    for what, folder in itertools.islice(hostile_runs.hostile_folders(tmp_path), 4 * part, None, 16):
+        check_hostile_folder(what, folder, good)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"run.json": '{"settings": []}'}, "run.json: `settings` is []: an object is expected."),
+        (
+            {"run.json": '{"settings": {"seed": "3"}}'},
+            'run.json: `settings`: `seed` is "3": a whole number is expected.',
+        ),
+        ({"run.json": '{"settings": {"seed": true}}'}, "`seed` is true: a whole number is expected."),
+        ({"run.json": '{"settings": {"learning_rate": "a"}}'}, '`learning_rate` is "a": a number is expected.'),
+        ({"run.json": '{"settings": {"num_iterations": 0}}'}, "`num_iterations` is 0: at least 1 is expected."),
+        ({"run.json": '{"versions": {"torch": 2}}'}, "run.json: `versions`: `torch` is 2: a text is expected."),
+        ({"run.json": "[" * 100_000}, "run.json is not complete JSON"),
+        ({"log.jsonl": '{"step": -1}\n'}, "log.jsonl, line 1: `step` is -1: a whole number from 0 on is expected."),
+        ({"log.jsonl": '{"step": 1}\n{"step": 1.5}\n'}, "log.jsonl, line 2: `step` is 1.5"),
+        ({"log.jsonl": '{"step": 1}\n{"st\n{"step": 2}\n'}, "log.jsonl, line 2 is not complete JSON"),
+        ({"log.jsonl": "[]\n[]\n"}, "log.jsonl, line 1 is not an object."),
+        ({"trainer_state.json": "{}", "log.jsonl": None}, "trainer_state.json has no `log_history`."),
+        ({"trainer_state.json": '{"log_history": [3]}', "log.jsonl": None}, "`log_history`, entry 1 is 3: an object"),
+    ],
+)
+def test_what_is_wrong_in_a_folder_is_said(tmp_path, change, message):
+    folder = hostile_runs.write_run(tmp_path / "run")
+    for name, text in change.items():
+        (folder / name).unlink() if text is None else (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_run(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_broken_result_costs_its_place_on_the_page(tmp_path):
+    folder = hostile_runs.write_run(tmp_path / "run")
+    broken = [folder / name for name in hostile_runs.FILES if name.startswith(("eval", "extrapolated", "completions"))]
+    for path in broken:
+        path.unlink()
+        os.mkfifo(path)
+    assert report_or_sentence([str(folder)], tmp_path / "out") is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert len(broken) == 3 and all(f"{path} can&#39;t be read: it is not a regular file." in page for path in broken)
+
+
+STRANGE = r"a $x^2$ $\frac{ | `b` <i>c</i> _d_ \n \\ % {e}"
+
+
+def test_labels_are_shown_as_they_are(tmp_path):
+    """In figures `$` would begin mathematics, in Markdown `|` end a cell, on the page `<` begin an element."""
+    log = curve([0.1, 0.2]) + [{"step": 10, f"eval/{STRANGE.replace('/', '')}/avg@4": 0.5}]
+    run = write_run(tmp_path / "run", log, {**GXPO, "reposition_alpha": 0.1})
+    other = write_run(tmp_path / "a=b", log, GRPO)
+    report.main([f"{STRANGE}={run}", str(other), "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert STRANGE not in page and "a $x^2$ $\\frac{ | `b` &lt;i&gt;c&lt;/i&gt; _d_" in page
+    for path in (tmp_path / "out").glob("*.md"):
+        table = [line for line in path.read_text().splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, path
+        assert "<i>" not in re.sub(r"\\<", "", "\n".join(table))
+    write_card(run)
+    assert "\\<i>" in (run / "README.md").read_text()
+    figure, axes = new_figure()
+    axes.plot([0, 1], label=STRANGE)
+    save_figure(figure, tmp_path / "x.svg")
+    assert axes.get_legend_handles_labels()[1] == [STRANGE]
+
+
+def test_names_of_figures_are_names_of_files(tmp_path):
+    names = ["../../x", "a b", "a-b", "", "\0", "x" * 400, "π"]
+    tables = [Table(name, name, ("a",), [["b"]]) for name in names]
+    run = load_run(write_run(tmp_path / "run"), "GXPO")
+    write_report([run], [Section("Tables", tables=tables)], tmp_path / "out" / "here")
+    found = {path.stem for path in (tmp_path / "out" / "here").glob("*.md")}
+    assert len(found) == len(names) and {"a-b", "a-b-2", "x", "π"} <= found
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["here"]

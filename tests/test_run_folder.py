@@ -43,3 +43,11 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         run_folder.write_whole(path, "β\ud800")
     assert path.read_text(encoding="utf-8") == "α"
+
+
+def test_numbers_beyond_what_numpy_has_as_whole_ones_are_floats():
+    """A figure takes others for objects, and fails on them."""
+    small, large, endless = run_folder.parse_json(f"[{2**53 - 1}, {10**30}, {'9' * 5000}]", "a file")
+    assert small == 2**53 - 1 and isinstance(small, int)
+    assert large == 1e30 and isinstance(large, float)
+    assert endless == float("inf")

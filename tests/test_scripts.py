@@ -63,7 +63,7 @@ def test_recipes_sample_in_groups_unless_they_say_otherwise():
         return build_trainer(parse_recipe([*recipe("grpo"), *options]))._generate_single_turn.__self__
 
     assert type(sampling()).__name__ == "GroupedSampling"
-    assert sampling("--generation_token_budget", "300").token_budget == 300
+    assert sampling("--generation_token_budget", "300").settings.generation_token_budget == 300
     assert type(sampling("--generation_backend", "transformers")) is LookaheadTrainer
     with pytest.raises(ValueError, match="Leave out `generation_token_budget`"):
         sampling("--generation_backend", "transformers", "--generation_token_budget", "300")
@@ -94,10 +94,10 @@ def test_a_key_that_is_gone_says_what_to_do(tmp_path, key):
 
 def test_a_recipe_of_the_wrong_shape_is_one_sentence(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text((RECIPES / "gxpo.yaml").read_text() + "\nlookahead_steps: 1\n")
+    path.write_text((RECIPES / "gxpo.yaml").read_text().replace("lookahead_steps: 5", "lookahead_steps: 0"))
     finished = gxpo("train", "--config", str(path))
     assert finished.returncode == 1
-    assert finished.stderr.strip().splitlines()[-1].startswith("error: `lookahead_steps` must be")
+    assert finished.stderr.strip().splitlines()[-1].startswith(f"error: {path}, line 11: `lookahead_steps` must be")
     with pytest.raises(SystemExit, match="missing.yaml"):
         cli.main(["train", "--config", str(tmp_path / "missing.yaml")])
 
@@ -127,8 +127,9 @@ def gxpo(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains_saves_and_resumes(tmp_path):
-    """The README's launch line with LoRA on top; then the same line again with more steps."""
+    """The launch line of docs/recipes.md with LoRA on top; then the same line again with more steps."""
     few = ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "steps", "--save_steps", "2"]
     lora = ["--use_peft", "--lora_r", "8", "--lora_target_modules", "all-linear", "--learning_rate", "1e-3"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
@@ -143,6 +144,7 @@ def test_accelerate_launch_trains_saves_and_resumes(tmp_path):
     assert "2605.06755" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_demo_compares_and_draws(tmp_path, capsys):
     demo.main(["--output_dir", str(tmp_path), *FEW], prog="gxpo demo")
     printed = capsys.readouterr().out

@@ -22,7 +22,7 @@ from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
     "setting, value",
     [
         ("update_rule", "gpxo"),
-        ("lookahead_steps", 1),
+        ("lookahead_steps", 0),
         ("reposition_alpha", -0.1),
         ("reposition_alpha", math.nan),
         ("reposition_alpha", math.inf),
@@ -56,10 +56,11 @@ def test_a_setting_out_of_bounds_is_named(tmp_path, setting, value):
         GXPOConfig(str(tmp_path), **{**ON_CPU, setting: value})
 
 
-def test_sfpo_takes_one_fast_step_and_gxpo_does_not(tmp_path):
+def test_one_step_is_two_passes(tmp_path):
+    """Of GXPO without a way back, whatever α."""
     assert SFPOConfig(str(tmp_path), **ON_CPU, lookahead_steps=1).lookahead_rule().passes == 2
-    with pytest.raises(ValueError, match="lookahead_steps"):
-        GXPOConfig(str(tmp_path), **ON_CPU, lookahead_steps=1)
+    rule = GXPOConfig(str(tmp_path), **ON_CPU, lookahead_steps=1).lookahead_rule()
+    assert (rule.passes, rule.alpha, rule.extrapolation) == (2, 1.0, None)
 
 
 def test_the_defaults_of_sfpo_are_those_of_its_paper(tmp_path):
@@ -106,9 +107,11 @@ def test_every_new_field_has_help_and_a_documented_default():
         assert f"{field.name} (`" in LookaheadConfig.__doc__, field.name
 
 
-def test_the_update_has_at_most_20_settings():
+def test_the_update_has_at_most_21_settings_and_step_control_3():
     ours = LookaheadConfig.__dataclass_fields__.keys() - GRPOConfig.__dataclass_fields__.keys()
-    assert len(ours - {"prompts_per_step"}) <= 20  # which is the batch's
+    of_control = {name for name in ours if name.startswith("step_control")}
+    assert len(ours - of_control - {"prompts_per_step"}) <= 21  # which is the batch's
+    assert len(of_control) <= 3
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ ALL_GATHER = "all_gather_single" if Version(torch.__version__) >= Version("2.13"
 
 DTENSOR, MESH = "torch.distributed.tensor.DTensor", "torch.distributed.device_mesh.DeviceMesh"
 BASE, FSDP2, WHOLE, DEEPSPEED = (f"engines/{name}.py" for name in ("base", "fsdp2", "whole", "deepspeed"))
-WINDOW, GENERATION, BENCHMARKS = "rollout/window.py", "sampling/grouped.py", "callbacks/benchmarks.py"
+GENERATORS, GENERATION, BENCHMARKS = "rollout/generators.py", "sampling/grouped.py", "callbacks/benchmarks.py"
+CHECKPOINTS = "trainer/checkpoints.py"
 
 NAMES = [
     # ---- Sharded parameters
@@ -27,20 +28,38 @@ NAMES = [
         *(DTENSOR, "from_local", FSDP2, "makes gradients of local shards with it"),
         "local_tensor, device_mesh, placements, * run_check, shape, stride",
     ),
+    Name(DTENSOR, "full_tensor", "trainer/vllm.py", "puts whole parameters together with it", ""),
+    Name(
+        *("torch.func", "functional_call", "trainer/vllm.py", "lends PEFT copies of the parameters with it"),
+        "module, parameter_and_buffer_dicts, args",
+    ),
     Name(DTENSOR, "to_local", FSDP2, "works on the local shards", ""),
     Name(DTENSOR, "full_tensor", WHOLE, "puts whole parameters together with it", ""),
     Name(DTENSOR, "device_mesh", FSDP2, "makes gradients lie where parameters do by it"),
     Name(DTENSOR, "placements", FSDP2, "knows by them along which dimension of the mesh a parameter is sharded"),
-    Name(MESH, "get_group", FSDP2, "adds up over the ranks along that dimension", "mesh_dim"),
-    # ---- Random numbers, and memory
-    Name("torch", "get_device_module", WINDOW, "finds the random numbers of a device with it", "device"),
+    Name(MESH, "mesh", FSDP2, "finds the ranks along that dimension by it"),
+    Name(MESH, "size", FSDP2, "knows by it how many shards there are", "mesh_dim"),
+    # ---- Distributed checkpoints
+    Name(
+        *("torch.distributed.checkpoint", "FileSystemReader", CHECKPOINTS, "reads with it where each tensor is"),
+        "path",
+    ),
+    Name("torch.distributed.checkpoint.FileSystemReader", "read_metadata", CHECKPOINTS, "reads with it where each is"),
+    Name("torch.distributed.checkpoint.metadata.Metadata", "storage_data", CHECKPOINTS, "finds the places there"),
     *(
-        Name("torch.cuda", name, WINDOW, "has replays draw what pass 1 drew by it", takes)
+        Name("torch.distributed.checkpoint.filesystem._StorageInfo", name, CHECKPOINTS, "knows a file that is cut off")
+        for name in ("relative_path", "offset", "length")
+    ),
+    # ---- Random numbers, and memory
+    Name("torch.nn.modules.dropout", "_DropoutNd", "sampling/model_traits.py", "knows dropout of any kind by it"),
+    Name("torch", "get_device_module", GENERATORS, "finds the random numbers of a device with it", "device"),
+    *(
+        Name("torch.cuda", name, GENERATORS, "has replays draw what pass 1 drew by it", takes)
         for name, takes in (("get_rng_state", "device"), ("set_rng_state", "new_state, device"))
     ),
     Name("torch.random", "fork_rng", BENCHMARKS, "leaves training's random numbers alone by it", "devices"),
     Name("torch.accelerator", "is_available", "scripts/", "knows by it that a CPU has to do", ""),
-    Name("torch.cuda", "max_memory_allocated", "trainer/update.py", "logs it"),
+    Name("torch.cuda", "max_memory_allocated", "trainer/step_log.py", "logs it"),
     # ---- Batches
     Name(
         *("torch.nn.utils.rnn", "pad_sequence", GENERATION, "pads prompts with it"),
@@ -63,8 +82,8 @@ def test_totals_are_gathered_by_the_name_that_torch_does_not_warn_of():
 def test_the_module_of_a_device_is_found_by_its_type():
     found = torch.get_device_module(torch.device("cuda", 0))
     assert found is torch.cuda and torch.get_device_module("cuda") is torch.cuda, (
-        "torch's `get_device_module` does not return `torch.cuda` for a device of CUDA's any more: rollout/window.py "
-        "asks it for the state of random numbers."
+        "torch's `get_device_module` does not return `torch.cuda` for a device of CUDA's any more: "
+        "rollout/generators.py asks it for the state of random numbers."
     )
 
 

@@ -5,7 +5,9 @@ import gc
 
 import pytest
 import torch
+from datasets import IterableDataset
 from helpers import (
+    AS_TRL,
     METHOD,
     ON_CPU,
     Recording,
@@ -13,6 +15,7 @@ from helpers import (
     assert_close_parameters,
     assert_equal_parameters,
     double_model,
+    half_without_spread,
     logged,
     make_trainer,
     parameters,
@@ -23,7 +26,7 @@ from helpers import (
 from peft import LoraConfig
 from reference import run_reference
 from transformers import AutoTokenizer
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer
 from gxpo_trl.rollout.window import MicroBatch
@@ -194,8 +197,10 @@ class PoisonedTrainer(LookaheadTrainer):
     _calls, _calls_step = 0, -1
 
 
-@pytest.mark.parametrize("rollback", [False, True])
-@pytest.mark.parametrize("poisoned_pass", [2, 3])
+@pytest.mark.parametrize(
+    "poisoned_pass, rollback",
+    [(3, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (2, True), (3, False)))],
+)
 def test_a_gradient_that_is_not_finite_makes_the_step_a_plain_one(tmp_path, poisoned_pass, rollback):
     poisoned_class = type("Poisoned", (PoisonedTrainer,), {"poisoned_pass": poisoned_pass})
     before = train(tmp_path, max_steps=1, rule={"rollback": rollback})
@@ -225,7 +230,7 @@ def second_window(tmp_path) -> list[dict]:
 
 
 def test_a_first_gradient_that_is_not_finite_moves_nothing(tmp_path):
-    before = train(tmp_path, max_steps=1)
+    before = train(tmp_path, max_steps=1, **AS_TRL)
     trainer = train(tmp_path, PoisonedTrainer, max_steps=2)
     assert logged(trainer, "lookahead/fallbacks") == [0, 1]
     assert logged(trainer, "lookahead/backward_passes") == [3, 4]
@@ -300,3 +305,182 @@ def test_it_is_a_grpo_trainer_and_takes_its_arguments_in_their_order(tmp_path):
 def test_copies_in_host_memory_change_nothing(tmp_path):
     settings = {"max_steps": 3, **METHOD}
     assert_equal_parameters(train(tmp_path, **settings), train(tmp_path, snapshot_device="cpu", **settings))
+
+
+# ---- What a subclass, or the user, puts around TRL's loss
+
+
+class WeighsAdvantages(LookaheadTrainer):
+    """Changes what the loss is given."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs = {**inputs, "advantages": inputs["advantages"] * 3.0}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class ChangesInputsInPlace(LookaheadTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs["advantages"] = inputs["advantages"] * 3.0
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class Regularized(LookaheadTrainer):
+    """Adds to the loss, and looks at the policy once more."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, ids.size(1) - 1)
+        return loss - 0.1 * logps.mean() + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+class Tempered(LookaheadTrainer):
+    """Has log-probabilities of its own, which the ratio is measured against."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return logps / 1.5, entropies, aux_loss
+
+
+class NotDivided(LookaheadTrainer):
+    """Leaves dividing by the accumulation steps to `training_step`, as transformers allows."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs, *args, **kwargs) * self.current_gradient_accumulation_steps
+
+
+class NoisyLoss(LookaheadTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs, *args, **kwargs) * torch.rand(())
+
+
+class SharperMask(LookaheadTrainer):
+    """Sees more than one row at a time."""
+
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        return super().get_high_entropy_mask(entropies, mask, threshold) * (entropies > entropies.mean())
+
+
+def with_another_loss(trainer):
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * 2.0
+
+
+def with_other_logps(trainer):
+    compute_logps = trainer._get_per_token_logps_and_entropies
+
+    def logps(*args, **kwargs):
+        found, *others = compute_logps(*args, **kwargs)
+        return found / 1.5, *others
+
+    trainer._get_per_token_logps_and_entropies = logps
+
+
+def with_a_patched_mask(trainer):
+    trainer.get_off_policy_mask = lambda **kwargs: GRPOTrainer.get_off_policy_mask(**kwargs)
+
+
+SUBCLASSES = (WeighsAdvantages, ChangesInputsInPlace, Regularized, Tempered, NotDivided, NoisyLoss, SharperMask)
+PATCHES = (with_another_loss, with_other_logps, with_a_patched_mask)
+
+
+@pytest.mark.parametrize("own", [*SUBCLASSES, *PATCHES], ids=lambda own: own.__name__)
+def test_a_loss_of_ones_own_is_replayed_as_it_is_and_not_compacted(tmp_path, caplog, own):
+    """At a learning rate of 0 all passes are at one point."""
+    trainer_class = own if own in SUBCLASSES else LookaheadTrainer
+    settings = {"learning_rate": 0.0, "max_steps": 2, "reward": half_without_spread, "off_policy_mask_threshold": 0.5}
+    settings |= {"top_entropy_quantile": 0.8} if own is SharperMask else {}
+    trainer = make_trainer(tmp_path, trainer_class, **settings)
+    if own in PATCHES:
+        own(trainer)
+    trainer.train()
+    assert logged(trainer, "lookahead/cos_0_slow") == pytest.approx([1.0] * 2, abs=1e-6)
+    assert logged(trainer, "grad_norm") == pytest.approx(logged(trainer, "lookahead/grad_norm_0"), rel=1e-6)
+    assert min(logged(trainer, "grad_norm")) > 0
+    assert logged(trainer, "lookahead/token_fraction") == []
+    said = [record.getMessage() for record in caplog.records if "not compacted" in record.getMessage()]
+    assert len(said) == 1 and "of its own" in said[0]
+
+
+def test_a_loss_of_ones_own_takes_the_step_that_it_takes_in_trls_trainer(tmp_path):
+    """What is put around the loss works in pass 1 and in replays, which here start where pass 1 did."""
+
+    class Weighing:
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            inputs = {**inputs, "advantages": inputs["advantages"] * 3.0}
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    settings = {"max_steps": 2, **METHOD}
+    inert = {"reposition_alpha": 0.0, "rule": {"rollback": True}}
+    ours = train(tmp_path, type("Ours", (Weighing, LookaheadTrainer), {}), **inert, **settings)
+    trl = train(tmp_path, type("Plain", (Weighing, GRPOTrainer), {}), GRPOConfig, **settings)
+    assert_close_parameters(parameters(ours), parameters(trl), atol=1e-6)
+
+
+def test_a_patched_loss_with_a_token_budget_is_refused_when_training_begins(tmp_path):
+    trainer = make_trainer(tmp_path, max_tokens_per_micro_batch=150)
+    with_another_loss(trainer)
+    with pytest.raises(ValueError, match="max_tokens_per_micro_batch.*loss of TRL's"):
+        trainer.train()
+
+
+# ---- Steps of unlike micro-batches
+
+
+def stream(rows: int) -> IterableDataset:
+    prompts = [{"prompt": row["prompt"]} for row in load_arithmetic(train_size=rows, test_size=1)["train"]]
+    return IterableDataset.from_generator(lambda: iter(prompts))
+
+
+UNLIKE = {
+    "spread over epochs": ({"steps_per_generation": 2, "gradient_accumulation_steps": 4}, 6),
+    "twice as long": ({"steps_per_generation": 1, "gradient_accumulation_steps": 4}, 7),
+    "iterations": ({"steps_per_generation": 2, "gradient_accumulation_steps": 3, "num_iterations": 2}, 4),
+}
+
+
+def train_on_a_stream(tmp_path, trainer_class, config_class, kind: str, **settings):
+    accumulation, rows = UNLIKE[kind]
+    settings = {"per_device_train_batch_size": 4, "max_steps": 4, "reward": half_without_spread} | settings
+    trainer = make_trainer(tmp_path, trainer_class, config_class, **accumulation, **settings)
+    trainer.train_dataset = stream(rows)
+    trainer.accelerator.dataloader_config.dispatch_batches = False  # as TRL has it of a stream
+    trainer.train()
+    return trainer
+
+
+EVERY_KIND = ["iterations", *(pytest.param(kind, marks=pytest.mark.slow) for kind in UNLIKE if kind != "iterations")]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_an_epoch_that_ends_inside_a_step_leaves_micro_batches_with_divisors_of_their_own(tmp_path, kind, loss_type):
+    steps = []
+
+    class Watching(LookaheadTrainer):
+        def training_step(self, *args, **kwargs):
+            steps.append((self.state.global_step, self.current_gradient_accumulation_steps))
+            return super().training_step(*args, **kwargs)
+
+    settings = {"learning_rate": 0.0, "loss_type": loss_type}
+    trainer = train_on_a_stream(tmp_path, Watching, GXPOConfig, kind, **settings)
+    assert any(len({divisor for step, divisor in steps if step == number}) > 1 for number in range(4))
+    active = [entry for entry in trainer.state.log_history if entry.get("lookahead/active")]
+    assert len(active) >= 3
+    for entry in active:
+        assert entry["lookahead/cos_0_slow"] == pytest.approx(1.0, abs=1e-5)
+        assert entry["grad_norm"] == pytest.approx(entry["lookahead/grad_norm_0"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+@pytest.mark.parametrize("compacts", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_on_a_stream_the_plain_rule_is_trl(tmp_path, float64, kind, compacts):
+    settings = {**METHOD, "model": double_model()}
+    ours = train_on_a_stream(
+        tmp_path, LookaheadTrainer, GXPOConfig, kind, update_rule="grpo", compact_batches=compacts, **settings
+    )
+    settings["model"] = double_model()
+    trl = train_on_a_stream(tmp_path, GRPOTrainer, GRPOConfig, kind, **settings)
+    assert_close_parameters(parameters(ours), parameters(trl), atol=1e-7)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -322,7 +323,35 @@ def test_a_rank_1_line_is_the_line_of_every_entry():
     assert np.allclose(dense(rank_1_line(triplets, 3)).numpy(), 3 * slope, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["linear", "rl-extra", "alpharl"])
+def relex_by_hand(deltas: np.ndarray, ahead: int) -> np.ndarray:
+    """W - W_0 that RELEX predicts of one matrix from (T, m, n), by a full SVD of the table of all entries."""
+    table = deltas.reshape(len(deltas), -1).astype(np.float64)
+    u, sigma, vt = np.linalg.svd(table, full_matrices=False)
+    slope, intercept = np.polyfit(np.arange(len(table)), u[:, 0] * sigma[0], 1)
+    return ((slope * (len(table) - 1 + ahead) + intercept) * vt[0]).reshape(deltas.shape[1:])
+
+
+@pytest.mark.parametrize("kind", ["adapter", "adapter that goes on", "full"])
+def test_relex_is_its_definition(tmp_path, kind):
+    """Of whole matrices, from the start of the run: also where the adapter that was trained on was not zero there."""
+    if kind == "full":
+        trajectory = load_trajectory(save_full_run(tmp_path, rank=2), base_model=str(TINY_MODEL_PATH))
+    else:
+        motion, first = (drifting, 10) if kind == "adapter" else (at_random, 0)
+        trajectory = load_trajectory(save_run(tmp_path, motion, steps=range(first, 80, 10)))
+        assert (trajectory.start is None) == (kind == "adapter")
+    ahead, count = 2, len(trajectory)
+    found = extrapolate(trajectory, "relex", ahead * trajectory.spacing)
+    for i, d in enumerate(found.deltas):
+        of_start = [dense(trajectory.difference(d.names, t, None)).numpy() for t in range(count)]
+        moved = dense(found.predict(i, slice(None))).numpy()
+        for n in range(len(d.names)):
+            deltas = np.stack([delta[n] for delta in of_start])
+            expected = relex_by_hand(deltas, ahead) - deltas[-1]
+            assert np.allclose(moved[n], expected, atol=1e-5 * np.abs(deltas).max()), d.names[n]
+
+
+@pytest.mark.parametrize("method", ["linear", "rl-extra", "alpharl", "relex"])
 def test_straight_motion_is_extrapolated_exactly(tmp_path, method):
     """B grows in proportion to the step, in one direction: each matrix is on a line, and of rank 1."""
 
@@ -358,7 +387,7 @@ def test_it_learns_a_motion_that_is_not_straight(tmp_path):
     trajectory = load_trajectory(save_run(tmp_path, saturating, steps=range(10, 160, 10)))
     errors = extrapolate(trajectory, "next", 30).report["held_out"]["errors"]
     assert errors["next"]["error"] < 0.35
-    for name in ("zero", "repeat_local", "linear", "rl-extra", "alpharl"):
+    for name in ("zero", "repeat_local", "linear", "rl-extra", "alpharl", "relex"):
         assert errors[name]["error"] > 2 * errors["next"]["error"]
 
 
@@ -435,18 +464,19 @@ def test_the_held_out_steps_are_predicted_by_what_was_known_before(tmp_path):
         found = extrapolate(trajectory, "next", 20, QUICK)
         assert found.report["held_out"]["from_step"] == 50 and not found.report["held_out_was_seen_in_part"]
         errors.append(found.report["held_out"]["errors"])
-    assert all(errors[1][name]["error"] > 0.9 for name in ("next", "linear", "rl-extra", "alpharl"))
+    assert all(errors[1][name]["error"] > 0.9 for name in ("next", "linear", "rl-extra", "alpharl", "relex"))
     assert errors[0]["linear"]["error"] < 0.5
 
 
 def test_a_short_trajectory_says_that_the_held_out_steps_were_seen_in_part(tmp_path, capsys):
     run = save_run(tmp_path, drifting, steps=range(10, 50, 10))
     main([str(run), "--steps-ahead", "20", "--epochs", "3"])
-    assert "`next` had seen a part" in capsys.readouterr().out
+    assert "`next` was trained on a part" in capsys.readouterr().out
     report = json.loads((run / "extrapolated" / "next" / "alpha-1" / "extrapolation.json").read_text())
     assert report["held_out_was_seen_in_part"] is True
 
 
+@pytest.mark.slow
 def test_seeds_and_ablations(tmp_path):
     trajectory = load_trajectory(save_run(tmp_path, drifting))
     plain = predicted(trajectory)
@@ -484,6 +514,13 @@ def test_what_is_held_out_chooses_the_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr("gxpo_trl.trajectory.predictor.PATIENCE", 1)
     impatient = predictor.fit(range(3), held_out=4)
     assert impatient != taken and all(impatient[name] <= epoch for name, epoch in taken.items())
+
+
+def test_the_command_shows_how_far_the_predictor_is(tmp_path, capsys):
+    """Twice, without and with what was held out; an epoch that training stops before counts as done."""
+    write(save_run(tmp_path, drifting))
+    ends = [line.split("\r")[-1] for line in capsys.readouterr().err.split("\n") if "predictor" in line]
+    assert len(ends) == 2 and all(re.match(r"predictor: 100%.* (\d+)/\1 ", end) for end in ends)
 
 
 def test_what_is_predicted_from_has_learnt_from_all_transitions(tmp_path, monkeypatch):
@@ -541,7 +578,13 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name in ("patterns", "modules_to_save") else [pytest.mark.slow])
+        for name, config in CONFIGS.items()
+    ],
+)
 def test_the_adapter_is_what_was_predicted(tmp_path, config):
     """Loaded by plain PEFT, it adds α·ΔW to the last checkpoint and nothing else."""
     run = save_run(tmp_path, drifting, config)
@@ -567,7 +610,7 @@ def test_adapter_and_merged_model_agree(tmp_path):
     assert torch.allclose(logits(adapter), logits(merged), atol=2e-2)  # the tiny model is kept in fp16
 
 
-@pytest.mark.parametrize("method", ["next", "alpharl", "rl-extra", "linear"])
+@pytest.mark.parametrize("method", ["next", "relex", "alpharl", "rl-extra", "linear"])
 def test_alpha_0_is_the_last_checkpoint(tmp_path, method):
     run = save_run(tmp_path, drifting)
     write(run, "--method", method, "--alpha", "0,1")
@@ -595,7 +638,7 @@ def test_full_fine_tuning_is_written_whole(tmp_path):
 def test_what_is_no_map_is_left_alone_and_said_so(tmp_path, capsys):
     run = save_run(tmp_path, drifting, lora(target_modules=[*MODULES, "embed_tokens"], modules_to_save=["norm"]))
     folder = write(run) / "alpha-1"
-    assert "Left as they are, not being low-rank maps: 8 tensors" in capsys.readouterr().out
+    assert "Left unchanged, not being low-rank maps: 8 tensors" in capsys.readouterr().out
     before, after = load_file(run / "checkpoint-70" / ADAPTER_WEIGHTS), load_file(folder / ADAPTER_WEIGHTS)
     left_alone = json.loads((folder / "extrapolation.json").read_text())["left_alone"]
     parts = ("lora_embedding_A", "lora_embedding_B", "embed_tokens.base_layer", "norm.weight")
@@ -627,7 +670,8 @@ def test_report_card_and_figure_of_each_alpha(tmp_path, capsys):
         assert report["held_out"]["errors"]["zero"]["error"] == pytest.approx(1.0)
         assert report["seconds"]["all"] > 0 and len(report["energy_ratio"]["mean"]) == 7
         card = (result / "README.md").read_text()
-        assert f"α = {alpha:g}" in card and "![" in card and "base_model:" in card
+        assert f"α = {alpha:g}" in card and "![" in card
+        assert "base_model:" not in card  # it is a folder of this machine
         assert (result / "trajectory.png").stat().st_size > 10_000
         assert (result / "tokenizer_config.json").is_file()
     assert not list(folder.glob("*.partial"))
@@ -637,7 +681,7 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     run = save_run(tmp_path, drifting)
     folder = write(run)
     before = (folder / "alpha-1" / ADAPTER_WEIGHTS).read_bytes()
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists already"):
         write(run, "--alpha", "2,1", "--seed", "1")
     assert not (folder / "alpha-2").exists() and (folder / "alpha-1" / ADAPTER_WEIGHTS).read_bytes() == before
 
@@ -651,14 +695,14 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     "arguments, message",
     [
         ([], "Set `run`"),
-        (["RUN", "--method", "magic"], "`method` must be one of next, alpharl"),
+        (["RUN", "--method", "magic"], "`method` must be one of next, relex, alpharl"),
         (["RUN", "--alpha", "-1"], "`alpha` must be finite"),
         (["RUN", "--alpha", "1,x"], "`alpha` must be finite"),
         (["RUN", "--steps-ahead", "0"], "`steps_ahead` must be at least 1"),
         (["RUN", "--epochs", "0"], "`epochs`"),
         (["RUN", "--learning_rate", "0"], "`learning_rate`"),
-        (["RUN", "--without_global", "true", "--without_local", "true"], "nothing to see"),
-        (["RUN", "--method", "linear", "--without_local", "true"], "`method: next` alone"),
+        (["RUN", "--without_global", "true", "--without_local", "true"], "no input"),
+        (["RUN", "--method", "linear", "--without_local", "true"], "only apply to `method: next`"),
         (["RUN", "--last_step", "5"], "Raise `last_step`"),
         (["RUN", "--step-ahead", "20"], "Unknown key `step-ahead`"),
     ],

@@ -47,8 +47,9 @@ FROM_5_23 = pytest.mark.skipif(
 TRAINER, ARGUMENTS, STATE = "transformers.Trainer", "transformers.TrainingArguments", "transformers.TrainerState"
 CALLBACK, MIXIN = "transformers.TrainerCallback", "transformers.generation.GenerationMixin"
 CONFIG, CACHES = "transformers.GenerationConfig", "transformers.cache_utils"
-UPDATE, GROUPED, CONFIGURATION = (f"trainer/{name}.py" for name in ("update", "grouped", "config"))
+UPDATE, REPLAYS, GROUPED, CONFIGURATION = (f"trainer/{name}.py" for name in ("update", "replays", "grouped", "config"))
 BENCHMARKS, HUB, TRACKERS, RECORDS = (f"callbacks/{name}.py" for name in ("benchmarks", "hub", "trackers", "records"))
+ITSELF, CHECKPOINTS = "trainer/trainer.py", "trainer/checkpoints.py"
 GENERATION, TRAITS, SUPPORT = "sampling/grouped.py", "sampling/model_traits.py", "engines/support.py"
 SHIM, CARD, SCRIPTS, WRITING = "tests/cpu_engines.py", "reporting/card.py", "scripts/", "trajectory/writing.py"
 
@@ -56,7 +57,9 @@ NAMES = [
     # ---- The trainer
     Name(TRAINER, "accelerator", UPDATE, "makes the engine with it"),
     Name(TRAINER, "args", UPDATE, "reads the settings there"),
-    Name(TRAINER, "model", UPDATE, "knows by its mode whether a forward pass is in training"),
+    Name(TRAINER, "model", UPDATE, "looks for random generators in it"),
+    Name(TRAINER, "current_gradient_accumulation_steps", UPDATE, "gives replays the divisor of pass 1 by it"),
+    Name(TRAINER, "add_callback", "trainer/trainer.py", "learns by a callback where the loop is", "callback"),
     Name(TRAINER, "model_wrapped", GROUPED, "unwraps it to sample"),
     Name(TRAINER, "optimizer", UPDATE, "makes the engine for it"),
     Name(TRAINER, "state", UPDATE, "names steps by it"),
@@ -67,7 +70,7 @@ NAMES = [
     Name(TRAINER, "callback_handler", TRACKERS, "looks for TensorBoard's callback there"),
     Name("transformers.trainer_callback.CallbackHandler", "callbacks", TRACKERS, "puts itself first there"),
     Name(TRAINER, "remove_callback", SCRIPTS, "quietens a rehearsal with it", "callback"),
-    Name(TRAINER, "compute_loss_context_manager", UPDATE, "computes the losses of replays in it", ""),
+    Name(TRAINER, "compute_loss_context_manager", REPLAYS, "computes the losses of replays in it", ""),
     Name(TRAINER, "log", BENCHMARKS, "logs benchmarks past TRL's own", "logs"),
     Name(TRAINER, "evaluate", RECORDS, "takes the time of it off the clock"),
     Name(TRAINER, "is_world_process_zero", HUB, "writes the card once", ""),
@@ -104,6 +107,10 @@ NAMES = [
     Name(STATE, "is_world_process_zero", RECORDS, "writes on one process"),
     Name("transformers.TrainerControl", "should_log", BENCHMARKS, "keeps the step's own log from being dropped"),
     Name(CALLBACK, "on_train_begin", BENCHMARKS, "scores the start", "args, state, control"),
+    *(
+        Name(CALLBACK, event, UPDATE, "knows by it where the training loop is", "args, state, control")
+        for event in ("on_step_begin", "on_optimizer_step")
+    ),
     Name(CALLBACK, "on_step_begin", TRACKERS, "knows by it that all trackers have begun", "args, state, control"),
     Name(CALLBACK, "on_step_end", BENCHMARKS, "scores every so many steps", "args, state, control"),
     Name(CALLBACK, "on_train_end", RECORDS, "stops the clock", "args, state, control"),
@@ -113,8 +120,23 @@ NAMES = [
     Name("transformers", "ProgressCallback", SCRIPTS, "takes it out of a rehearsal"),
     Name("transformers.trainer", "TRAINER_STATE_NAME", TRACKERS, "knows a checkpoint by that file"),
     Name("transformers.trainer", "TRAINER_STATE_NAME", SCRIPTS, "knows by that file that a run is over"),
-    Name("transformers.trainer_utils", "get_last_checkpoint", SCRIPTS, "goes on from there", "folder"),
-    Name("transformers.hf_argparser", "string_to_bool", SCRIPTS, "reads `--dry-run` by it", "v"),
+    Name("transformers.hf_argparser", "string_to_bool", "values.py", "reads true and false by it", "v"),
+    Name(TRAINER, "_get_output_dir", ITSELF, "finds the folder of a checkpoint by it", "trial"),
+    Name(ARGUMENTS, "save_total_limit", ITSELF, "has older checkpoints go when every process has saved"),
+    Name(ARGUMENTS, "save_only_model", CHECKPOINTS, "knows by it what a checkpoint is to hold"),
+    Name(ARGUMENTS, "output_dir", ITSELF, "looks for checkpoints there"),
+    Name(ARGUMENTS, "resume_from_checkpoint", SCRIPTS, "says there where a run begins"),
+    Name(ARGUMENTS, "learning_rate", SCRIPTS, "compares it with the checkpoint's"),
+    Name(ARGUMENTS, "lr_scheduler_type", SCRIPTS, "knows by it whether the length of a run matters"),
+    Name(STATE, "best_model_checkpoint", ITSELF, "keeps that one"),
+    Name(STATE, "max_steps", ITSELF, "knows by it that a run is over"),
+    Name("transformers.TrainerControl", "should_training_stop", ITSELF, "takes no step beyond the last"),
+    Name("transformers.trainer", "TRAINING_ARGS_NAME", CHECKPOINTS, "knows by that file who saved a checkpoint"),
+    Name("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR", ITSELF, "finds the folder of a checkpoint by it"),
+    Name(
+        *("transformers.trainer_utils", "rotate_checkpoints", ITSELF, "has older checkpoints go"),
+        "output_dir, save_total_limit, best_model_checkpoint, * use_mtime",
+    ),
     Name("transformers.utils.hub.PushInProgress", "jobs", HUB, "finds pushes that failed there"),
     # ---- Generation
     Name(
@@ -139,6 +161,10 @@ NAMES = [
     Name("transformers.generation", "MaxLengthCriteria", GENERATION, "leaves this criterion out"),
     Name("transformers.generation.GenerateDecoderOnlyOutput", "sequences", GENERATION, "returns completions there"),
     Name("transformers", "StopStringCriteria", GROUPED, "looks for stop strings with it", "tokenizer, stop_strings"),
+    Name(
+        *("transformers.PreTrainedModel", "_hf_peft_config_loaded", "callbacks/adapters.py"),
+        "knows by it that transformers saves an adapter which it has added",
+    ),
     Name("transformers.PreTrainedModel", "is_remote_code", TRAITS, "refuses code that it does not know by it", ""),
     Name("transformers.PreTrainedModel", "generation_config", GENERATION, "takes defaults from there"),
     Name("transformers.PreTrainedConfig", "get_text_config", TRAITS, "refuses multimodal models by it", "* decoder"),
@@ -160,7 +186,6 @@ NAMES = [
     ),
     Name("huggingface_hub.RepoUrl", "repo_id", SCRIPTS, "names the repository in full by it"),
     Name("huggingface_hub.errors", "HfHubHTTPError", HUB, "goes on training when it is raised"),
-    Name("huggingface_hub.ModelCard", "load", CARD, "completes TRL's card"),
     Name("huggingface_hub.ModelCard", "text", CARD, "appends sections to it"),
     Name("huggingface_hub.ModelCard", "data", CARD, "adds results to it"),
     Name("huggingface_hub.ModelCard", "save", WRITING, "writes a card with it", "filepath"),
@@ -188,8 +213,14 @@ def test_the_names_that_we_touch_are_there(touched):
 # ---- The trainer
 
 OVERRIDDEN = {
-    "_save_optimizer_and_scheduler": ["output_dir"],
-    "_load_optimizer_and_scheduler": ["checkpoint"],
+    "save_model": ["output_dir", "_internal_call"],
+    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "_run_epoch": [
+        *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+        "steps_trained_in_current_epoch",
+    ],
+    "_save_checkpoint": ["model", "trial"],
 }
 """The methods of `Trainer` that ours overrides, with the arguments that they are called with."""
 

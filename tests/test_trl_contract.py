@@ -14,12 +14,13 @@ from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
 
 from gxpo_trl.rollout.compaction import KNOWN
-from gxpo_trl.trainer.layout import RATIO_MEANS
-from gxpo_trl.trainer.update import MOVED_BY_LOSS
+from gxpo_trl.trainer.layout import LOSS, RATIO_MEANS
+from gxpo_trl.trainer.replays import MOVED_BY_LOSS
 
 
 BOTH = [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)]
-UPDATE, LAYOUT, GROUPED, RULES = (f"trainer/{name}.py" for name in ("update", "layout", "grouped", "rules"))
+UPDATE, REPLAYS, LOG = (f"trainer/{name}.py" for name in ("update", "replays", "step_log"))
+LAYOUT, GROUPED, RULES = (f"trainer/{name}.py" for name in ("layout", "grouped", "rules"))
 BENCHMARKS, RECORDS, SCRIPTS = "callbacks/benchmarks.py", "callbacks/records.py", "scripts/"
 
 NAMES = [
@@ -47,7 +48,9 @@ NAMES = [
         for touched in (
             ("_buffered_inputs", LAYOUT, "lays the micro-batches there out anew"),
             ("_step", LAYOUT, "knows by it which micro-batch is under way"),
-            ("_metrics", UPDATE, "logs through it"),
+            *((name, LAYOUT, "knows by it whether the loss is TRL's own") for name in LOSS if name != "_compute_loss"),
+            ("loss_is_scaled_for_ga", REPLAYS, "divides losses by the accumulation steps where it is false"),
+            ("_metrics", LOG, "logs through it"),
             ("_compute_loss", LAYOUT, "knows by it whether the loss is TRL's own", "model, inputs"),
             ("aux_loss_enabled", LAYOUT, "knows by it that the loss sees padding"),
             ("loss_type", LAYOUT, "knows by it whether the loss is additive"),
@@ -59,9 +62,11 @@ NAMES = [
             ("tools", GROUPED, "leaves sampling to TRL by it"),
             ("rollout_func", BENCHMARKS, "refuses it"),
             ("tools", BENCHMARKS, "refuses them"),
-            ("entropy_coef", UPDATE, "restores it after replays"),
-            ("_last_world_entropy", UPDATE, "restores it after replays"),
-            ("_entropy_window_stats", UPDATE, "restores it after replays"),
+            ("reward_funcs", BENCHMARKS, "scores data of the user's own with them"),
+            ("reward_weights", BENCHMARKS, "weighs them so"),
+            ("entropy_coef", REPLAYS, "restores it after replays"),
+            ("_last_world_entropy", REPLAYS, "restores it after replays"),
+            ("_entropy_window_stats", REPLAYS, "restores it after replays"),
             ("_tag_names", RULES, "tags cards as TRL does, and trainer/trainer.py has them tagged by it"),
             ("_name", RULES, "names the method as TRL does, and trainer/trainer.py has cards name it by that"),
             ("_paper", RULES, "cites the paper that TRL does, and trainer/trainer.py has cards cite it by that"),
@@ -81,6 +86,9 @@ NAMES = [
     Name("trl.extras.profiling", "profiling_context", GROUPED, "is profiled as TRL is", "trainer, name"),
     Name("trl.GRPOConfig", "ds3_gather_for_generation", GROUPED, "gathers parameters by it"),
     Name("trl.GRPOConfig", "steps_per_generation", LAYOUT, "knows by it how long a buffer is"),
+    Name(
+        "trl.GRPOConfig", "use_adaptive_entropy", "trainer/checkpoints.py", "knows by it that TRL saves its own state"
+    ),
     Name("trl.GRPOConfig", "num_generations", "trainer/config.py", "computes accumulation from it"),
     Name("trl.GRPOConfig", "max_completion_length", SCRIPTS, "says by it how long completions may get"),
     Name(
@@ -130,7 +138,6 @@ OVERRIDDEN = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "_prepare_inputs": ["generation_batch"],
-    "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep", ...],
 }
 """The methods of TRL's trainer that ours overrides, with the arguments that they are called with."""
 
@@ -360,7 +367,8 @@ def test_the_loss_measures_its_ratio_against_old_per_token_logps(trained):
 def test_compute_loss_returns_a_loss_that_is_divided_for_accumulation():
     assert GRPOTrainer.loss_is_scaled_for_ga is True, (
         "TRL's GRPOTrainer leaves dividing the loss by the accumulation steps to `training_step` now, as its "
-        "`loss_is_scaled_for_ga` says: `_replay` in trainer/update.py goes backward with what `compute_loss` returns."
+        "`loss_is_scaled_for_ga` says: `Replays.run` in trainer/replays.py goes backward with what `compute_loss` "
+        "returns."
     )
 
 
@@ -396,7 +404,7 @@ def test_metrics_are_lists_by_name_that_log_averages_and_clears(tmp_path):
     trainer.train()
     assert logged(trainer, "lookahead/probe") == [2.0] and not trainer._metrics["train"], (
         "TRL's `log` does not average the lists in `_metrics['train']` and clear them any more: "
-        "trainer/update.py logs through them."
+        "trainer/step_log.py logs through them."
     )
 
 
@@ -412,7 +420,7 @@ def test_what_a_pass_measures_goes_by_these_names(tmp_path, settings, names):
     trainer.train()
     gone = [name for name in names if len(logged(trainer, name)) != 1]
     assert not gone, (
-        f"TRL does not log {', '.join(gone)} any more: SLOW_METRICS in trainer/update.py and RATIO_MEANS "
+        f"TRL does not log {', '.join(gone)} any more: SLOW_METRICS in trainer/step_log.py and RATIO_MEANS "
         "in trainer/layout.py name it."
     )
 
@@ -431,12 +439,12 @@ def test_the_entropy_controller_is_these_three_attributes(tmp_path):
     moved = {name for name, value in before.items() if getattr(trainer, name) is not value}
     assert moved <= set(moving) <= before.keys(), (
         f"TRL's entropy controller moves {', '.join(sorted(moved))} now: `MOVED_BY_LOSS` in "
-        "trainer/update.py names what replays must not move."
+        "trainer/replays.py names what replays must not move."
     )
     found = [getattr(trainer, name) for name in moving]
     assert found[0] == pytest.approx(0.02) and found[1] > 0 and found[2] is None, (
         "TRL's entropy controller does not take a step of `entropy_coef_delta` after an optimizer step any more: "
-        "trainer/update.py restores it after replays."
+        "trainer/replays.py restores it after replays."
     )
 
 

@@ -17,6 +17,7 @@ from gxpo_trl.evaluation.settings import EvaluationArguments
 
 BOTH = (GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)
 SAMPLING, BENCHMARKS = "evaluation/sampling.py", "callbacks/benchmarks.py"
+WEIGHTS = "trainer/vllm.py"
 OF_TRL = "trl.generation.vllm_generation.VLLMGeneration"
 
 NAMES_OF_TRL = [
@@ -31,19 +32,42 @@ NAMES_OF_TRL = [
         *("trl.GRPOTrainer", "vllm_importance_sampling_correction", "trainer/layout.py"),
         "knows by it that VESPO's loss sees padding",
     ),
+    Name("trl.GRPOTrainer", "vllm_generation", "trainer/trainer.py", "has adapters merged out of place there"),
+    Name("trl.GRPOTrainer", "use_vllm", "trainer/trainer.py", "knows by it whether vLLM samples"),
+    Name(OF_TRL, "_iter_named_params", WEIGHTS, "sends weights of its own in the place of these", ""),
+    Name(OF_TRL, "_fix_param_name_to_vllm", WEIGHTS, "names weights with it as vLLM does", "name, extra_prefixes"),
+    Name(OF_TRL, "_dist", WEIGHTS, "gathers parameters with it"),
+    Name(OF_TRL, "model", WEIGHTS, "finds the model there"),
+    Name(OF_TRL, "accelerator", WEIGHTS, "knows by it on which device parameters are put together"),
+    Name(OF_TRL, "mode", WEIGHTS, "knows by it whether the engine is in this process"),
+    Name(OF_TRL, "llm", WEIGHTS, "asks the engine for the dtype of its weights"),
+    Name("trl.distributed.DistributedBackend", "gather_params", WEIGHTS, "has ZeRO-3's shards put together", "params"),
+    Name("trl.distributed.DistributedBackend", "fsdp_version", WEIGHTS, "leaves FSDP1 to TRL by it"),
     Name("trl.GRPOConfig", "vllm_mode", "scripts/", "says by it where vLLM's memory is taken"),
     Name("trl.GRPOConfig", "vllm_gpu_memory_utilization", "scripts/", "says how much memory vLLM takes"),
 ]
 
 NAMES_OF_VLLM = [
-    Name("vllm.LLM", "llm_engine", "scripts/", "finds the engine there"),
-    Name("vllm.v1.engine.llm_engine.LLMEngine", "engine_core", "scripts/", "finds there what holds the memory"),
-    Name("vllm.v1.engine.core_client.EngineCoreClient", "shutdown", "scripts/", "gives the memory back with it"),
-    Name("vllm", "LLM", SAMPLING, "loads a checkpoint with it"),
+    Name("vllm.LLM", "llm_engine", WEIGHTS, "finds the engine there"),
+    Name("vllm.v1.engine.llm_engine.LLMEngine", "model_config", WEIGHTS, "asks it for the dtype of vLLM's weights"),
+    Name("vllm.config.ModelConfig", "dtype", WEIGHTS, "rounds to it as vLLM does"),
+    Name("vllm.LLM", "llm_engine", SAMPLING, "finds the engine there"),
+    Name("vllm.v1.engine.llm_engine.LLMEngine", "engine_core", SAMPLING, "finds there what holds the memory"),
+    Name("vllm.v1.engine.core_client.EngineCoreClient", "shutdown", SAMPLING, "gives the memory back with it"),
+    Name(
+        *("vllm.v1.engine.llm_engine.LLMEngine", "model_executor", SAMPLING),
+        "finds there what holds the memory of an engine in this process",
+    ),
+    Name("vllm.v1.executor.abstract.Executor", "shutdown", SAMPLING, "gives the memory back with it", ""),
+    Name(
+        *("vllm", "LLM", SAMPLING, "loads a checkpoint with it"),
+        "model, * dtype, gpu_memory_utilization",
+    ),
+    Name("vllm.engine.arg_utils.EngineArgs", "max_model_len", SAMPLING, "has vLLM make room for so many tokens"),
     Name("vllm.LLM", "generate", SAMPLING, "samples with it", "prompts, sampling_params, * use_tqdm"),
     Name(
         *("vllm", "SamplingParams", SAMPLING, "asks for samples with it"),
-        "* n, temperature, top_p, top_k, max_tokens, seed",
+        "* temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, seed",
     ),
     Name("vllm", "TokensPrompt", SAMPLING, "gives prompts as tokens with it"),
     Name("vllm.outputs.RequestOutput", "outputs", SAMPLING, "reads the samples of a prompt there"),
@@ -64,6 +88,7 @@ def test_the_names_that_we_touch_of_trl_are_there(touched):
     check(touched)
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("touched", NAMES_OF_VLLM, ids=str)
 def test_the_names_that_we_touch_of_vllm_are_there(touched):
     pytest.importorskip("vllm", reason="vLLM, an extra, is not installed")
@@ -73,7 +98,7 @@ def test_the_names_that_we_touch_of_vllm_are_there(touched):
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_the_import_fails_as_we_expect():
     with pytest.raises(ValueError, match="needs vLLM"):
-        vllm_sampler("model", EvaluationArguments(backend="vllm", samples=1, temperature=0.0))
+        vllm_sampler("model", EvaluationArguments(backend="vllm", samples=1, temperature=0.0), 10).__enter__()
 
 
 class SpyingGeneration:

@@ -1,4 +1,4 @@
-"""What goes to the Hub: the card of the run, its state, and that a push which fails costs nothing but the push."""
+"""Pushes to the Hub: the run's card and state. A push that fails does not end the training."""
 
 import contextlib
 import traceback
@@ -20,15 +20,15 @@ from .wrapping import wrap_method
 logger = get_logger(__name__)
 
 PUSH_ERRORS = (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError)
-"""Of a Hub that can't be reached, or that refuses; an upload of weights says it with a `RuntimeError`."""
+"""Errors of a Hub that can't be reached or that refuses. An upload of weights raises a `RuntimeError`."""
 
 
 @contextlib.contextmanager
 def explain_hub_errors(args: TrainingArguments) -> Iterator[None]:
-    """Around the making of a trainer, which makes the repository that `push_to_hub` needs. Other errors pass.
+    """Context for creating a trainer, which creates the repository that `push_to_hub` needs. Other errors pass.
 
     Raises:
-        ValueError: If the Hub can't be reached, or refuses; said before anything is trained.
+        ValueError: If the Hub can't be reached or refuses, before anything is trained.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def explain_hub_errors(args: TrainingArguments) -> Iterator[None]:
 
 
 class HubCallback(TrainerCallback):
-    """Completes the model card, and goes on training where a push fails. transformers has no event for either.
+    """Completes the model card, and continues training if a push fails. transformers has no event for either.
 
     Args:
         trainer ([`~transformers.Trainer`]): Any trainer.
@@ -73,7 +73,7 @@ class HubCallback(TrainerCallback):
         self._report_failed_pushes()
 
     def _report_failed_pushes(self) -> None:
-        """A push in the background keeps its error to itself."""
+        """A push in the background does not raise its error."""
         push = getattr(self.trainer, "push_in_progress", None)
         jobs: list[Future[Any]] = [] if push is None else push.jobs
         for job in jobs:
@@ -85,6 +85,6 @@ class HubCallback(TrainerCallback):
     def _say_that_a_push_failed(self, error: BaseException) -> None:
         folder = self.trainer.args.output_dir
         logger.warning(
-            f"The push at step {self.trainer.state.global_step} or before it failed: {error} Training goes on, and "
+            f"The push at step {self.trainer.state.global_step} or before it failed: {error} Training continues, and "
             f"the model is in {folder}: `gxpo push {folder}` sends it later."
         )

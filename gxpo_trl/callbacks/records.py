@@ -1,4 +1,4 @@
-"""What a run is, what it has spent, and its log as it goes: `run.json` and `log.jsonl` in its folder, for reports."""
+"""Writes a description of the run and its log, with what it has spent: `run.json` and `log.jsonl`, for reports."""
 
 import contextlib
 import dataclasses
@@ -13,38 +13,40 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
+from peft import PeftConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
+from ..plain_values import make_history_plain
 from ..run_folder import ELAPSED_TIME, LOG_NAME, RUN_NAME, write_whole
 from ..version import __version__
+from .adapters import saves_adapter, trained_adapters
 from .wrapping import wrap_method
 
 
 logger = get_logger(__name__)
 
 SPENT_NAME = "gxpo_trl.run_record"
-"""Under which a checkpoint's trainer_state.json keeps what was spent."""
+"""The key in a checkpoint's trainer_state.json for what was spent."""
 DERIVED = ("do_eval", "activation_checkpointing", "generation_batch_size", "pad_to_multiple_of", "hub_token")
-"""Settings that are made from others, or nobody's business."""
+"""Settings that are computed from others, or that are private."""
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets")
 TIMED = {"_generate": "generation_time", "_calculate_rewards": "reward_time"}
-"""What the log calls the time that a method of TRL's trainers takes."""
+"""The log's names for the time that a method of TRL's trainers takes."""
 
 
 class RunRecordCallback(TrainerCallback):
-    """Writes what a run is when it begins, and each entry of its log when it is made. Counts what the run spends.
+    """Describes a run when it begins, writes each entry of its log at once, and counts what the run spends.
 
-    What was spent goes on after a resumption. It is kept beside the state of transformers' stateful callbacks and not
-    as one of them: those are made anew without their trainer (`restore_callback_states_from_checkpoint`), and a
-    checkpoint that knows nothing of them can't be gone on with.
+    The count continues in a resumed run. It is kept next to the state of transformers' stateful callbacks and not as
+    one of them: those are created again without their trainer (`restore_callback_states_from_checkpoint`), and a run
+    can't be resumed from a checkpoint without them.
 
     Args:
         trainer ([`~transformers.Trainer`]): Any trainer.
-        settings (`dict[str, Any]`, *optional*): Those of the run that are not in `trainer.args`, by name.
+        settings (`dict[str, Any]`, *optional*): Settings of the run that are not in `trainer.args`, by name.
 
     Attributes:
         rollouts (`int`): Completions sampled for training, over all ranks.
@@ -56,9 +58,10 @@ class RunRecordCallback(TrainerCallback):
         self.rollouts = 0
         self._seconds = 0.0  # until the clock was started
         self._clock_started: float | None = None
+        self._written = 0  # entries of the log
         self._samples = wrap_method(trainer, "_generate_and_score_completions", self._count_rollouts)
         timed = [name for name in TIMED if wrap_method(trainer, name, functools.partial(self._time, TIMED[name]))]
-        self._times = {TIMED[name]: 0.0 for name in timed}  # of this rank, in the optimizer step under way
+        self._times = {TIMED[name]: 0.0 for name in timed}  # of this rank, in the current optimizer step
         wrap_method(trainer, "evaluate", self._evaluate)
 
     # ---- What was spent
@@ -68,7 +71,7 @@ class RunRecordCallback(TrainerCallback):
         return self._seconds + (0.0 if self._clock_started is None else time.perf_counter() - self._clock_started)
 
     def spent(self) -> dict[str, float]:
-        """What the run has spent so far; without `rollouts` where the trainer samples none."""
+        """What the run has spent so far; without `rollouts` if the trainer samples none."""
         spent = {"backward_passes": getattr(self.trainer, "backward_passes", self.trainer.state.global_step)}
         if self._samples:
             spent["rollouts"] = self.rollouts
@@ -76,7 +79,7 @@ class RunRecordCallback(TrainerCallback):
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """Around what is no training."""
+        """Stops the clock around work that is not training."""
         was_running = self._clock_started is not None
         self._stop_clock()
         try:
@@ -113,8 +116,15 @@ class RunRecordCallback(TrainerCallback):
         if state.global_step > 0:
             self._resume(state.stateful_callbacks.get(SPENT_NAME))
         self._start_clock()
+        make_history_plain(state.log_history, 0)
+        self._written = len(state.log_history)
         if not state.is_world_process_zero:
             return
+        if not saves_adapter(self.trainer.model):
+            logger.warning(
+                "PEFT's layers are in the model, and no `PeftModel` is around it: checkpoints can be resumed, and "
+                "`from_pretrained` doesn't read them. Pass `peft_config` to the trainer if that is not meant."
+            )
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / RUN_NAME, json.dumps(self.describe_run(), indent=2, default=str) + "\n")
@@ -122,7 +132,7 @@ class RunRecordCallback(TrainerCallback):
 
     def _resume(self, spent: dict[str, float] | None) -> None:
         if spent is None:
-            logger.warning("The checkpoint does not say what the run has spent: the count starts with this step.")
+            logger.warning("The checkpoint has no record of what the run has spent: the count starts with this step.")
         else:
             self.rollouts, self._seconds = spent["rollouts"], spent["seconds"]
 
@@ -131,15 +141,19 @@ class RunRecordCallback(TrainerCallback):
         if metrics is not None:  # transformers' own trainers have none
             for name, seconds in self._times.items():
                 metrics["train"][f"lookahead/{name}"].append(seconds)
-            # A total: TRL logs the mean of the list over the logging interval, and of it only the last counts.
+            # A total: TRL logs the mean of the list over the logging interval, so only the last value is kept.
             metrics["train"][ELAPSED_TIME] = [self.seconds]
         self._times = dict.fromkeys(self._times, 0.0)
         state.stateful_callbacks[SPENT_NAME] = {"rollouts": self.rollouts, "seconds": self.seconds}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and state.log_history:
+        """Entries that other callbacks log during this event are in the history too, after it."""
+        make_history_plain(state.log_history, self._written)
+        entries = state.log_history[self._written :]
+        self._written += len(entries)
+        if state.is_world_process_zero:
             with open(Path(args.output_dir) / LOG_NAME, "a") as file:
-                file.write(_line(state.log_history[-1]))
+                file.write("".join(map(_line, entries)))
 
     def on_train_end(self, args, state, control, **kwargs):
         self._stop_clock()
@@ -156,7 +170,7 @@ def find_record(trainer: Trainer) -> RunRecordCallback | None:
 
 
 def describe_run(trainer: Trainer, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `run.json` says of a run; `settings` are those that are not in `trainer.args`."""
+    """The description of a run for `run.json`; `settings` are those that are not in `trainer.args`."""
     args, model, settings = trainer.args, trainer.model, settings or {}
     completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
@@ -180,17 +194,20 @@ def describe_run(trainer: Trainer, settings: dict[str, Any] | None = None) -> di
 
 
 def _adapter_settings(model: torch.nn.Module) -> dict[str, Any] | None:
-    """PEFT's settings of the adapter in use, also of one without a `PeftModel` around it; `None` if there is none."""
-    configs = getattr(model, "peft_config", None)
-    if not configs:
+    """PEFT's settings of the trained adapter. If there are several, the settings of the others are in it by name."""
+    adapters = {name: _plain_settings(config) for name, config in trained_adapters(model).items()}
+    if not adapters:
         return None
-    active = getattr(model, "active_adapter", None)  # a name in a `PeftModel`; others call it otherwise
-    config = configs[active] if isinstance(active, str) else next(iter(configs.values()))
+    (_, first), *others = adapters.items()
+    return first | {"also_trained": dict(others)} if others else first
+
+
+def _plain_settings(config: PeftConfig) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
 
 
 def _changed(args: TrainingArguments) -> dict[str, Any]:
-    """The settings that are not their defaults, which nothing else follows from."""
+    """The settings that differ from their defaults and are not computed from others."""
     settings, changed = args.to_dict(), {}
     for f in dataclasses.fields(args):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
@@ -201,14 +218,4 @@ def _changed(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, default=_plain) + "\n"
-
-
-def _plain(value: Any) -> float | str:
-    """What JSON has in place of a value that it doesn't know: the number that it is, else its text."""
-    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        return value.item()
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return str(value)
+    return json.dumps(entry) + "\n"

@@ -1,4 +1,4 @@
-"""Trackers: a run that is resumed goes on under the name it had, in wandb, trackio and TensorBoard."""
+"""Trackers: a resumed run keeps its name in wandb, trackio and TensorBoard."""
 
 import json
 import os
@@ -8,17 +8,17 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..run_folder import TRACKERS_NAME, TRAINER_STATE_NAME
+from ..run_folder import TRACKERS_NAME, TRAINER_STATE_NAME, write_whole
 
 
 WANDB_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME")
 
 
 class TrackerCallback(TrainerCallback):
-    """Writes down what the trackers call a run, and tells them when it is resumed. What the user has named stays so.
+    """Saves the trackers' names of a run, and passes them on when it is resumed. A name that the user has set is kept.
 
-    It has to be asked before the trackers' own callbacks are, which `TrackerCallback.attach(trainer)` sees to;
-    `trainer.add_callback` would put it behind them.
+    It must run before the trackers' own callbacks. `TrackerCallback.attach(trainer)` puts it before them;
+    `trainer.add_callback` would put it after them.
 
     Args:
         trainer ([`~transformers.Trainer`]): Any trainer.
@@ -46,14 +46,14 @@ class TrackerCallback(TrainerCallback):
             return
         self._is_written = True  # by now they have begun
         self.forget_wandb_variables()
-        if state.is_world_process_zero and (names := self.tracker_names()):  # trackers run on that one alone
-            (Path(args.output_dir) / TRACKERS_NAME).write_text(json.dumps(names, indent=2) + "\n")
+        if state.is_world_process_zero and (names := self.tracker_names()):  # trackers run only there
+            write_whole(Path(args.output_dir) / TRACKERS_NAME, json.dumps(names, indent=2) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.forget_wandb_variables()
 
     def tracker_names(self) -> dict[str, str]:
-        """What each tracker in use calls the run, by tracker."""
+        """The name of the run in each tracker, by tracker."""
         report_to, names = self.trainer.args.report_to, {}
         wandb, trackio = sys.modules.get("wandb"), sys.modules.get("trackio")
         if "wandb" in report_to and wandb is not None and wandb.run is not None:
@@ -65,7 +65,7 @@ class TrackerCallback(TrainerCallback):
         return names
 
     def resume_trackers(self, folder: Path) -> None:
-        """Names to the trackers the run whose folder this is, before they begin."""
+        """Passes the names of the run in this folder to the trackers, before they begin."""
         path = folder / TRACKERS_NAME
         names = json.loads(path.read_text()) if path.is_file() else {}
         if "wandb" in names and not any(name in os.environ for name in WANDB_VARIABLES):
@@ -77,7 +77,7 @@ class TrackerCallback(TrainerCallback):
             board.logging_dir = names["tensorboard"]
 
     def forget_wandb_variables(self) -> None:
-        """They are for the run that is resumed, not for the next one of this process."""
+        """The names are for the resumed run, not for the next one in this process."""
         for name in self._own_wandb_variables:
             os.environ.pop(name, None)
         self._own_wandb_variables = []
@@ -88,7 +88,7 @@ class TrackerCallback(TrainerCallback):
 
 
 def _run_folder(args: TrainingArguments) -> Path:
-    """That of the checkpoint which the settings name, since it may lie in another run's; else the output folder."""
+    """The folder of the checkpoint that the settings name, which may be another run's; otherwise the output folder."""
     name = args.resume_from_checkpoint
     is_checkpoint = name is not None and (Path(name) / TRAINER_STATE_NAME).is_file()
     return Path(name).parent if is_checkpoint else Path(args.output_dir)

@@ -1,4 +1,4 @@
-"""Records a run's trajectory: its adapter, every so many steps, on any engine and in any trainer."""
+"""Records a run's trajectory: its adapter every few steps, on any engine and with any trainer."""
 
 import copy
 import itertools
@@ -12,10 +12,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
+from ..checks import check_at_least
 from ..engines import whole_parameters
 from ..run_folder import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, partial_path, step_folder
 from ..trajectory.checkpoints import check_adapter_settings
-from .checks import check_at_least
+from .adapters import adapter_layers, trained_adapters
 
 
 logger = get_logger(__name__)
@@ -24,19 +25,19 @@ logger = get_logger(__name__)
 @dataclass
 class TrajectoryArguments:
     r"""
-    When adapters are saved, as [`TrajectoryCallback`] does it.
+    Settings of [`TrajectoryCallback`]: when adapters are saved.
 
     Parameters:
         trajectory_steps (`int`, *optional*):
-            Saves the LoRA adapter alone, every so many steps, under `<output_dir>/trajectory/step-000010/`, for `gxpo
+            Saves only the LoRA adapter, every this many steps, under `<output_dir>/trajectory/step-000010/`, for `gxpo
             extrapolate`. Unset for never.
     """
 
     trajectory_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Saves the LoRA adapter alone, every so many steps, under `<output_dir>/trajectory/step-000010/`, "
-            "for `gxpo extrapolate`. Unset for never."
+            "help": "Saves only the LoRA adapter, every this many steps, under "
+            "`<output_dir>/trajectory/step-000010/`, for `gxpo extrapolate`. Unset for never."
         },
     )
 
@@ -46,20 +47,31 @@ class TrajectoryArguments:
 
 
 class TrajectoryCallback(TrainerCallback):
-    """Saves the adapter before the first step and after every `every_steps` steps, beside the ordinary checkpoints.
+    """Saves the adapter before the first step and after every `every_steps` steps, in addition to checkpoints.
 
     Args:
         trainer ([`~transformers.Trainer`]): Any trainer of a LoRA adapter.
-        every_steps (`int`): How many optimizer steps lie between two adapters.
+        every_steps (`int`): Optimizer steps between two adapters.
 
     Raises:
-        ValueError: If there is no adapter, or one whose trajectory `gxpo extrapolate` can't read.
+        ValueError: If the model is not a `PeftModel` with one trained adapter, or `gxpo extrapolate` can't read its
+            trajectory.
     """
 
     def __init__(self, trainer: Trainer, every_steps: int):
         check_at_least("trajectory_steps", every_steps, 1)
         if not isinstance(trainer.model, PeftModel):
+            if any(adapter_layers(trainer.model)):
+                raise ValueError(
+                    "`trajectory_steps` records the adapter of a `PeftModel`, and the model has an adapter's layers "
+                    "in it and none around it. Pass `peft_config` to the trainer, or a model of `get_peft_model`."
+                )
             raise ValueError("`trajectory_steps` records an adapter, and there is none. Train with LoRA.")
+        if len(adapters := trained_adapters(trainer.model)) > 1:
+            raise ValueError(
+                f"`trajectory_steps` records one adapter, and {', '.join(adapters)} are trained together. Activate "
+                "one of them (`model.set_adapter`)."
+            )
         check_adapter_settings(trainer.model.active_peft_config.to_dict(), "the model's adapter")
         self.trainer, self.every_steps = trainer, every_steps
 
@@ -76,7 +88,7 @@ class TrajectoryCallback(TrainerCallback):
             self.save_adapter(step_folder(Path(args.output_dir), state.global_step))
 
     def save_adapter(self, folder: Path) -> None:
-        """The adapter in the precision that is stepped. The folder appears when it is complete."""
+        """Saves the adapter in the precision that the optimizer steps. The folder appears when it is complete."""
         trainer, should_save = self.trainer, self.trainer.args.should_save
         tensors = {}
         for name, tensor in whole_parameters(trainer.accelerator, trainer.model_wrapped):  # on every rank
@@ -98,7 +110,7 @@ class TrajectoryCallback(TrainerCallback):
 
 
 def _move_away(folder: Path) -> None:
-    """Keeps what an earlier run with the same output folder recorded, under another name."""
+    """Renames the trajectory that an earlier run recorded in the same output folder."""
     number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-{i}").exists())
     folder.rename(folder.with_name(f"{folder.name}-{number}"))
     logger.warning(f"{folder} held the trajectory of another run, which is in {folder.name}-{number} now.")

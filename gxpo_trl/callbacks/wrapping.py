@@ -1,4 +1,4 @@
-"""What callbacks do where transformers and TRL have no event: they stand around a trainer's method."""
+"""Wraps a method of a trainer, for callbacks where transformers and TRL have no event."""
 
 import functools
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from transformers import Trainer
 
 
 def wrap_method(trainer: Trainer, name: str, around: Callable[..., Any]) -> bool:
-    """Puts `around(method, *args, **kwargs)` in the place of a method, on this trainer alone.
+    """Replaces a method by `around(method, *args, **kwargs)`, only on this trainer.
 
     Returns:
-        `bool`: Whether the trainer has that method; one that it doesn't have is not made up.
+        `bool`: Whether the trainer has that method. A missing one is not added.
     """
     method = getattr(trainer, name, None)
     if method is None:

@@ -12,7 +12,7 @@ from .bf16_optimizer import BF16OptimizerState
 from .fsdp2 import FSDP2State
 from .passes import DeepSpeedPasses, Passes
 from .replicated import ReplicatedState
-from .support import check_engine, unknown_deepspeed_optimizer
+from .support import check_engine, nothing_to_step, unknown_deepspeed_optimizer
 from .whole import whole_parameters
 from .zero3 import Zero3State
 from .zero12 import Zero12State
@@ -49,18 +49,21 @@ def make_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer, max
     """The engine that knows how this run stores its parameters; `model` is the wrapped one.
 
     Raises:
-        ValueError: As `check_engine`.
+        ValueError: As `check_engine`, and if the optimizer would step nothing.
     """
     check_engine(accelerator, model)
+    passes_class = Passes
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         name = type(model.optimizer).__name__
         if name not in ZERO_STATES:
             raise unknown_deepspeed_optimizer(name)
-        state = ZERO_STATES[name](accelerator, model, optimizer, max_grad_norm)
-        return Engine(state, DeepSpeedPasses(accelerator, model, state))
-    state_class = FSDP2State if accelerator.distributed_type == DistributedType.FSDP else ReplicatedState
+        state_class, passes_class = ZERO_STATES[name], DeepSpeedPasses
+    else:
+        state_class = FSDP2State if accelerator.distributed_type == DistributedType.FSDP else ReplicatedState
     state = state_class(accelerator, model, optimizer, max_grad_norm)
-    return Engine(state, Passes(accelerator, model, state))
+    if not state.coordinates():
+        raise nothing_to_step()
+    return Engine(state, passes_class(accelerator, model, state))
 
 
 def reduce_in_fp32(accelerator: Accelerator) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.distributed.tensor import DTensor
 
+from ..update.snapshot import keep
 from ..update.state import OptimizerSnapshot
 
 
@@ -17,7 +19,7 @@ _all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.dis
 
 
 class EngineState(ABC):
-    """A `TrainingState` of one engine, which says what each method has to do.
+    """A `TrainingState` of one engine. `TrainingState` documents the methods.
 
     Args:
         accelerator (`accelerate.Accelerator`): Of the trainer.
@@ -60,13 +62,12 @@ class EngineState(ABC):
     def clip_gradients(self) -> tuple[float, float]: ...
 
     def gradient_norm(self) -> float:
-        return self.gather_over_shards(self.squared_norm()).sum().sqrt().item()
+        return self.gather_over_shards(self.squared_norm()[None]).sum().sqrt().item()
 
     def squared_norm(self) -> torch.Tensor:
-        """The squared norm of the local gradients, shape (1,), in `totals_dtype`."""
         norms = [torch.linalg.vector_norm(g) for g in self.gradients() if g is not None and g.numel()]
         squares = [norm.to(self.device, self.totals_dtype).square() for norm in norms]
-        return sum(squares, torch.zeros(1, dtype=self.totals_dtype, device=self.device))
+        return sum(squares, torch.zeros((), dtype=self.totals_dtype, device=self.device))
 
     @abstractmethod
     def step(self) -> None: ...
@@ -91,10 +92,10 @@ class EngineState(ABC):
             optimizer = optimizer.optimizer
         return optimizer
 
-    def snapshot_optimizer(self) -> OptimizerSnapshot:
+    def snapshot_optimizer(self, on_host: bool = False) -> OptimizerSnapshot:
         state = self.base_optimizer.state
         return (
-            [_copy_of(state[p]) if state.get(p) else None for p in self.optimized()],
+            [_copy_of(state[p], on_host) if state.get(p) else None for p in self.optimized()],
             [_copy_of({k: v for k, v in g.items() if k != "params"}) for g in self.base_optimizer.param_groups],
         )
 
@@ -109,8 +110,17 @@ class EngineState(ABC):
             group.update(_copy_of(saved))
 
 
-def _copy_of(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if torch.is_tensor(v) else copy.deepcopy(v) for k, v in state.items()}
+def _copy_of(state: dict[str, Any], on_host: bool = False) -> dict[str, Any]:
+    return {k: _copy_of_tensor(v, on_host) if torch.is_tensor(v) else copy.deepcopy(v) for k, v in state.items()}
+
+
+def _copy_of_tensor(tensor: torch.Tensor, on_host: bool) -> torch.Tensor:
+    return keep(_local(tensor), on_host) if on_host else tensor.clone()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _write(state: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -119,13 +129,14 @@ def _write(state: dict[str, Any], saved: dict[str, Any]) -> None:
         del state[name]
     for name, value in saved.items():
         if torch.is_tensor(value) and torch.is_tensor(state.get(name)):
-            state[name].copy_(value)
+            _local(state[name]).copy_(_local(value))
         else:
             state[name] = copy.deepcopy(value)
 
 
-def gather(totals: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """The totals, shape (n,), of every rank of a group: (ranks, n), in one collective."""
+def gather(totals: torch.Tensor, group: torch.distributed.ProcessGroup | None = None) -> torch.Tensor:
+    """The totals, shape (n,), of every rank of a group, or of the run: (ranks, n), in one collective."""
+    group = group or torch.distributed.group.WORLD
     gathered = totals.new_empty(group.size() * len(totals))
     _all_gather(gathered, totals, group=group)
     return gathered.view(group.size(), -1)

@@ -22,11 +22,13 @@ class BF16OptimizerState(WholeParametersState):
     def reduced_gradient(self, i: int) -> torch.Tensor:
         return self.zero.fp32_groups_gradient_flat_partition[i]
 
-    def gradient_norm(self) -> float:
+    def squared_norm(self) -> torch.Tensor:
+        """Not finite, either, where the gradient is not that lies on this rank for the partitions of others: the norm
+        that DeepSpeed will clip by is of all of it."""
         if self.holds_gradients:
-            return super().gradient_norm()
-        norms = [torch.linalg.vector_norm(flat) for flat in self.zero.fp32_groups_gradients_flat]  # of all ranks
-        return torch.linalg.vector_norm(torch.stack(norms)).item()
+            return super().squared_norm()
+        norms = [torch.linalg.vector_norm(flat) for flat in self.zero.fp32_groups_gradients_flat]
+        return super().squared_norm() + 0.0 * torch.stack(norms).sum()
 
     def release_gradients(self) -> None:
         self.zero.zero_grad()

@@ -133,7 +133,7 @@ class WholeParametersState(DeepSpeedState):
 
     def restore_optimizer(self, snapshot: OptimizerSnapshot) -> None:
         super().restore_optimizer(snapshot)
-        if None in snapshot[0]:  # DeepSpeed held views of a state that is gone; its next step makes them anew
+        if None in snapshot[0]:  # DeepSpeed held views of a state that is gone; its next step makes them again
             self.zero._hp_optimizer_states_linked = False
 
 

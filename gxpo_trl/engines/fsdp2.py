@@ -11,7 +11,8 @@ from .replicated import ReplicatedState
 
 
 class FSDP2State(ReplicatedState):
-    """Local shards, uneven and sometimes empty, without padding. Hybrid sharding adds up over its shards only."""
+    """Local shards, uneven and sometimes empty, without padding. Hybrid sharding adds up over the shards of one group:
+    the others hold copies of them."""
 
     def parameters(self) -> list[torch.Tensor]:
         return [p.detach().to_local() for p in self.optimized()]
@@ -23,22 +24,21 @@ class FSDP2State(ReplicatedState):
                 module.reshard()
 
     def gradients(self) -> Iterator[torch.Tensor | None]:
-        return (None if p.grad is None else p.grad.to_local() for p in self.optimized())
+        return (None if p.grad is None else p.grad.to_local() for p in self.with_gradients())
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
-        for p, gradient in zip(self.optimized(), gradients, strict=True):
-            p.grad = None if gradient is None else _as_sharded(gradient, p)
+        for p, gradient in zip(self.with_gradients(), gradients, strict=True):
+            p.grad = None if gradient is None else _as_sharded(gradient.to(p.device, p.dtype), p)
 
-    def clip_gradients(self) -> tuple[float, float]:
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
-        return norm.item(), factor.item()
+    def agree(self, norm: torch.Tensor) -> torch.Tensor:
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # over the shards
+        return norm if self.optimized()[0].device_mesh.ndim == 1 else super().agree(norm)
 
     def gather_over_shards(self, totals: torch.Tensor) -> torch.Tensor:
         sharded = self.optimized()[0]
-        group = sharded.device_mesh.get_group(sharded.placements.index(Shard(0)))
-        return gather(totals, group)
+        mesh, shards = sharded.device_mesh, sharded.placements.index(Shard(0))
+        by_place = gather(totals)[mesh.mesh].movedim(shards, 0)  # (shards, n), or (shards, groups, n)
+        return by_place.reshape(mesh.size(shards), -1, len(totals)).amax(1)
 
 
 def _as_sharded(local: torch.Tensor, like: DTensor) -> DTensor:

@@ -38,8 +38,13 @@ class Passes:
         """Around a backward pass that the accelerator would follow up with an optimizer step."""
         return contextlib.nullcontext()
 
-    def finish(self) -> None:
-        """Called when the corrective gradient is there: takes the step that the training loop won't take."""
+    def finish(self) -> bool:
+        """Called when the corrective gradient is there: takes the step that the training loop won't take.
+
+        Returns:
+            `bool`: Whether the step has been taken.
+        """
+        return False
 
 
 class BackwardOnly:
@@ -77,12 +82,12 @@ class DeepSpeedPasses(Passes):
         finally:
             self.accelerator.deepspeed_engine_wrapped = wrapper
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """DeepSpeed's own step, with its counters and its schedule. After a fall-back the gradient is not DeepSpeed's
         any more: the step is taken here, and counted as one."""
         if not self.state.holds_gradients:
             self.model.step()
-            return
+            return True
         self.model._global_grad_norm, _ = self.state.clip_gradients()
         self.state.step()
         self.state.publish()
@@ -92,3 +97,4 @@ class DeepSpeedPasses(Passes):
         if self.model.lr_scheduler is not None:
             self.model.lr_scheduler.step()
         self.state.clear_gradients()
+        return True

@@ -39,7 +39,7 @@ DEEPSPEED_SETTINGS = {
 }
 """Settings that move where parameters and gradients are, or how they are stepped, with the values that are known here.
 
-A setting that is absent is always fine, but for the stage.
+A missing setting is always fine, except the stage.
 """
 
 OWN_STEP_OPTIMIZERS = {
@@ -73,6 +73,50 @@ def _refuse_fp16() -> NoReturn:
         "Lookahead updates don't support `fp16: true`: its loss scaler skips steps on its own. Use `bf16: true` (or "
         "neither, for fp32)."
     )
+
+
+def check_trainable(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Refuses a model of which nothing is trained, whatever the update rule; `optimizer` is one of the user's own.
+
+    Raises:
+        ValueError: Says what to do instead.
+    """
+    trainable = {p for p in model.parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "No parameter of the model requires a gradient, so that nothing would be trained. Load an adapter with "
+            "`PeftModel.from_pretrained(…, is_trainable=True)` (in a recipe: with `resume_adapter`), or unfreeze the "
+            "parameters before the trainer is made."
+        )
+    if optimizer is not None and trainable.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+        raise nothing_to_step()
+
+
+def nothing_to_step() -> ValueError:
+    """Of an optimizer that would step nothing."""
+    return ValueError(
+        "The optimizer holds no parameter of the model that requires a gradient, so that nothing would be trained. "
+        "Make it from the parameters of the model that the trainer gets, with its adapter, or leave `optimizers` out."
+    )
+
+
+def check_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer whose steps can't be made longer and shorter by its learning rates.
+
+    Raises:
+        ValueError: Says what to do instead.
+    """
+    name = type(optimizer).__name__
+    if any(group.get("relative_step") or group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"`step_control` multiplies learning rates, and {name} makes its own. Give it an `lr` and "
+            "`relative_step=False`, or set `step_control: none`."
+        )
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise ValueError(
+            f"`step_control` follows the steps of an optimizer by torch's hooks, and {name} has none. Have it call "
+            "`torch.optim.Optimizer.__init__`, or set `step_control: none`."
+        )
 
 
 def check_engine(accelerator: Accelerator, model: torch.nn.Module) -> None:

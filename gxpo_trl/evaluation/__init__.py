@@ -1,1 +1,1 @@
-"""Samples from models, verifies, and says how sure the score is."""
+"""Samples from models, judges the completions, and computes scores with intervals."""

@@ -1,7 +1,7 @@
-"""One benchmark on one model: problems dealt out to processes in batches, each batch sampled, judged and saved whole.
+"""One task on one model: processes share the problems in batches. Each batch is sampled, judged and saved whole.
 
-A batch is a file. An interrupted evaluation goes on with the batches that are missing; which process made a batch, and
-how many processes there are, changes nothing in it: its seed is its own.
+A batch is a file. An interrupted evaluation continues with the missing batches. A batch has its own seed, so that it
+does not depend on which process made it, or on how many there are.
 """
 
 import dataclasses
@@ -9,44 +9,26 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..run_folder import samples_file, write_whole
+from ..tasks.answers import Verdict
 from ..tasks.datasets import FILE_TYPES
-from ..tasks.maths import Verdict
-from ..tasks.rewards import judge
+from ..tasks.examples import Prompt
+from ..tasks.task import Task
 from .sampling import Sample, Sampler
 from .settings import EvaluationArguments
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """Problems with everything that sampling and judging them needs.
-
-    Attributes:
-        name (`str`): As the user wrote it.
-        kind (`str`): Of its answers, see `tasks/rewards.py`.
-        problems (`Dataset`): With the columns `id`, `prompt` and `solution`.
-    """
-
-    name: str
-    kind: str
-    problems: Dataset
-
-    @property
-    def slug(self) -> str:
-        return slug(self.name)
-
-
 def slug(name: str) -> str:
-    """A name as a file's or a folder's: paths by their last two parts."""
+    """The name of the file or folder for a benchmark or model: of a path, the last two parts."""
     path = Path(name)
     if path.suffix in FILE_TYPES:
         path = path.with_suffix("")
@@ -55,7 +37,21 @@ def slug(name: str) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One judged sample, as a line of the samples file. `seconds` is its share of what its batch took."""
+    """One judged sample, as a line of the samples file.
+
+    Attributes:
+        id (`str`): The place of its problem in the task.
+        kind (`str`): The kind of its answer.
+        sample (`int`): Its number among those of its problem.
+        completion (`str`): Its text.
+        length (`int`): In tokens.
+        truncated (`bool`): Whether it reached the length limit.
+        gold, answer (`str`): The right answer, and the answer that was read, where these are known.
+        score (`float`, *optional*): 1.0 if it is right, 0.0 if not, `None` if it could not be decided.
+        seconds (`float`): Its share of the time of its batch.
+        reward (`float`, *optional*): What was compared with the threshold.
+        asked (`str`): A checksum of the problem, with all its columns.
+    """
 
     id: str
     kind: str
@@ -67,80 +63,148 @@ class Record:
     answer: str | None
     score: float | None
     seconds: float = 0.0
+    reward: float | None = None
+    asked: str = ""
+    failed: bool = False
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict(self.score, self.answer)
+        return Verdict(self.score, self.answer, self.failed)
 
 
 def run_benchmark(
-    benchmark: Benchmark,
+    task: Task,
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     settings: EvaluationArguments,
 ) -> Path:
-    """Samples and judges what is missing, with all processes, and gathers the batches.
+    """Samples and judges the missing batches, with all processes, and gathers all of them.
 
     Returns:
-        `Path`: The samples file, `FOLDER/BENCHMARK.jsonl`: a line for each sample, in the benchmark's order.
+        `Path`: The samples file, `FOLDER/BENCHMARK.jsonl`: one line for each sample, in the task's order.
+
+    Raises:
+        ValueError: If there are batches of other problems.
     """
     state = PartialState()
-    gathered = samples_file(folder, benchmark.slug)
+    gathered = samples_file(folder, slug(task.name))
     if gathered.is_file():
         return gathered
-    parts = folder / f"{benchmark.slug}.parts"
+    parts = parts_folder(folder, task)
     parts.mkdir(parents=True, exist_ok=True)
-    batches = list(_batches(benchmark.problems, tokenizer, settings.problems_per_batch))
-    for number in range(state.process_index, len(batches), state.num_processes):
-        part = parts / f"{number:05d}.jsonl"
-        if not part.is_file():
-            rows, prompts = batches[number]
-            batch_seed = zlib.crc32(f"{settings.seed}/{benchmark.name}/{number}".encode())
+    batches = list(_batches(task, tokenizer, settings.problems_per_batch))
+    numbers = range(len(batches))[state.process_index :: state.num_processes]
+    own = {number: parts / f"{number:05d}.jsonl" for number in numbers}
+    missing = [number for number in own if not _is_whole(own[number], task, batches[number][0], settings.samples)]
+    counts = {number: len(batches[number][0]) * settings.samples for number in own}
+    with tqdm(
+        desc=task.name,
+        total=sum(counts.values()),
+        initial=sum(counts[number] for number in own.keys() - missing),
+        unit=" samples",
+        disable=not state.is_main_process,
+    ) as bar:
+        for number in missing:
+            places, prompts = batches[number]
+            batch_seed = zlib.crc32(f"{settings.seed}/{task.name}/{number}".encode())
             started = time.perf_counter()
             completions = sampler(prompts, settings.samples, batch_seed)
-            records = judge_samples(benchmark, rows, completions)
+            records = judge_samples(task, places, completions)
             seconds = (time.perf_counter() - started) / len(records)
-            write_samples(part, [dataclasses.replace(record, seconds=seconds) for record in records])
+            write_samples(own[number], [dataclasses.replace(record, seconds=seconds) for record in records])
+            bar.update(len(records))
     state.wait_for_everyone()
     if state.is_main_process:
-        _gather(benchmark, parts, gathered)
+        _gather(parts, gathered)
     state.wait_for_everyone()
     return gathered
 
 
-def _batches(
-    problems: Dataset, tokenizer: PreTrainedTokenizerBase, size: int
-) -> Iterator[tuple[list[dict[str, Any]], list[list[int]]]]:
-    """Problems with prompts of similar length together, so that little is padded; with the tokens of the prompts."""
-    rows = problems.to_list()
-    tokens = tokenizer.apply_chat_template(
-        [row["prompt"] for row in rows], add_generation_prompt=True, tokenize=True, return_dict=True
-    )["input_ids"]
-    order = sorted(range(len(rows)), key=lambda i: len(tokens[i]))
+def _is_whole(part: Path, task: Task, places: list[int], samples: int) -> bool:
+    """Whether a batch exists already.
+
+    Raises:
+        ValueError: If it has other problems.
+    """
+    if not part.is_file():
+        return False
+    try:
+        found = [(record.id, record.sample, record.asked) for record in read_samples(part)]
+    except ValueError:  # the machine stopped before all of it was on the disk
+        return False
+    asked = {place: checksum(task.problems[place]) for place in places}
+    expected = [(str(place), i, asked[place]) for place in places for i in range(samples)]
+    if found != expected[: len(found)]:
+        raise ValueError(f"{part} holds samples of other problems than {task.name}. Use another `output_dir`.")
+    return len(found) == len(expected)
+
+
+def parts_folder(folder: Path, task: Task) -> Path:
+    """The folder of a task's batches until all are complete."""
+    return folder / f"{slug(task.name)}.parts"
+
+
+def _batches(task: Task, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Batches of problem indices with prompts of similar length, so that there is little padding; and the prompts'
+    tokens.
+    """
+    tokens = tokenize_prompts(task.problems["prompt"][:], tokenizer)
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        yield [rows[i] for i in chosen], [tokens[i] for i in chosen]
+        yield chosen, [tokens[i] for i in chosen]
 
 
-def judge_samples(benchmark: Benchmark, rows: list[dict[str, Any]], completions: list[list[Sample]]) -> list[Record]:
-    """Scores the completions of some problems, (problems, samples), one line each."""
-    pairs = [(row, i, sample) for row, own in zip(rows, completions, strict=True) for i, sample in enumerate(own)]
-    verdicts = judge(benchmark.kind, [sample.text for *_, sample in pairs], [row["solution"] for row, *_ in pairs])
+def tokenize_prompts(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, **template_options) -> list[list[int]]:
+    """The tokens of prompts, as in TRL's trainers: texts are tokenized as they are, messages by the chat template."""
+    if isinstance(prompts[0], str):
+        return tokenizer(text=prompts)["input_ids"]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **template_options}
+    return tokenizer.apply_chat_template(prompts, **options)["input_ids"]
+
+
+def judge_samples(
+    task: Task, places: list[int], completions: list[list[Sample]], trainer_state: TrainerState | None = None
+) -> list[Record]:
+    """Scores the completions of some problems, (problems, samples); one record each.
+
+    Args:
+        task (`Task`): The task.
+        places (`list[int]`): Indices of the problems in the task.
+        completions (`list[list[Sample]]`): The completions of each problem.
+        trainer_state (`TrainerState`, *optional*): Of the run, for reward functions.
+    """
+    own_rows = [task.problems[place] for place in places]
+    pairs = [
+        (place, row, i, sample)
+        for place, row, own in zip(places, own_rows, completions, strict=True)
+        for i, sample in enumerate(own)
+    ]
+    rows, samples = [row for _, row, *_ in pairs], [sample for *_, sample in pairs]
+    judgements = task.judge(rows, [s.text for s in samples], [s.token_ids for s in samples], trainer_state)
     return [
         Record(
-            id=row["id"],
-            kind=benchmark.kind,
+            id=str(place),
+            kind=task.kind,
             sample=i,
             completion=sample.text,
             length=sample.length,
             truncated=sample.truncated,
-            gold=row["solution"],
-            answer=verdict.answer,
-            score=verdict.score,
+            gold=gold,
+            answer=judgement.answer,
+            score=judgement.score,
+            failed=judgement.failed,
+            reward=judgement.reward,
+            asked=checksum(row),
         )
-        for (row, i, sample), verdict in zip(pairs, verdicts, strict=True)
+        for (place, row, i, sample), gold, judgement in zip(pairs, task.golds(rows), judgements, strict=True)
     ]
+
+
+def checksum(row: dict[str, Any]) -> str:
+    """A checksum of a problem with all its columns."""
+    return f"{zlib.crc32(json.dumps(row, sort_keys=True, default=repr).encode()):08x}"
 
 
 def write_samples(path: Path, records: list[Record]) -> None:
@@ -148,22 +212,26 @@ def write_samples(path: Path, records: list[Record]) -> None:
     write_whole(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
 
 
-def _gather(benchmark: Benchmark, parts: Path, gathered: Path) -> None:
-    place = {row_id: i for i, row_id in enumerate(benchmark.problems["id"][:])}
+def _gather(parts: Path, gathered: Path) -> None:
     records = [record for file in parts.glob("*.jsonl") for record in read_samples(file)]
-    write_samples(gathered, sorted(records, key=lambda record: (place[record.id], record.sample)))
+    write_samples(gathered, in_order(records))
     shutil.rmtree(parts)
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """Sorts records in the order of the task, and by sample number."""
+    return sorted(records, key=lambda record: (int(record.id), record.sample))
 
 
 def read_samples(path: Path) -> list[Record]:
     """The lines of a samples file.
 
     Raises:
-        ValueError: If the file does not exist, or a line is none of these.
+        ValueError: If the file does not exist, or a line is not a record.
     """
     if not path.is_file():
         raise ValueError(f"There is no samples file {path}.")
     try:
         return [Record(**json.loads(line)) for line in path.read_text().splitlines()]
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is no samples file of `gxpo eval`: {error}.") from error
+        raise ValueError(f"{path} is not a samples file of `gxpo eval`: {error}.") from error

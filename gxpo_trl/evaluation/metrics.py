@@ -1,7 +1,7 @@
 """Scores of a benchmark from the verdicts on its samples, each with an interval over problems.
 
-Every metric is a mean over problems of a number between 0 and 1 that one problem's samples give. A sample that could
-not be decided counts for nothing, neither right nor wrong: a problem has as many samples as could be.
+Every metric is a mean over problems of a number between 0 and 1, which is computed from one problem's samples. A
+sample that could not be decided is left out, so a problem has only its decided samples.
 """
 
 import math
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binomtest
 
-from ..tasks.maths import Verdict
+from ..tasks.answers import Verdict
 
 
 CONFIDENCE = 0.95
@@ -24,8 +25,9 @@ class Estimate:
 
     Attributes:
         value (`float`): The mean.
-        low, high (`float`): The 95 % bootstrap interval over problems.
-        problems (`int`): How many had samples enough.
+        low, high (`float`): The 95 % interval over problems: by bootstrap, and by Wilson if all problems have 0 or all
+            have 1, because all resamples would be the same.
+        problems (`int`): How many had enough samples.
     """
 
     value: float
@@ -54,9 +56,9 @@ def pass_at_k(verdicts: Sequence[Verdict], k: int) -> float | None:
 
 
 def majority_at_k(verdicts: Sequence[Verdict], k: int) -> float | None:
-    """maj@k: whether the most frequent answer of k samples is right; the mean over disjoint runs of k samples.
+    """maj@k: whether the most frequent answer of k samples is right; the mean over disjoint sets of k samples.
 
-    A tie is worth the mean of the answers in it. Samples without an answer have no vote.
+    A tie scores the mean of the tied answers. Samples without an answer have no vote.
 
     Returns:
         `float`, *optional*: `None` if fewer than k samples could be decided.
@@ -81,15 +83,20 @@ def decided(verdicts: Sequence[Verdict]) -> list[float]:
 
 
 def estimate(values: Sequence[float | None], seed: int = 0) -> Estimate | None:
-    """The mean over problems, with its percentile bootstrap interval; `None` where no problem has a value.
+    """The mean over problems, with its percentile bootstrap interval; `None` if no problem has a value.
+
+    If every value is 0, or every value is 1, the interval is Wilson's, of 0 of n or n of n.
 
     Args:
-        values (`Sequence[float | None]`): One number for each problem; `None` where its samples gave none.
-        seed (`int`): Same seed, same interval.
+        values (`Sequence[float | None]`): One number for each problem; `None` if its samples gave none.
+        seed (`int`): The same seed gives the same interval.
     """
     present = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
     if not len(present):
         return None
+    if (present == 0).all() or (present == 1).all():
+        interval = binomtest(int(present.sum()), len(present)).proportion_ci(CONFIDENCE, method="wilson")
+        return Estimate(present.mean().item(), interval.low, interval.high, len(present))
     generator = torch.Generator().manual_seed(seed)
     means = []
     for _ in range(RESAMPLES // 1000):  # all at once, thousands of problems would take gigabytes
@@ -100,21 +107,23 @@ def estimate(values: Sequence[float | None], seed: int = 0) -> Estimate | None:
     return Estimate(present.mean().item(), low, high, len(present))
 
 
-def summarize(verdicts: Sequence[Sequence[Verdict]], ks: Sequence[int]) -> dict[str, Estimate]:
+def summarize(verdicts: Sequence[Sequence[Verdict]], ks: Sequence[int], majority: bool = True) -> dict[str, Estimate]:
     """All metrics of a benchmark.
 
     Args:
-        verdicts (`Sequence[Sequence[Verdict]]`): Of the samples of each problem, equally many each.
+        verdicts (`Sequence[Sequence[Verdict]]`): Verdicts on the samples of each problem, equally many each.
         ks (`Sequence[int]`): For pass@k and maj@k; none above the number of samples.
+        majority (`bool`): Whether there are answers to vote with.
 
     Returns:
-        `dict[str, Estimate]`: By name, such as `"avg@16"`, `"pass@8"`, `"maj@8"`; without those that no problem had
-            decided samples enough for.
+        `dict[str, Estimate]`: By name, such as `"avg@16"`, `"pass@8"`, `"maj@8"`; without those for which no problem
+        had enough decided samples.
     """
     samples = max(map(len, verdicts), default=0)
     values = {f"avg@{samples}": [average(of_problem) for of_problem in verdicts]}
     for k in ks:
         values[f"pass@{k}"] = [pass_at_k(of_problem, k) for of_problem in verdicts]
-        values[f"maj@{k}"] = [majority_at_k(of_problem, k) for of_problem in verdicts]
+        if majority:
+            values[f"maj@{k}"] = [majority_at_k(of_problem, k) for of_problem in verdicts]
     estimates = {name: estimate(of_problems) for name, of_problems in values.items()}
     return {name: found for name, found in estimates.items() if found is not None}

@@ -1,4 +1,4 @@
-"""From the samples of a benchmark to its results, and to a table."""
+"""Computes the results of a benchmark from its samples, and a table of results."""
 
 import dataclasses
 import itertools
@@ -8,32 +8,62 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..run_folder import BenchmarkResults
+from ..tasks.rewards import KINDS
 from .benchmark import Record
 from .metrics import summarize
 
 
 def benchmark_results(records: Sequence[Record], ks: Sequence[int]) -> BenchmarkResults:
-    """What results.json says of one benchmark on one model.
+    """The results of one benchmark on one model, for results.json.
 
     Args:
-        records (`Sequence[Record]`): All samples, those of a problem next to each other.
+        records (`Sequence[Record]`): All samples, grouped by problem.
         ks (`Sequence[int]`): For pass@k and maj@k.
 
     Returns:
         `BenchmarkResults`: `metrics` (each with its value, 95 % interval and number of problems), the mean length in
-            tokens, the fraction of truncated samples, and how many samples could not be decided.
+            tokens, the fraction of truncated samples, the mean reward, and how many samples could not be decided.
     """
     by_problem = itertools.groupby(records, operator.attrgetter("id"))
     verdicts = [[record.verdict for record in of_problem] for _, of_problem in by_problem]
+    metrics = summarize(verdicts, ks, majority=_reads_answers(records))
     return {
         "problems": len(verdicts),
         "samples": len(records),
-        "metrics": {name: dataclasses.asdict(found) for name, found in summarize(verdicts, ks).items()},
+        "metrics": {name: dataclasses.asdict(found) for name, found in metrics.items()},
         "mean_length": statistics.fmean(record.length for record in records),
         "truncated": statistics.fmean(record.truncated for record in records),
-        "verify_failures": sum(record.score is None for record in records),
+        "mean_reward": _mean([record.reward for record in records]),
+        "verify_failures": sum(record.failed or record.score is None for record in records),
         "seconds": sum(record.seconds for record in records),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None
+
+
+def _reads_answers(records: Sequence[Record]) -> bool:
+    """Whether answers are read from completions. A reward function may use only the whole text."""
+    return any(record.answer is not None or record.kind in KINDS for record in records)
+
+
+def why_doubtful(records: Sequence[Record]) -> str | None:
+    """Why scores do not measure the model: no completion had a readable answer. `None` if one had."""
+    truncated = statistics.fmean(record.truncated for record in records)
+    if all(record.score is None for record in records):
+        said = f"none of the {len(records)} completions could be scored"
+    elif _reads_answers(records) and not any(record.answer for record in records):
+        said = f"no answer could be read in any of the {len(records)} completions"
+    elif not any(record.completion.strip() for record in records):
+        said = f"all of the {len(records)} completions are empty"
+    else:
+        return None
+    return (
+        f"{said}, of which {truncated:.0%} ran into the longest length. Look at the samples: a longer "
+        "`max_new_tokens`, or a `prompt` that says in what form the answer is wanted, may be missing."
+    )
 
 
 COLUMNS = (

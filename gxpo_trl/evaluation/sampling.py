@@ -1,16 +1,29 @@
 """Completions of a batch of prompts, by transformers or by vLLM."""
 
-from collections.abc import Callable
+import gc
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from peft import AutoPeftModelForCausalLM, PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ..run_folder import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, is_adapter
-from ..sampling.grouped import pad_left, sample_grouped, why_not_grouped
+from ..sampling.grouped import SharedNoise, pad_left, sample_grouped, why_not_grouped
+from ..sampling.model_traits import decoder_of
 from .settings import EvaluationArguments
 
 
@@ -23,45 +36,43 @@ class Sample:
 
     Attributes:
         text (`str`): Without special tokens.
-        length (`int`): In tokens, with the one that ended it.
-        truncated (`bool`): Whether it ran into the longest length without an end.
+        token_ids (`list[int]`): With the one that ended it.
+        truncated (`bool`): Whether it reached the length limit without ending.
     """
 
     text: str
-    length: int
+    token_ids: list[int]
     truncated: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
 
 
 Sampler = Callable[[list[list[int]], int, int], list[list[Sample]]]
-"""Samples n completions of each prompt, given as tokens: `(prompts, n, seed)` to as many lists of n."""
+"""Samples n completions of each prompt, given as tokens: `(prompts, n, seed)` to one list of n for each prompt."""
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, with what batches of prompts need; its base model's, of an adapter without one.
-
-    Raises:
-        ValueError: If it has no chat template.
-    """
+    """The tokenizer of a checkpoint, set up for batches of prompts; for an adapter without one, its base's."""
     folder = Path(model)
     if is_adapter(folder) and not (folder / TOKENIZER_CONFIG).is_file():
         model = PeftConfig.from_pretrained(model).base_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        raise ValueError(f"The tokenizer of {model} has no chat template. Give it the one it was trained with.")
     return tokenizer
 
 
 def load_model(model: str, settings: EvaluationArguments, device: torch.device) -> torch.nn.Module:
-    """A checkpoint to sample from; an adapter is loaded on its base.
+    """Loads a checkpoint to sample from. An adapter is loaded on its base.
 
     Raises:
         ValueError: If it is a folder without a model or an adapter in it.
     """
     folder = Path(model)
     if folder.is_dir() and not is_adapter(folder) and not (folder / MODEL_CONFIG).is_file():
-        raise ValueError(f"{model} is no checkpoint: it holds neither a {MODEL_CONFIG} nor an {ADAPTER_CONFIG}.")
+        raise ValueError(f"{model} is not a checkpoint: it holds neither a {MODEL_CONFIG} nor an {ADAPTER_CONFIG}.")
     loader = AutoPeftModelForCausalLM if is_adapter(folder) else AutoModelForCausalLM
     options = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     return loader.from_pretrained(model, **options).to(device).eval()
@@ -70,25 +81,32 @@ def load_model(model: str, settings: EvaluationArguments, device: torch.device) 
 def transformers_sampler(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvaluationArguments
 ) -> Sampler:
-    """Samples with the grouped loop, or where a model can't have it with `generate`, which is said.
+    """Samples with the grouped loop, or with `generate` and a warning if the model does not support grouping.
 
     Raises:
         ValueError: If there is a token budget, which `generate` can't keep.
     """
+    distribution = settings.distribution()
+    if settings.temperature == 0:
+        del distribution["temperature"]
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
-        temperature=settings.temperature or None,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
         pad_token_id=tokenizer.pad_token_id,
+        **distribution,
     )
     options = {"custom_generate": sample_grouped, "token_budget": settings.token_budget}
-    if reason := why_not_grouped(model, config):
+
+    def use_generate(reason: str) -> None:
         if settings.token_budget is not None:
-            raise ValueError(f"`token_budget` needs grouped generation, which can't be had: {reason}. Leave it out.")
+            raise ValueError(f"`token_budget` needs grouped generation, which does not work: {reason}. Leave it out.")
         logger.warning(f"Completions are sampled by transformers' `generate`, which takes longer: {reason}.")
-        options = {}
+        options.clear()
+
+    with own_settings_put_aside(model):
+        reason = why_not_grouped(model, config)
+    if reason:
+        use_generate(reason)
     ends = _end_tokens(model, tokenizer)
 
     def sample(prompts: list[list[int]], n: int, seed: int) -> list[list[Sample]]:
@@ -96,14 +114,31 @@ def transformers_sampler(
         config.num_return_sequences = n
         rows = [torch.tensor(ids, device=model.device) for ids in prompts]
         input_ids, attention_mask = pad_left(rows, tokenizer.pad_token_id)
-        sequences = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **options
-        )
+        request = {"input_ids": input_ids, "attention_mask": attention_mask, "generation_config": config}
+        with own_settings_put_aside(model):
+            try:
+                sequences = model.generate(**request, **options)
+            except SharedNoise:
+                use_generate(SharedNoise.reason)
+                sequences = model.generate(**request)
         completions = sequences[:, input_ids.size(1) :].tolist()
         samples = [read_sample(ids, tokenizer, ends) for ids in completions]
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 
     return sample
+
+
+@contextmanager
+def own_settings_put_aside(model: torch.nn.Module) -> Iterator[None]:
+    """A model's generation_config would set what an evaluation leaves unset, for one backend and not the other."""
+    decoder = decoder_of(model)
+    own = decoder.generation_config
+    kept = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    decoder.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        decoder.generation_config = own
 
 
 def _end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -112,14 +147,21 @@ def _end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def read_sample(ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Sample:
-    """A completion from its tokens and the padding after it."""
+    """A completion, made from its tokens and the padding after them."""
     length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
     kept = ids if length is None else ids[:length]
-    return Sample(tokenizer.decode(kept, skip_special_tokens=True), len(kept), truncated=length is None)
+    return Sample(tokenizer.decode(kept, skip_special_tokens=True), kept, truncated=length is None)
 
 
-def vllm_sampler(model: str, settings: EvaluationArguments) -> Sampler:
-    """Samples with vLLM.
+@contextmanager
+def vllm_sampler(model: str, settings: EvaluationArguments, longest_prompt: int) -> Iterator[Sampler]:
+    """Samples with vLLM. Its engine exists until the context ends.
+
+    Args:
+        model (`str`): A folder or a name of the Hub.
+        settings (`EvaluationArguments`): What to sample.
+        longest_prompt (`int`): Tokens of the longest prompt: vLLM reserves memory for that and `max_new_tokens`, not
+            for the model's whole context.
 
     Raises:
         ValueError: If vLLM is not installed, or the checkpoint is an adapter.
@@ -130,21 +172,69 @@ def vllm_sampler(model: str, settings: EvaluationArguments) -> Sampler:
         raise ValueError("`backend: vllm` needs vLLM. Install it: `pip install 'gxpo_trl[vllm]'`.") from error
     if is_adapter(Path(model)):
         raise ValueError(f"`backend: vllm` loads whole models, and {model} is an adapter. Merge it first.")
-    engine = LLM(model, dtype=settings.dtype)
+    config = AutoConfig.from_pretrained(model)
+    engine = LLM(
+        model,
+        dtype=_dtype_for_vllm(model, config, settings),
+        max_model_len=_context_for_vllm(config, longest_prompt + settings.max_new_tokens),
+        gpu_memory_utilization=settings.vllm_gpu_memory_utilization,
+    )
+    common = {"max_tokens": settings.max_new_tokens, **settings.distribution()}
 
     def sample(prompts: list[list[int]], n: int, seed: int) -> list[list[Sample]]:
-        parameters = SamplingParams(
-            n=n,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k or -1,
-            max_tokens=settings.max_new_tokens,
-            seed=seed,
+        # One request for each sample: vLLM seeds the samples of a request for n by consecutive numbers.
+        places = [(i, j) for i in range(len(prompts)) for j in range(n)]
+        parameters = [SamplingParams(seed=_seed_of(seed, i, j), **common) for i, j in places]
+        outputs = engine.generate(
+            [TokensPrompt(prompt_token_ids=prompts[i]) for i, _ in places], parameters, use_tqdm=False
         )
-        outputs = engine.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], parameters, use_tqdm=False)
-        return [
-            [Sample(o.text, len(o.token_ids), truncated=o.finish_reason == "length") for o in output.outputs]
-            for output in outputs
+        samples = [
+            Sample(o.text, [*o.token_ids], truncated=o.finish_reason == "length")
+            for (o,) in (output.outputs for output in outputs)
         ]
+        return [samples[i : i + n] for i in range(0, len(samples), n)]
 
-    return sample
+    try:
+        yield sample
+    finally:
+        shut_down_engine(engine)
+
+
+def _seed_of(seed: int, prompt: int, sample: int) -> int:
+    """A seed of 63 bits that differs between any two samples, whatever their seeds."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()[:8]) >> 1
+
+
+def _dtype_for_vllm(model: str, config: PretrainedConfig, settings: EvaluationArguments) -> Any:
+    """For `auto` the checkpoint's own dtype. vLLM would use bf16 for a checkpoint in fp32."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    if config.dtype is not None:
+        return config.dtype
+    for file in sorted(Path(model).glob("*.safetensors")):  # a folder whose config has no dtype
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if (dtype := tensors.get_tensor(name).dtype).is_floating_point:
+                    return dtype
+    return settings.dtype
+
+
+def _context_for_vllm(config: PretrainedConfig, needed: int) -> int | None:
+    """The context that is needed, or the model's whole context if that is shorter; `None` lets vLLM find out what that
+    is.
+    """
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return needed if known is not None and needed <= known else None
+
+
+def shut_down_engine(engine) -> None:
+    """Makes an engine of vLLM (`vllm.LLM`) free its memory once nothing refers to the engine any more.
+
+    In this process the engine's own shut-down would also end `torch.distributed`, which a trainer still needs.
+    """
+    inside = engine.llm_engine
+    if hasattr(inside, "model_executor"):  # in this process
+        inside.model_executor.shutdown()
+        gc.unfreeze()  # the engine froze all existing objects when it started
+    else:
+        inside.engine_core.shutdown()

@@ -1,49 +1,65 @@
-"""Models on benchmarks: what `gxpo eval` does."""
+"""Evaluates models on benchmarks, for `gxpo eval`."""
 
 import dataclasses
 import gc
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
+from transformers import PreTrainedTokenizerBase
 
 from ..run_folder import RESULTS_NAME, SETTINGS_NAME, TABLE_NAME, BenchmarkResults, samples_file, write_whole
-from ..tasks.datasets import load_problems, problem_set, to_prompts
-from ..tasks.names import resolve_model
-from ..tasks.rewards import judge
-from .benchmark import Benchmark, Record, read_samples, run_benchmark, slug, write_samples
-from .results import benchmark_results, results_table
+from ..tasks.names import resolve_model, resolve_reward
+from ..tasks.rewards import KINDS, judge
+from ..tasks.task import OWN_REWARD, RewardSum, Task, in_a_box, load_task, reward_sum, spoken
+from .benchmark import (
+    Record,
+    checksum,
+    parts_folder,
+    read_samples,
+    run_benchmark,
+    slug,
+    tokenize_prompts,
+    write_samples,
+)
+from .results import benchmark_results, results_table, why_doubtful
 from .sampling import Sampler, load_model, load_tokenizer, transformers_sampler, vllm_sampler
 from .settings import EvaluationArguments
 
+
+logger = get_logger(__name__)
 
 Results = dict[str, BenchmarkResults]
 """By benchmark."""
 
 
 def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
-    """Samples and judges every benchmark with every model, and writes what came out.
+    """Samples and judges every benchmark with every model, and writes the results.
 
     Writes, in `output_dir`, `table.md` and a folder for each model with `results.json`, `settings.json` and the
-    samples of each benchmark, `BENCHMARK.jsonl`. What is there already is not sampled again.
+    samples of each benchmark, `BENCHMARK.jsonl`. Existing samples are not sampled again.
 
     Returns:
         `dict[str, Results]`: Results by model and benchmark.
 
     Raises:
-        ValueError: If models or benchmarks are missing or not what they should be, or the output folder holds an
-            evaluation with other settings. Before anything is sampled.
+        ValueError: If models or benchmarks are missing or invalid, or the output folder holds an evaluation with other
+            settings. It is raised before anything is sampled.
     """
-    # Without an accelerator, accelerate takes each process for the only one unless it is told that the CPU is meant.
+    # Without an accelerator, each process would believe to be the only one. Setting the CPU explicitly avoids that.
     PartialState(cpu=not torch.accelerator.is_available())
     if not settings.models:
         raise ValueError("There is nothing to evaluate. Set `models`.")
-    benchmarks = load_benchmarks(settings)
+    tasks = load_tasks(settings)
     folders = {model: Path(settings.output_dir) / slug(model) for model in settings.models}
     tokenizers = {model: load_tokenizer(resolve_model(model)) for model in settings.models}
+    asked = {model: [task.asked_of(tokenizer, model) for task in tasks] for model, tokenizer in tokenizers.items()}
     for model, folder in folders.items():
         if list(folders.values()).count(folder) > 1:
             raise ValueError(f"Two of the models would share the folder {folder}. Evaluate them one at a time.")
@@ -52,70 +68,83 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
     for model, folder in folders.items():
         _write_json(folder / SETTINGS_NAME, {"model": model, **settings.determining()})
         PartialState().wait_for_everyone()
-        missing = [benchmark for benchmark in benchmarks if not samples_file(folder, benchmark.slug).is_file()]
-        sampler = _make_sampler(model, tokenizers[model], settings) if missing else None
-        for benchmark in missing:
-            run_benchmark(benchmark, sampler, tokenizers[model], folder, settings)
-        results[model] = {
-            benchmark.name: benchmark_results(_read_own_samples(folder, benchmark), settings.ks)
-            for benchmark in benchmarks
-        }
+        missing = [task for task in asked[model] if not samples_file(folder, slug(task.name)).is_file()]
+        if missing:
+            with _make_sampler(model, tokenizers[model], settings, missing) as sampler:
+                for task in missing:
+                    run_benchmark(task, sampler, tokenizers[model], folder, settings)
+            del sampler
+        results[model] = {}
+        for task in asked[model]:
+            records = _read_own_samples(folder, task)
+            results[model][task.name] = benchmark_results(records, settings.ks)
+            if reason := why_doubtful(records):
+                logger.warning(f"{task.name} with {model}: {reason}")
+            if PartialState().is_main_process:  # left by a kill after they were gathered
+                shutil.rmtree(parts_folder(folder, task), ignore_errors=True)
         _add_results(folder / RESULTS_NAME, model, results[model])
-        del sampler
         gc.collect()
     if PartialState().is_main_process:
         write_whole(Path(settings.output_dir) / TABLE_NAME, results_table(results) + "\n")
     return results
 
 
-def load_benchmarks(settings: EvaluationArguments) -> list[Benchmark]:
-    """The benchmarks that the settings name.
+def load_tasks(settings: EvaluationArguments) -> list[Task]:
+    """The tasks that the settings name as benchmarks.
 
     Raises:
-        ValueError: If there is none, or one is not to be had.
+        ValueError: If there is none, or one is not available.
     """
     if not settings.benchmarks:
         raise ValueError("There is nothing to evaluate on. Set `benchmarks`.")
-    names = ("prompt", "system_prompt", "problem_column", "answer_column", "kind", "limit")
-    options = {name: getattr(settings, name) for name in names}
-    benchmarks = [load_benchmark(name, **options) for name in settings.benchmarks]
-    slugs = [benchmark.slug for benchmark in benchmarks]
+    names = ("prompt", "system_prompt", "problem_column", "answer_column", "kind", "limit", "threshold")
+    options = {name: getattr(settings, name) for name in (*names, "reasoning_gym")}
+    rewards = load_rewards(settings)
+    tasks = [load_task(name, **options, rewards=rewards, overrides_scorers=True) for name in settings.benchmarks]
+    slugs = [slug(task.name) for task in tasks]
     if len(set(slugs)) < len(slugs):
         raise ValueError(f"Two of the benchmarks would share a file: {', '.join(slugs)}. Evaluate one at a time.")
-    return benchmarks
+    return tasks
 
 
-def load_benchmark(
-    name: str,
-    prompt: str | None = None,
-    system_prompt: str | None = None,
-    kind: str | None = None,
-    **columns_and_limit,
-) -> Benchmark:
-    """A problem set with prompts; the arguments are those of `load_problems` and `to_prompts`."""
-    problems = load_problems(name, kind=kind, **columns_and_limit)
-    return Benchmark(name, kind or problem_set(name).kind, to_prompts(problems, prompt, system_prompt))
+def load_rewards(settings: EvaluationArguments) -> RewardSum | None:
+    """The reward functions that the settings name, with their weights; `None` if they name none."""
+    if not settings.reward_funcs:
+        return None
+    return reward_sum([resolve_reward(name) for name in settings.reward_funcs], settings.reward_weights)
 
 
-def _make_sampler(model: str, tokenizer, settings: EvaluationArguments) -> Sampler:
+@contextmanager
+def _make_sampler(
+    model: str, tokenizer: PreTrainedTokenizerBase, settings: EvaluationArguments, tasks: list[Task]
+) -> Iterator[Sampler]:
+    path = resolve_model(model)
     if settings.backend == "vllm":
-        return vllm_sampler(resolve_model(model), settings)
-    return transformers_sampler(load_model(resolve_model(model), settings, PartialState().device), tokenizer, settings)
+        longest = max(len(ids) for task in tasks for ids in tokenize_prompts(task.problems["prompt"][:], tokenizer))
+        with vllm_sampler(path, settings, longest) as sampler:
+            yield sampler
+    else:
+        yield transformers_sampler(load_model(path, settings, PartialState().device), tokenizer, settings)
 
 
-def _read_own_samples(folder: Path, benchmark: Benchmark) -> list[Record]:
-    path = samples_file(folder, benchmark.slug)
-    records, problems = read_samples(path), benchmark.problems
-    asked = list(zip(problems["id"][:], problems["solution"][:], strict=True))
-    if list(dict.fromkeys((record.id, record.gold) for record in records)) != asked:
-        raise ValueError(f"{path} holds samples of other problems than {benchmark.name}. Use another `output_dir`.")
+def _read_own_samples(folder: Path, task: Task) -> list[Record]:
+    path = samples_file(folder, slug(task.name))
+    records = read_samples(path)
+    _check_problems(path, records, task)
     return records
 
 
+def _check_problems(path: Path, records: list[Record], task: Task) -> None:
+    """Refuses samples of other problems than those of the task."""
+    asked = [(str(place), checksum(row)) for place, row in enumerate(task.problems)]
+    if list(dict.fromkeys((record.id, record.asked) for record in records)) != asked:
+        raise ValueError(f"{path} holds samples of other problems than {task.name}. Use another `output_dir`.")
+
+
 def _add_results(path: Path, model: str, results: Results) -> None:
-    """Beside those of other benchmarks, evaluated before."""
+    """Adds results to those of other benchmarks, evaluated before."""
     before = json.loads(path.read_text())["benchmarks"] if path.is_file() else {}
-    PartialState().wait_for_everyone()  # all have read it before it is written again
+    PartialState().wait_for_everyone()  # all ranks have read it before it is written again
     _write_json(path, {"model": model, "benchmarks": before | results})
 
 
@@ -123,7 +152,8 @@ def _check_settings(folder: Path, model: str, settings: EvaluationArguments) -> 
     claimed = folder / SETTINGS_NAME
     if not claimed.is_file():
         return
-    before, now = json.loads(claimed.read_text()), {"model": model, **settings.determining()}
+    before = {**EvaluationArguments().determining(), **json.loads(claimed.read_text())}
+    now = {"model": model, **settings.determining()}
     different = [f"`{name}: {before.get(name)}`" for name in now if before.get(name) != now[name]]
     if different:
         raise ValueError(
@@ -137,37 +167,73 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def verify_again(path: Path, ks: Sequence[int]) -> tuple[BenchmarkResults, int]:
-    """Judges the recorded completions of a samples file again, and writes them to `NAME.verified.jsonl` beside it.
+def verify_again(path: Path, ks: Sequence[int], tasks: Sequence[Task] = ()) -> tuple[BenchmarkResults, int]:
+    """Judges the recorded completions of a samples file again, and writes them to `NAME.verified.jsonl` next to it.
+
+    Args:
+        path (`Path`): The samples file.
+        ks (`Sequence[int]`): For pass@k and maj@k.
+        tasks (`Sequence[Task]`): If reward functions score, the task of the samples.
 
     Returns:
-        `tuple[BenchmarkResults, int]`: The results, and how many scores are others than recorded.
+        `tuple[BenchmarkResults, int]`: The results, and how many scores differ from the recorded ones.
+
+    Raises:
+        ValueError: If there are no samples, or reward functions would score and their task is not given.
     """
     records = read_samples(path)
     if not records:
         raise ValueError(f"{path} holds no samples.")
-    verdicts = {}
-    for kind in {record.kind for record in records}:
-        chosen = [i for i, record in enumerate(records) if record.kind == kind]
-        judged = judge(kind, [records[i].completion for i in chosen], [records[i].gold for i in chosen])
-        verdicts |= dict(zip(chosen, judged, strict=True))
-    again = [
-        dataclasses.replace(record, score=verdicts[i].score, answer=verdicts[i].answer)
-        for i, record in enumerate(records)
-    ]
+    task = next((task for task in tasks if slug(task.name) == path.stem), None)
+    if task is not None:
+        again = _judge_task_again(path, records, task)
+    elif others := {record.kind for record in records} - set(KINDS):
+        raise ValueError(
+            f"{path} was scored by reward functions ({', '.join(others)}). Name the data as `benchmarks`, and its "
+            "`reward_funcs`."
+        )
+    else:
+        again = _judge_kinds_again(records)
     write_samples(path.with_suffix(".verified.jsonl"), again)
     changed = sum(new.score != old.score for new, old in zip(again, records, strict=True))
     return benchmark_results(again, ks), changed
 
 
-def verify_gold(benchmark: Benchmark) -> list[tuple[str, str, float | None]]:
-    """Judges the right answers against themselves: the verifier's own error rate.
+def _judge_task_again(path: Path, records: list[Record], task: Task) -> list[Record]:
+    if any(int(record.id) >= len(task.problems) for record in records):
+        raise ValueError(f"{path} holds samples of other problems than {task.name}.")
+    rows = [task.problems[int(record.id)] for record in records]
+    judged = task.judge(rows, [record.completion for record in records])
+    return [dataclasses.replace(record, **vars(found)) for record, found in zip(records, judged, strict=True)]
+
+
+def _judge_kinds_again(records: list[Record]) -> list[Record]:
+    verdicts = {}
+    for kind in {record.kind for record in records}:
+        chosen = [i for i, record in enumerate(records) if record.kind == kind]
+        judged = judge(kind, [records[i].completion for i in chosen], [records[i].gold for i in chosen])
+        verdicts |= dict(zip(chosen, judged, strict=True))
+    return [dataclasses.replace(record, **dataclasses.asdict(verdicts[i])) for i, record in enumerate(records)]
+
+
+def verify_gold(task: Task) -> list[tuple[str, str, float | None]]:
+    """Judges the right answers against themselves: the error rate of the verifier.
+
+    Reward functions are given each answer in several forms, and the best counts.
 
     Returns:
         `list[tuple[str, str, float | None]]`: Id, answer and score of those that are not accepted.
+
+    Raises:
+        ValueError: If there are no right answers.
     """
-    golds = benchmark.problems["solution"][:]
-    completions = [gold if "\\boxed{" in gold else f"The answer is \\boxed{{{gold}}}." for gold in golds]
-    verdicts = judge(benchmark.kind, completions, golds)
-    rows = zip(benchmark.problems["id"][:], golds, verdicts, strict=True)
-    return [(row_id, gold, verdict.score) for row_id, gold, verdict in rows if verdict.score != 1.0]
+    if task.gold is None:
+        raise ValueError(f"{task.name} has no right answers to judge. Set `answer_column`.")
+    places = [place for place, row in enumerate(task.problems) if task.golds([row])[0]]
+    rows = [task.problems[place] for place in places]
+    golds = task.golds(rows)
+    forms = [*zip(*map(spoken, golds), strict=True)] if task.kind == OWN_REWARD else [map(in_a_box, golds)]
+    judged = [task.judge(rows, list(said)) for said in forms]
+    best = [max(of_row, key=lambda found: found.reward or 0.0) for of_row in zip(*judged, strict=True)]
+    found = zip(places, golds, best, strict=True)
+    return [(str(place), gold, judgement.reward) for place, gold, judgement in found if not judgement.score]

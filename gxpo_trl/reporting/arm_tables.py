@@ -1,4 +1,4 @@
-"""Tables of arms beside each other, over seeds, and what their differences are worth."""
+"""Tables that compare arms over seeds, with intervals of their differences."""
 
 from collections.abc import Sequence
 
@@ -40,14 +40,14 @@ def results_table(arms: Sequence[Arm]) -> Table:
             row.append(interval(mean_of(averages)))
         rows.append(row)
     note = (
-        "Mean over seeds [95 % interval, Student's t]; a single seed has none. A peak is picked after the fact, and "
-        "flatters noise. AUC: the area under the curve over steps, of a run's whole length 1."
+        "Mean over seeds [95 % interval, Student's t]; a single seed has none. A peak is chosen afterwards, so "
+        "noise makes it too high. AUC: the area under the curve over steps, with the length of the run as 1."
     )
     return Table("results", "Final and peak accuracy", columns, rows, note)
 
 
 def spending_table(arms: Sequence[Arm]) -> Table:
-    """What each arm spent in all."""
+    """The total that each arm spent."""
     rows = []
     for arm in arms:
         lasts = [points[-1] for run in arm.runs for points in list(run.points.values())[:1]]
@@ -63,7 +63,7 @@ def spending_table(arms: Sequence[Arm]) -> Table:
 
 
 def matching_table(arms: Sequence[Arm], baseline: Arm, benchmark: str, slug: str) -> Table:
-    """What it took to be as good as the baseline at its peak (GXPO, table 2)."""
+    """The cost of matching the baseline's peak (GXPO, table 2)."""
     names = {"step": "steps", "rollouts": "rollouts", "backward_passes": "passes", "hours": "hours"}
     columns = ["arm", "matched", *(f"{name}{what}" for name in names.values() for what in ("", " ×"))]
     rows = []
@@ -96,12 +96,12 @@ def budget_table(arms: Sequence[Arm], benchmark: str, budget: str, slug: str) ->
         rows.append(cells)
     name = {"hours": "hours", "backward_passes": "backward passes"}[budget]
     columns = ["arm", *(f"{amount:,.{digits}f} {name}" for amount in amounts)]
-    note = "On straight lines between evaluations; parts of what the least spending run has spent."
+    note = "Interpolated linearly between evaluations; at fractions of what the cheapest run has spent."
     return Table(f"{slug}-at-{budget}", f"{benchmark} at matched {name}", columns, rows, note)
 
 
 def difference_table(arms: Sequence[Arm], baseline: Arm) -> Table:
-    """Whether an arm ends elsewhere than the baseline does, or learns elsewhere on the way, seed by seed."""
+    """Differences to the baseline at the end and over the run, paired by seed."""
     rows = []
     for benchmark in benchmarks_of(baseline.runs):
         for arm in arms:
@@ -129,7 +129,7 @@ def _verdict(difference: Mean | None) -> str:
 
 
 def demo_table(runs: Sequence[Run]) -> Table:
-    """What the demo says of its runs, a row each."""
+    """The demo's table, one row for each run."""
     rows = []
     for run in runs:
         first, last = run.points[HELD_OUT][0], run.points[HELD_OUT][-1]

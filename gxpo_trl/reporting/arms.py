@@ -1,4 +1,4 @@
-"""What counts as one arm: runs that were told to learn the same thing, whatever their seeds."""
+"""Groups runs into arms: runs with the same settings, whatever their seeds."""
 
 import glob
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..run_folder import printable
 from .runs import METHODS, Point, Run, load_run
 
 
@@ -15,23 +16,26 @@ NO_PART_OF_AN_ARM = (
     *("resume_from_checkpoint", "per_device_eval_batch_size", "num_generations_eval", "dataloader_"),
     *("trajectory_steps", "lookahead_diagnostics_steps"),
 )
-"""How the names of settings begin that change nothing about what is learnt, and of the length of a run."""
+"""Beginnings of the names of settings that do not change what is learnt, and of the length of a run."""
+LONGEST = 60
+"""Characters of a setting in a label."""
 SHORT = {"learning_rate": "lr", "lookahead_steps": "K", "reposition_alpha": "α", "gate_threshold": "τ"}
-"""How labels call settings; others go by their names."""
+"""Short names of settings in labels; others keep their names."""
 RULE = ("update_rule", "lookahead_", "reposition_", "gate_", "scale_", "retention", "active_", "probe_", "alpha_decay")
-"""How the names of settings begin that only one method has, or that methods have of their own."""
+RULE += ("step_control", "extrapolation")
+"""Beginnings of the names of settings that belong to a method."""
 
 
 def arm_settings(run: Run) -> dict[str, Any]:
     """The settings that runs of one arm share."""
     left_out = NO_PART_OF_AN_ARM
-    if run.settings.get("prompts_per_step"):  # then the accumulation follows from the number of devices
+    if run.settings.get("prompts_per_step"):  # then the accumulation depends on the number of devices
         left_out = (*left_out, "gradient_accumulation_steps", "steps_per_generation")
     return {name: value for name, value in run.settings.items() if not name.startswith(left_out)}
 
 
 def arm_labels(runs: Sequence[Run]) -> list[str]:
-    """The method of each run, and the settings that tell its arm from the others of that method."""
+    """The method of each run, and the settings that distinguish its arm from the others of that method."""
     differs = {method: _differences([run for run in runs if run.method == method]) for method in METHODS.values()}
     common = [name for name in _differences(runs) if not name.startswith(RULE)]
     labels = []
@@ -43,21 +47,22 @@ def arm_labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _differences(runs: Sequence[Run]) -> set[str]:
-    """The settings of arms that not all of these runs share."""
+    """The settings in which the arms of these runs differ."""
     arms = [arm_settings(run) for run in runs if run.settings]
     return {name for arm in arms for name in arm if any(arm[name] != other.get(name) for other in arms)}
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        label (`str`): What tables and figures call it.
+        label (`str`): Its name in tables and figures.
         runs (`tuple[Run, ...]`): Its runs.
     """
 
@@ -69,37 +74,54 @@ class Arm:
         return self.runs[0].method
 
     def curves(self, benchmark: str) -> list[tuple[Point, ...]]:
-        """The evaluations of each run that has some."""
+        """The evaluations of each run that was evaluated."""
         return [run.points[benchmark] for run in self.runs if benchmark in run.points]
 
     def values(self, metric: str) -> list[float]:
-        """All that was logged of a metric, by all of its runs."""
+        """All logged values of a metric, of all of its runs."""
         return [value for run in self.runs for value in run.series(metric)[1]]
 
 
 def group_arms(runs: Sequence[Run]) -> list[Arm]:
-    """Runs of one label are an arm, in the order in which they come."""
+    """Groups runs by their label into arms, in order."""
     labels = dict.fromkeys(run.label for run in runs)
     return [Arm(label, tuple(run for run in runs if run.label == label)) for label in labels]
 
 
-def load_runs(names: Sequence[str]) -> list[Run]:
-    """Reads runs by folder, pattern, or `LABEL=folder`. Those without a label get that of their arm.
+def load_runs(names: Sequence[str], unreadable: list[str] | None = None) -> list[Run]:
+    """Reads runs by folder, pattern, or `LABEL=folder`. Runs without a label get the label of their arm.
+
+    Args:
+        names (`Sequence[str]`): What to read.
+        unreadable (`list[str]`, *optional*): Gets a sentence for each folder that can't be read and is left out.
 
     Raises:
-        ValueError: If a name matches no folder, or a folder holds no run.
+        ValueError: If a name matches no folder, or, without `unreadable`, if a folder holds no readable run.
     """
     named: list[Run] = []
     for name in names:
-        label, _, pattern = name.rpartition("=")
-        folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
-        if not folders:
-            raise ValueError(f"There is no folder {pattern}. Name the output folders of runs.")
-        named += [load_run(folder, label or None) for folder in folders]
+        label, folders = _folders_of(name)
+        for folder in folders:
+            try:
+                named.append(load_run(folder, printable(label) or None))
+            except ValueError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append(str(error))
     labels = arm_labels(named)
     return [run if run.label else replace(run, label=label) for run, label in zip(named, labels, strict=True)]
 
 
+def _folders_of(name: str) -> tuple[str, list[str]]:
+    """The label and the folders of a name. Both may contain `=`: the shortest pattern that matches is used."""
+    parts = name.split("=")
+    for i in reversed(range(len(parts))):
+        folders = sorted(path for path in glob.glob("=".join(parts[i:])) if Path(path).is_dir())
+        if folders:
+            return "=".join(parts[:i]), folders
+    raise ValueError(f"There is no folder {parts[-1]}. Name the output folders of runs.")
+
+
 def benchmarks_of(runs: Sequence[Run]) -> list[str]:
-    """All benchmarks that some run was evaluated on."""
+    """All benchmarks on which a run was evaluated."""
     return list(dict.fromkeys(benchmark for run in runs for benchmark in run.points))

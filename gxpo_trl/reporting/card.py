@@ -1,15 +1,15 @@
-"""The model card of a run: what its folder says of the training, added to the card that TRL writes.
+"""The model card of a run: a description of the training from its folder, added to the card that TRL writes.
 
-The part that is added begins with `MARKER`, so that it can be written again when more is known: a later checkpoint, an
-evaluation.
+The added part begins with `MARKER`, so that it can be replaced later: after another checkpoint or an evaluation.
 """
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from ..evaluation.benchmark import slug
 from ..run_folder import (
@@ -20,14 +20,19 @@ from ..run_folder import (
     EXTRAPOLATION_NAME,
     RECIPE_NAME,
     RESULTS_NAME,
+    EvaluationResults,
     RunDescription,
+    is_there,
+    printable,
+    read_json,
+    read_text,
     write_whole,
 )
 from ..tasks.datasets import PROBLEM_SETS
 from .arms import NO_PART_OF_AN_ARM, Arm
-from .figures import Picture, curve_pictures, metric_picture
+from .figures import Picture, curve_pictures, metric_picture, save_figure
 from .runs import Run, holds_run, load_run
-from .tables import Table, number
+from .tables import Table, number, one_line
 
 
 MARKER = "<!-- From here on: gxpo_trl, from the folder of the run -->"
@@ -36,12 +41,18 @@ METHODS = {
     "change of the gradient coordinate by coordinate to K steps, moves a part α of the way, and corrects there.",
     "sfpo": "SFPO: while its gate is open, a step takes K fast steps on a batch of rollouts, goes back to a part α of "
     "the way, and takes one slow step from there.",
+    "check": "GRPO: one step on each batch of rollouts, after which one micro-batch says whether it was too long.",
     "grpo": "GRPO: one step on each batch of rollouts.",
 }
+TWO_PASSES = "GXPO in two passes: while its gate is open, a step takes one probe step on a batch of rollouts, and "
+TWO_PASSES += "corrects from there."
+PHANTOM_STEPS = "GXPO with phantom steps: while its gate is open, a step takes two probe steps on a batch of rollouts "
+PHANTOM_STEPS += "and K - 2 optimizer steps on predicted gradients, moves a part α of the way, and corrects there."
+STEP_CONTROL = " A multiplier of the learning rate follows the cosine of the gradients before and after: step control."
 SHOWN = ("update_rule", "lookahead_steps", "reposition_alpha", "gate_signal", "gate_threshold", "learning_rate")
 SHOWN += ("max_steps", "loss_type", "beta", "epsilon", "num_generations", "temperature", "max_completion_length")
 SHOWN += ("max_grad_norm", "seed")
-"""Settings that a card names even where they are the defaults."""
+"""Settings that a card lists even if they have their defaults."""
 GRPO = """@article{shao2024deepseekmath,
     title        = {{DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models}},
     author       = {Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and Mingchuan Zhang and
@@ -76,13 +87,14 @@ def write_card(
     step: int | None = None,
     into: Path | None = None,
 ) -> None:
-    """Adds to the card of a run, or writes one, with the picture that it shows.
+    """Adds to the card of a run, or writes one, with its picture.
 
     Args:
-        folder (`Path`): Of the run.
+        folder (`Path`): The folder of the run.
         about (`RunDescription`, *optional*): As in `run.json`; unset to read it from there.
         evaluation (`Path`, *optional*): A folder of `gxpo eval` with the `results.json` of this model.
-        step (`int`, *optional*): Of the checkpoint that the card is for, which knows nothing of what came later.
+        step (`int`, *optional*): The step of the checkpoint that the card is for. Later entries of the log are left
+            out.
         into (`Path`, *optional*): Where it is written; unset for the run's folder.
 
     Raises:
@@ -97,21 +109,23 @@ def write_card(
     results = [*_of_training(run), *(_of_evaluation(evaluation) if evaluation else [])]
     card = _trl_card(folder, run)
     card.data.eval_results = results or None
-    card.data.tags = sorted(card.data.tags or [])  # TRL's come in another order each time
-    card.data.model_name = card.data.model_name or folder.resolve().name
+    card.data.tags = sorted(card.data.tags or [])  # TRL's order changes each time
+    card.data.model_name = card.data.model_name or printable(folder.resolve().name)
     known = card.text.split(MARKER)[0].rstrip()
     card.text = "\n".join([known, "", MARKER, "", *_sections(run, results, into, known)])
     write_whole(into / CARD_NAME, str(card))
 
 
 def _trl_card(folder: Path, run: Run) -> ModelCard:
-    """TRL's, without the links to nowhere that it has where a model is no model of the Hub."""
-    path = folder / CARD_NAME
-    if not path.is_file():
-        title = f"# {folder.resolve().name}\n"
-        data = ModelCardData(library_name="transformers", tags=["trl"], model_name=folder.resolve().name)
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}")
-    card = ModelCard.load(path)
+    """TRL's card, without its broken links if the model is not on the Hub."""
+    path, name = folder / CARD_NAME, printable(folder.resolve().name)
+    if not is_there(path):
+        data = ModelCardData(library_name="transformers", tags=["trl"], model_name=name)
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n")
+    try:
+        card = ModelCard(read_text(path))
+    except (YAMLError, TypeError) as error:
+        raise ValueError(f"{path} has no YAML that a model card begins with: {one_line(str(error))}.") from error
     card.text = card.text.replace(
         "is a fine-tuned version of [None](https://huggingface.co/None)", "was fine-tuned from a local model"
     ).replace('model="None"', f'model="{run.folder.name}"')
@@ -142,7 +156,7 @@ def _result(benchmark: str, metric: str, value: float) -> EvalResult:
 
 
 def _of_training(run: Run) -> Iterator[EvalResult]:
-    """The last of each benchmark that was scored on the way."""
+    """The last score of each benchmark during training."""
     for name in run.metrics:
         if match := ACCURACY.fullmatch(name):
             yield _result(match[1], match[2], run.last(name))
@@ -152,7 +166,7 @@ def _of_evaluation(folder: Path) -> Iterator[EvalResult]:
     path = folder / RESULTS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no {RESULTS_NAME}. Name a model's folder in the output of `gxpo eval`.")
-    for benchmark, found in json.loads(path.read_text())["benchmarks"].items():
+    for benchmark, found in read_json(path, EvaluationResults)["benchmarks"].items():
         for metric, value in found["metrics"].items():
             if metric.startswith("avg@") or metric == list(found["metrics"])[-1]:
                 yield _result(slug(benchmark), metric, value["value"])
@@ -163,12 +177,18 @@ def _of_evaluation(folder: Path) -> Iterator[EvalResult]:
 
 def _sections(run: Run, results: list[EvalResult], into: Path, known: str) -> Iterator[str]:
     settings, loss = run.settings, "RLOO" if "RLOO" in run.about.get("trainer", "") else "GRPO"
-    if rule := METHODS.get(settings.get("update_rule")):
-        yield from ("## The update", "", f"{rule.replace('GRPO', loss)} The loss is that of {loss}.", "")
+    rule = METHODS.get(settings.get("update_rule"))
+    if settings.get("update_rule") == "gxpo" and settings.get("lookahead_steps") == 1:
+        rule = TWO_PASSES
+    elif settings.get("update_rule") == "gxpo" and settings.get("extrapolation") == "optimizer":
+        rule = PHANTOM_STEPS
+    if rule:
+        rule += STEP_CONTROL if settings.get("step_control", "none") != "none" else ""
+        yield from ("## The update", "", f"{rule.replace('GRPO', loss)} The loss is {loss}'s.", "")
     yield from (_spent(run), "")
     if picture := _curve(run):
-        picture.figure.savefig(into / CURVES_NAME, dpi=150)
-        yield from (f"![{picture.caption}]({CURVES_NAME})", "")
+        save_figure(picture.figure, into / CURVES_NAME, dpi=150)
+        yield from (f"![{re.sub(r'[][<`]', '', one_line(picture.caption))}]({CURVES_NAME})", "")
     if results:
         rows = [(r.dataset_name, r.metric_name, number(r.metric_value)) for r in results]
         yield from ("## Evaluation", "", Table("", "", ("benchmark", "metric", "value"), rows).markdown(), "")
@@ -195,7 +215,9 @@ def _spent(run: Run) -> str:
 
 
 def _curve(run: Run) -> Picture | None:
-    """Accuracy on what is held out against rollouts, or steps where the run does not count them; else the reward."""
+    """Held-out accuracy against rollouts, or against steps if the run does not count rollouts; otherwise the
+    reward.
+    """
     arms = [Arm(run.label, (run,))]
     for benchmark in run.points:
         pictures = {picture.name: picture for picture in curve_pictures(arms, benchmark, "curve")}
@@ -206,7 +228,7 @@ def _curve(run: Run) -> Picture | None:
 def _settings(run: Run) -> list[tuple[str, str]]:
     names = dict.fromkeys([*SHOWN, *run.about.get("changed", {})])
     rows = [
-        (f"`{name}`", str(run.settings[name]).replace("|", "\\|"))
+        (f"`{name.replace('`', '')}`", str(run.settings[name]))
         for name in names
         if name in run.settings and (name in SHOWN or not name.startswith(NO_PART_OF_AN_ARM))
     ]
@@ -214,6 +236,7 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     rows += [(f"LoRA `{name}`", str(adapter[name])) for name in ("r", "lora_alpha", "lora_dropout") if name in adapter]
     if "target_modules" in adapter:
         targets = adapter["target_modules"]
-        kinds = [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
+        targets = targets if isinstance(targets, list) else [targets]
+        kinds = sorted({str(name).rpartition(".")[2] for name in targets})
         rows.append(("LoRA `target_modules`", ", ".join(kinds)))
     return rows

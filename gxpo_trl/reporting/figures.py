@@ -1,4 +1,4 @@
-"""Figures: one colour a method throughout, seeds as a mean line with a band, shut-off as a ring."""
+"""Figures: one colour for each method, seeds as a mean line with a band, shut-off as a ring."""
 
 import base64
 import io
@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO, Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MultipleLocator
 
 from .arms import Arm, group_arms
@@ -19,19 +21,21 @@ from .runs import HELD_OUT, Run
 from .statistics import Mean, peak, shutoff_point
 
 
-COLORS = {"GRPO": "#5B6770", "SFPO": "#2B7BBA", "GXPO": "#C8442B"}
+COLORS = {"GRPO": "#5B6770", "GRPO, checked": "#3F8F5B", "SFPO": "#2B7BBA", "GXPO": "#C8442B"}
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-"""The arms of one method, in turn."""
+"""Dashes of the arms of one method, in turn."""
 SHADES = (1.0, 0.6, 0.35)
-"""Of a method's colour, when its dashes are used up."""
+"""Shades of a method's colour, used when its dashes run out."""
 AXES = {
     "step": "optimizer step",
     "rollouts": "rollouts (completions sampled)",
     "backward_passes": "backward passes over a batch of rollouts",
     "hours": "hours of training",
 }
+STEP_MULTIPLIER, COSINES = "lookahead/step_multiplier", ("lookahead/cos_0_slow", "lookahead/cos_check")
+"""The metrics of step control: its multiplier, and the cosines that it follows."""
 MOST_POINTS = 1000
-"""Of a line: more than a figure has pixels to show."""
+"""The most points of a line: more than a figure has pixels for."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Picture:
     @cached_property
     def svg(self) -> bytes:
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="svg")
+        save_figure(self.figure, buffer, format="svg")
         return buffer.getvalue()
 
     @property
@@ -54,12 +58,19 @@ class Picture:
 
     def save(self, folder: Path) -> None:
         """As PNG and as SVG."""
-        self.figure.savefig(folder / f"{self.name}.png", dpi=160)
+        save_figure(self.figure, folder / f"{self.name}.png", dpi=160)
         (folder / f"{self.name}.svg").write_bytes(self.svg)
 
     def data_uri(self) -> str:
         """For a page that is one file."""
         return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
+
+
+def save_figure(figure: Figure, target: Path | IO[bytes], **options: Any) -> None:
+    """Draws a figure with its texts as they are: a `$` in a label does not start mathematics."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    figure.savefig(target, **options)
 
 
 def new_figure(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
@@ -70,7 +81,7 @@ def new_figure(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
 
 
 def style_axes(axes: Axes) -> None:
-    """Light lines behind what is drawn, and no box around it."""
+    """Light grid lines behind the data, and no box around it."""
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -92,10 +103,10 @@ def _darker(color: str, part: float) -> str:
 
 
 def draw_curves(arms: Sequence[Arm], benchmark: str, budget: str, axes: Axes) -> bool:
-    """The evaluations of each arm against what was spent. Says whether there was anything to draw.
+    """The evaluations of each arm against what was spent. Returns whether there was anything to draw.
 
-    Means are over the seeds that have an evaluation at a step, of the value and of what was spent; bands are from the
-    least to the greatest.
+    Lines are means over the seeds that have an evaluation at a step, of the value and of what was spent. Bands are
+    from the minimum to the maximum.
     """
     styles, drawn = styles_of(arms), False
     for arm in arms:
@@ -134,7 +145,7 @@ def draw_curves(arms: Sequence[Arm], benchmark: str, budget: str, axes: Axes) ->
 
 
 def label_spending(axes: Axes, budget: str, suffix: str = "") -> None:
-    """Names the axis, in units that fit: short runs are told in minutes."""
+    """Labels the axis. Short runs are shown in minutes."""
     if budget != "hours":
         axes.xaxis.set_major_formatter("{x:,.0f}")
     elif axes.get_xlim()[1] < 0.5:
@@ -145,7 +156,7 @@ def label_spending(axes: Axes, budget: str, suffix: str = "") -> None:
 
 
 def _round_minutes(most: float) -> float:
-    """A round distance between ticks, of which there are six at most."""
+    """A round distance that gives at most six ticks."""
     return next((step for step in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if most / step <= 6), 10.0)
 
 
@@ -154,7 +165,7 @@ def name_of(benchmark: str) -> str:
 
 
 def curve_pictures(arms: Sequence[Arm], benchmark: str, slug: str) -> list[Picture]:
-    """One against each budget that the runs say anything of."""
+    """One picture for each budget that the runs recorded."""
     pictures = []
     has_shutoff = any(run.shutoff_step is not None for arm in arms for run in arm.runs)
     for budget, label in AXES.items():
@@ -169,6 +180,32 @@ def curve_pictures(arms: Sequence[Arm], benchmark: str, slug: str) -> list[Pictu
 def metric_picture(arms: Sequence[Arm], metrics: dict[str, str], slug: str, title: str, unit: str) -> Picture | None:
     """Metrics of the log against the step, each a line of its own; means over seeds, with bands."""
     figure, axes = new_figure()
+    return Picture(slug, title, figure) if draw_metrics(arms, metrics, unit, axes) else None
+
+
+def step_control_picture(arms: Sequence[Arm]) -> Picture | None:
+    """The multiplier of the learning rate and the cosine that it follows, for arms with a multiplier."""
+    arms = [arm for arm in arms if arm.values(STEP_MULTIPLIER)]
+    if not arms:
+        return None
+    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    panels = ((above, [STEP_MULTIPLIER], "multiplier M"), (below, COSINES, "cosine of gradients"))
+    for axes, metrics, unit in panels:
+        style_axes(axes)
+        for metric in metrics:
+            draw_metrics(arms, {metric: ""}, unit, axes)
+    above.set_yscale("log", base=2)
+    above.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
+    above.set_xlabel("")
+    if below.get_legend() is not None:  # the lines are those above
+        below.get_legend().remove()
+    title = "Step control: the multiplier of the learning rate, and the cosine of gradients that it follows."
+    return Picture("step-control", title, figure)
+
+
+def draw_metrics(arms: Sequence[Arm], metrics: dict[str, str], unit: str, axes: Axes) -> bool:
+    """Draws what `metric_picture` describes. Returns whether there was anything to draw."""
     styles, drawn = styles_of(arms), False
     for arm in arms:
         for (metric, label), dashes in zip(metrics.items(), itertools.cycle(STYLES)):
@@ -190,18 +227,16 @@ def metric_picture(arms: Sequence[Arm], metrics: dict[str, str], slug: str, titl
             if len(arm.runs) > 1:
                 low, high = ([function(by_step[step]) for step in steps] for function in (min, max))
                 axes.fill_between(steps, low, high, color=COLORS[arm.method], alpha=0.12, linewidth=0)
-    if not drawn:
-        return None
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(unit)
     axes.set_xlim(left=0)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8)
-    return Picture(slug, title, figure)
+    return drawn
 
 
 def frontier_picture(arms: Sequence[Arm], benchmark: str, budget: str, slug: str) -> Picture | None:
-    """Peak against what it took to get there: one dot a run, a larger one an arm."""
+    """Peak against its cost: one dot for each run, a larger one for each arm."""
     figure, axes = new_figure()
     markers = itertools.cycle("osD^vP*X")
     drawn = False
@@ -220,7 +255,7 @@ def frontier_picture(arms: Sequence[Arm], benchmark: str, budget: str, slug: str
     axes.set_xlim(left=0)
     label_spending(axes, budget, " to the peak")
     axes.legend(frameon=False, fontsize=8)
-    return Picture(slug, f"Peak of {name_of(benchmark)} against what it took ({AXES[budget]}).", figure)
+    return Picture(slug, f"Peak of {name_of(benchmark)} against its cost ({AXES[budget]}).", figure)
 
 
 def heat_map(cells: dict[tuple, Mean], names: tuple[str, str], slug: str, title: str) -> Picture:
@@ -248,7 +283,7 @@ def heat_map(cells: dict[tuple, Mean], names: tuple[str, str], slug: str, title:
 
 
 def draw_demo(runs: Sequence[Run], path: Path) -> None:
-    """The demo's: held-out pass@1 against rollouts and against backward passes."""
+    """Draws the demo's figure: held-out pass@1 against rollouts and against backward passes."""
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, budget in zip(panels, ("rollouts", "backward_passes"), strict=True):
@@ -264,4 +299,4 @@ def draw_demo(runs: Sequence[Run], path: Path) -> None:
     panels[0].set_ylabel("held-out pass@1")
     panels[0].legend(frameon=False, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, path, dpi=160)

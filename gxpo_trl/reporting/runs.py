@@ -1,8 +1,8 @@
-"""A run read back from its folder: what it was, how it went, what it cost. Of this package, or of plain TRL."""
+"""Reads a run from its folder: settings, log and cost. It may be a run of this package or of plain TRL."""
 
-import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,23 +20,32 @@ from ..run_folder import (
     SHUTOFF_STEP,
     TRAINER_STATE_NAME,
     RunDescription,
+    TrainerState,
+    is_number,
+    is_step,
+    is_there,
+    parse_json,
+    read_json,
+    read_text,
     saved_steps,
 )
 
 
-METHODS = {"grpo": "GRPO", "sfpo": "SFPO", "gxpo": "GXPO"}
+COUNTS = ("gradient_accumulation_steps", "steps_per_generation", "num_iterations")
+"""Settings from which rollouts are counted."""
+METHODS = {"grpo": "GRPO", "check": "GRPO, checked", "sfpo": "SFPO", "gxpo": "GXPO"}
 HELD_OUT = "held-out reward"
-"""What `eval_strategy` measures, beside benchmarks of `eval_benchmarks`."""
+"""The name of what `eval_strategy` measures, as opposed to the benchmarks of `eval_benchmarks`."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation on the way, and what had been spent until then.
+    """One evaluation during training, and what had been spent until then.
 
     Attributes:
         step (`int`): Optimizer steps taken.
         value (`float`): Mean accuracy or held-out reward.
-        rollouts (`int`, *optional*): Completions sampled for training; `None` where the run does not say.
+        rollouts (`int`, *optional*): Completions sampled for training; `None` if the run does not record it.
         backward_passes (`int`): Passes over a batch of rollouts.
         hours (`float`, *optional*): Of training, evaluations left out.
     """
@@ -58,10 +67,10 @@ class Run:
 
     Attributes:
         folder (`Path`): Its output folder.
-        label (`str`): How tables and figures call its arm.
+        label (`str`): The name of its arm in tables and figures.
         log (`list[dict]`): The entries of its log, by step.
-        finished (`bool`): Whether it came to its end.
-        about (`RunDescription`): What `run.json` says; empty for a run of plain TRL.
+        finished (`bool`): Whether it has ended.
+        about (`RunDescription`): The content of `run.json`; empty for a run of plain TRL.
     """
 
     folder: Path
@@ -80,7 +89,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """GRPO, SFPO or GXPO, which decides its colour; plain TRL is GRPO here."""
+        """GRPO, SFPO or GXPO, which determines its colour. Plain TRL counts as GRPO."""
         return METHODS.get(self.settings.get("update_rule"), "GRPO")
 
     @cached_property
@@ -99,7 +108,7 @@ class Run:
         return {benchmark: tuple(of_it[step] for step in sorted(of_it)) for benchmark, of_it in found.items()}
 
     def _rollouts_at(self, step: int) -> int | None:
-        """Completions sampled until then: those of a generation batch serve several steps, several times over."""
+        """Completions sampled until then. A generation batch may serve several steps and iterations."""
         completions = self.about.get("completions_per_step")
         if completions is None:
             return None
@@ -110,7 +119,7 @@ class Run:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of what the log holds, in its order."""
+        """The names of the logged metrics, in order."""
         return list(self._columns)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
@@ -140,13 +149,13 @@ class Run:
 
     @property
     def shutoff_step(self) -> int | None:
-        """The step after which the active phase was over; `None` if it never was."""
+        """The step after which the active phase ended; `None` if it did not."""
         step = self.last(SHUTOFF_STEP)
         return None if step is None else int(step)
 
     @property
     def seconds(self) -> float | None:
-        """Of training, evaluations left out."""
+        """Seconds of training, without evaluations."""
         elapsed = self.last(ELAPSED_TIME)
         if elapsed is not None:
             return elapsed
@@ -154,9 +163,10 @@ class Run:
         return None if runtime is None else runtime - sum(self.series("eval_runtime")[1])
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite one."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _amount(entry: dict[str, Any], name: str) -> float | None:
+    """The amount that an entry records; `None` if there is none or it is not a valid one."""
+    value = entry.get(name)
+    return value if is_number(value) and value >= 0 else None
 
 
 class _Spending:
@@ -170,24 +180,26 @@ class _Spending:
         self.last_step = 0
 
     def see(self, entry: dict[str, Any]) -> None:
-        step = entry["step"]
-        if BACKWARD_PASSES in entry:
-            self.passes, self.passes_step = int(entry[BACKWARD_PASSES]), step
-        if ELAPSED_TIME in entry:
-            self.seconds = entry[ELAPSED_TIME]
-        elif "step_time" in entry and "lookahead/update_time" not in entry:  # plain TRL: the mean since its last log
-            self.seconds = (self.seconds or 0.0) + entry["step_time"] * (step - self.last_step)
-        if "step_time" in entry:
+        step, step_time = entry["step"], _amount(entry, "step_time")
+        if (passes := _amount(entry, BACKWARD_PASSES)) is not None:
+            self.passes, self.passes_step = int(passes), step
+        if (seconds := _amount(entry, ELAPSED_TIME)) is not None:
+            self.seconds = seconds
+        elif step_time is not None and "lookahead/update_time" not in entry:  # plain TRL: the mean since its last log
+            self.seconds = (self.seconds or 0.0) + step_time * (step - self.last_step)
+        if step_time is not None:
             self.last_step = step
 
     def point(self, entry: dict[str, Any], value: float) -> Point:
-        step, rollouts = entry["step"], entry.get(EVAL_ROLLOUTS)
+        step, rollouts = entry["step"], _amount(entry, EVAL_ROLLOUTS)
         if rollouts is None:
             rollouts = self.rollouts_at(step)
-        passes = entry.get(EVAL_BACKWARD_PASSES)
+        passes = _amount(entry, EVAL_BACKWARD_PASSES)
         if passes is None:  # plain TRL makes one pass a step, and so does a step that is not logged yet
             passes = step if self.passes is None else self.passes + step - self.passes_step
-        seconds = entry.get(EVAL_SECONDS, self.seconds if step else 0.0)
+        seconds = _amount(entry, EVAL_SECONDS)
+        if seconds is None:
+            seconds = self.seconds if step else 0.0
         hours = None if seconds is None else seconds / 3600
         return Point(step, value, None if rollouts is None else int(rollouts), int(passes), hours)
 
@@ -196,7 +208,7 @@ def holds_run(folder: str | Path) -> bool:
     """Whether something has been logged there, so that `load_run` can read it."""
     folder = Path(folder)
     states = [place / TRAINER_STATE_NAME for place in (folder, *saved_steps(folder).values())]
-    return any(path.is_file() for path in (folder / LOG_NAME, *states))
+    return any(map(is_there, (folder / LOG_NAME, *states)))
 
 
 def load_run(folder: str | Path, label: str | None = None) -> Run:
@@ -204,35 +216,65 @@ def load_run(folder: str | Path, label: str | None = None) -> Run:
 
     Args:
         folder (`str` or `Path`): The run's output folder.
-        label (`str`, *optional*): How tables and figures call its arm.
+        label (`str`, *optional*): The name of its arm in tables and figures.
 
     Raises:
-        ValueError: If the folder holds no run.
+        ValueError: If the folder holds no run, or one of its files can't be read or is invalid. The message names the
+            file.
     """
     folder = Path(folder)
-    about = _read_json(folder / RUN_NAME) if (folder / RUN_NAME).is_file() else {}
-    log, finished = _read_log(folder)
+    try:
+        about = read_json(folder / RUN_NAME, RunDescription) if is_there(folder / RUN_NAME) else {}
+        log, finished = _read_log(folder)
+    except OSError as error:
+        raise ValueError(f"{error.filename or folder} can't be read: {error.strerror}.") from error
+    _check_counts(about, folder / RUN_NAME)
     return Run(folder, label or "", sorted(log, key=lambda entry: entry["step"]), finished, about)
+
+
+def _check_counts(about: RunDescription, path: Path) -> None:
+    counts = {name: about.get("settings", {}).get(name) for name in COUNTS}
+    for name, count in (counts | {"completions_per_step": about.get("completions_per_step")}).items():
+        if count is not None and count < 1:
+            raise ValueError(f"{path}: `{name}` is {count}: at least 1 is expected.")
 
 
 def _read_log(folder: Path) -> tuple[list[dict[str, Any]], bool]:
     state, live = folder / TRAINER_STATE_NAME, folder / LOG_NAME
-    if live.is_file() and not (state.is_file() and state.stat().st_mtime >= live.stat().st_mtime):
-        lines = [line for line in live.read_text().splitlines() if line.endswith("}")]  # the last may be half written
-        entries = [entry for entry in map(json.loads, lines) if "step" in entry]
+    if is_there(live) and not (is_there(state) and os.lstat(state).st_mtime >= os.lstat(live).st_mtime):
+        entries = _read_lines(live)
         return entries, any("train_runtime" in entry for entry in entries[-1:])
-    if state.is_file():
-        return _read_json(state)["log_history"], True
+    if is_there(state):
+        return _read_state(state), True
     for checkpoint in reversed(saved_steps(folder).values()):
-        if (checkpoint / TRAINER_STATE_NAME).is_file():
-            return _read_json(checkpoint / TRAINER_STATE_NAME)["log_history"], False
+        if is_there(checkpoint / TRAINER_STATE_NAME):
+            return _read_state(checkpoint / TRAINER_STATE_NAME), False
     raise ValueError(
         f"{folder} holds no run: neither a {LOG_NAME} nor a {TRAINER_STATE_NAME}. Name a run's output folder."
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no whole JSON file: {error}.") from error
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = read_text(path).split("\n")
+    entries = [(f"{path}, line {i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
+    if not lines[-1].endswith("}"):  # the last line may be incomplete
+        entries = [entry for entry in entries if entry[1] is not lines[-1]]
+    return _with_steps((where, parse_json(line, where)) for where, line in entries)
+
+
+def _read_state(path: Path) -> list[dict[str, Any]]:
+    entries = read_json(path, TrainerState)["log_history"]
+    return _with_steps((f"{path}, entry {i} of its log", entry) for i, entry in enumerate(entries, 1))
+
+
+def _with_steps(entries: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """The entries that have a step."""
+    found = []
+    for where, entry in entries:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} is not an object.")
+        if "step" in entry:
+            if not is_step(entry["step"]):
+                raise ValueError(f"{where}: `step` is {entry['step']!r:.40}: a whole number from 0 on is expected.")
+            found.append(entry)
+    return found

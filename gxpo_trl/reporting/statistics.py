@@ -1,4 +1,4 @@
-"""What runs with different seeds say together: means with intervals, paired differences, and what it took to match."""
+"""Statistics over seeds: means with intervals, paired differences, and the cost of matching a baseline."""
 
 import math
 import statistics
@@ -35,7 +35,7 @@ class Mean:
 
 
 def mean_of(values: Sequence[float]) -> Mean | None:
-    """The mean and its interval; `None` of nothing."""
+    """The mean and its interval; `None` without values."""
     if not values:
         return None
     mean, n = statistics.fmean(values), len(values)
@@ -55,7 +55,7 @@ def peak(points: Sequence[Point]) -> Point:
 
 
 def area(points: Sequence[Point]) -> float:
-    """The area under the curve over steps, of a run's whole length 1: its mean on straight lines."""
+    """The area under the curve over steps, with the length of the run as 1: the mean of the linear interpolation."""
     pairs = list(zip(points, points[1:], strict=False))
     if not pairs:
         return final(points)
@@ -64,7 +64,7 @@ def area(points: Sequence[Point]) -> float:
 
 
 def by_seed(arm: Arm, benchmark: str) -> dict[int, tuple[Point, ...]]:
-    """The evaluations of each run, by its seed; of runs without a known seed, by their place."""
+    """The evaluations of each run by seed; runs without a known seed are numbered."""
     curves = [(run, run.points[benchmark]) for run in arm.runs if benchmark in run.points]
     return {i if run.seed is None else run.seed: points for i, (run, points) in enumerate(curves)}
 
@@ -79,12 +79,12 @@ def paired_difference(
 
 @dataclass(frozen=True)
 class Matching:
-    """What an arm spent until it first was as good as the baseline's peak, seed by seed.
+    """What an arm spent until it first reached the baseline's peak, seed by seed.
 
     Attributes:
         spent (`dict[str, float]`): The median over the seeds that matched, by budget.
-        speedup (`dict[str, float]`): What the baseline had spent at its peak over that, likewise.
-        matched, n (`int`): How many seeds did, of how many.
+        speedup (`dict[str, float]`): What the baseline had spent at its peak divided by that, likewise.
+        matched, n (`int`): How many seeds reached it, and of how many.
     """
 
     spent: dict[str, float]
@@ -97,7 +97,7 @@ BUDGETS = ("step", "rollouts", "backward_passes", "hours")
 
 
 def match_peak(arm: Arm, baseline: Arm, benchmark: str) -> Matching:
-    """Only evaluations count, nothing in between."""
+    """Uses only the evaluations, without interpolation."""
     ours, theirs = by_seed(arm, benchmark), by_seed(baseline, benchmark)
     pairs = [(ours[seed], peak(theirs[seed])) for seed in ours if seed in theirs]
     firsts = [(next((p for p in points if p.value >= best.value), None), best) for points, best in pairs]
@@ -114,7 +114,7 @@ def match_peak(arm: Arm, baseline: Arm, benchmark: str) -> Matching:
 
 
 def value_at(points: Sequence[Point], budget: str, amount: float) -> float | None:
-    """On the straight line between the evaluations around that amount; `None` outside of what was measured."""
+    """The linear interpolation at that amount; `None` outside the measured range."""
     known = [(point.spent(budget), point.value) for point in points if point.spent(budget) is not None]
     for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
         if x0 <= amount <= x1:
@@ -123,7 +123,7 @@ def value_at(points: Sequence[Point], budget: str, amount: float) -> float | Non
 
 
 def matched_amounts(arms: Sequence[Arm], benchmark: str, budget: str, count: int = 3) -> list[float]:
-    """Equal parts of what the least spending run has spent, which all runs have reached."""
+    """Equal fractions of what the cheapest run has spent; all runs have reached them."""
     ends = [points[-1].spent(budget) for arm in arms for points in arm.curves(benchmark)]
     if not ends or any(end is None for end in ends):
         return []
@@ -131,20 +131,20 @@ def matched_amounts(arms: Sequence[Arm], benchmark: str, budget: str, count: int
 
 
 def icer(steps: int, before: float, after: float) -> float:
-    """Training steps for each point of accuracy gained (NExt, section 5.1): the lower the better.
+    """Training steps for each point of accuracy gained (NExt, section 5.1). Lower is better.
 
     Args:
         steps (`int`): Optimizer steps trained.
         before, after (`float`): Accuracy, in [0, 1].
 
     Returns:
-        `float`: Infinite where nothing is gained.
+        `float`: Infinite if nothing is gained.
     """
     return steps / (100 * (after - before)) if after > before else math.inf
 
 
 def shutoff_point(run: Run, benchmark: str, budget: str) -> tuple[float, float] | None:
-    """Where on its curve a run shut its lookahead off."""
+    """The point of a run's curve at which its lookahead shut off."""
     points, step = run.points.get(benchmark, ()), run.shutoff_step
     if step is None or not points:
         return None

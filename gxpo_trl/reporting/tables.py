@@ -1,4 +1,4 @@
-"""Tables once, as Markdown, CSV and HTML."""
+"""A table, as Markdown, CSV and HTML."""
 
 import csv
 import io
@@ -16,11 +16,11 @@ class Table:
     """A table of text.
 
     Attributes:
-        name (`str`): Of its files.
-        title (`str`): What it is, in a sentence.
+        name (`str`): The name of its files.
+        title (`str`): Its title.
         columns (`Sequence[str]`): Headings, with units.
         rows (`Sequence[Sequence[str]]`): Cells.
-        note (`str`): What has to be known to read it.
+        note (`str`): An explanation for the reader.
     """
 
     name: str
@@ -30,11 +30,12 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """Aligned, for a terminal too."""
-        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        """As aligned Markdown, which is readable in a terminal too."""
+        rows = [[_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-            for row in (self.columns, *self.rows)
+            for row in rows
         ]
         lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
         return "\n".join(lines)
@@ -45,12 +46,22 @@ class Table:
         return text.getvalue()
 
 
+def one_line(text: str) -> str:
+    """The text on one line, so that it does not end a row or a heading of Markdown."""
+    return " ".join(text.split())
+
+
+def _markdown(cell: str) -> str:
+    """A cell with `|` and `<` escaped."""
+    return one_line(cell).replace("|", "\\|").replace("<", "\\<")
+
+
 def number(value: float | None, digits: int = 3) -> str:
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
 def interval(mean: Mean | None, digits: int = 3, sign: bool = False) -> str:
-    """A mean with its interval, or alone where there is one seed."""
+    """A mean with its interval; for one seed only the value."""
     if mean is None:
         return MISSING
     plus = "+" if sign else ""

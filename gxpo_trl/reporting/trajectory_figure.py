@@ -1,4 +1,4 @@
-"""The trajectory of a run as a picture: how much of it one direction holds, and how straight it is."""
+"""The figure of a run's trajectory: the share of one direction, and how straight it is."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,10 +12,10 @@ SHADES = ("#6A4C93", "#A78BC0", "#D6C8E2", "#F2EDF6")  # from the most crooked t
 
 
 def trajectory_figure(report: ExtrapolationReport) -> Figure:
-    """Against the step, the energy ratio, and R² of straight lines so far and ahead (NExt, figures 2 and 3).
+    """Plots against the step the energy ratio and R² of straight lines, so far and ahead (NExt, figures 2 and 3).
 
     Args:
-        report (`ExtrapolationReport`): Of `extrapolation.json`.
+        report (`ExtrapolationReport`): The content of `extrapolation.json`.
     """
     figure = Figure(figsize=(12.0, 3.9), layout="constrained")
     energy, so_far, ahead = figure.subplots(1, 3)

@@ -2,17 +2,17 @@
 
 TRL pads every completion of a generation batch to the longest one and shuffles, so that nearly every micro-batch is as
 wide as the longest completion of all. Nothing is computed twice or approximated here: rows change places among the
-micro-batches of one optimizer step, columns that every row of a micro-batch has masked are dropped, and in the passes
-after the first a row whose advantage is 0 is left out where the loss sees that row through its advantage alone.
+micro-batches of one optimizer step, columns that every row of a micro-batch has masked are dropped, and a row whose
+advantage is 0 has no backward pass if the loss depends on the row only through its advantage. The first pass makes a
+forward pass over such rows, because TRL's metrics count them. Later passes leave them out.
 
-A micro-batch is TRL's: a dict of tensors whose first dimension are the rows. What comes out are such dicts, with one
-more entry, `LOSS_WEIGHT`, where a loss that averages over the rows of its micro-batch has to be corrected for how many
-there are.
+A micro-batch is TRL's: a dict of tensors whose first dimension are the rows. The result are such dicts. They have one
+more entry, `LOSS_WEIGHT`, if a loss that averages over rows must be corrected for their number.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,22 +34,21 @@ COMPLETION_COLUMNS = (  # (B, T), padded on the right
 )
 ROWS = ("advantages", "old_logps", "importance_sampling_ratio")  # (B,) or (B, 1)
 CONSTANTS = ("num_items_in_batch", LOSS_WEIGHT)
-MOST_ROWS = 512  # for which the best partition is looked for: the search takes rows² × micro-batches steps
+MOST_ROWS = 512  # up to which the best partition is searched: this takes rows² × micro-batches steps
 KNOWN = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *ROWS, *CONSTANTS}
 
 
 @dataclass(frozen=True)
 class Compaction:
-    """What may be done to the micro-batches of one optimizer step without changing its gradient.
+    """The changes to the micro-batches of one optimizer step that keep its gradient.
 
     Attributes:
         regroup (`bool`): Rows may change micro-batches: the loss is a sum over rows, or a mean over equally many.
-        averages_rows (`bool`): The loss of a micro-batch is a mean over its rows, not a sum with a normalizer of its
-            own.
+        averages_rows (`bool`): The loss of a micro-batch is a mean over its rows, not a sum with its own normalizer.
         trims_prompts (`bool`): Leading columns may be dropped: the model's positions are relative.
         prunes (`bool`): Rows with advantage 0 contribute nothing to the gradient.
-        max_tokens (`int`, *optional*): Micro-batches hold at most so many tokens, padding included; unset for as many
-            as TRL's hold.
+        max_tokens (`int`, *optional*): The most tokens of a micro-batch, with padding; unset for as many as TRL's
+            have.
     """
 
     regroup: bool = True
@@ -58,85 +57,126 @@ class Compaction:
     prunes: bool = False
     max_tokens: int | None = None
 
+    @property
+    def changes_replays(self) -> bool:
+        """Whether passes after the first may have other micro-batches."""
+        return self.regroup and (self.prunes or self.max_tokens is not None)
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """The micro-batches of one optimizer step.
+
+    Attributes:
+        batches (`list[Batch]`): The rows that are computed with a gradient.
+        forward_only (`list[Batch]`): The other rows, in no more micro-batches than `batches`.
+    """
+
+    batches: list[Batch]
+    forward_only: list[Batch] = field(default_factory=list)
+
 
 MaxOverRanks = Callable[[torch.Tensor], torch.Tensor]
-"""The elementwise maximum of a tensor over all ranks. Ranks have to agree on the rows of each micro-batch."""
+"""The elementwise maximum of a tensor over all ranks. Ranks must agree on the rows of each micro-batch."""
 
 
 def compact(
     micro_batches: list[Batch], how: Compaction, max_over_ranks: MaxOverRanks = torch.Tensor.clone
-) -> list[Batch]:
+) -> Compacted:
     """The micro-batches of one optimizer step with their rows sorted by completion length, longest first, and trimmed.
 
     Args:
         micro_batches (`list[Batch]`): Of one optimizer step, with equally many rows each.
-        how (`Compaction`): What may be done.
-        max_over_ranks (`MaxOverRanks`): Asked once.
+        how (`Compaction`): The allowed changes.
+        max_over_ranks (`MaxOverRanks`): Called once, again if rows may be left out, and again if some are.
 
     Returns:
-        `list[Batch]`: As many micro-batches with the same rows, cut where the fewest tokens are computed; none has
-            more of them than TRL's, or than `max_tokens` where so many micro-batches can keep it. Unchanged where a
-            batch holds something that is not known here, such as images.
+        `Compacted`: As many micro-batches with the same rows, cut where the fewest tokens are computed. None has more
+        tokens than TRL's, or than `max_tokens` if this number of micro-batches can keep it. Rows that contribute
+        nothing to the gradient are separate, except those without which a micro-batch would be empty. Both have
+        equally many rows on every rank. A batch with unknown entries, such as images, is unchanged.
 
     Raises:
-        ValueError: If there is such a thing and `max_tokens` is set, which then can't be kept.
+        ValueError: If there is an unknown entry and `max_tokens` is set, which then can't be kept.
     """
     if not _are_known(micro_batches):
         if how.max_tokens is not None:
             raise ValueError(
                 "`max_tokens_per_micro_batch` can't be kept: rollouts with "
-                f"{', '.join(unknown_entries(micro_batches))} can't be dealt out anew. Leave it out."
+                f"{', '.join(unknown_entries(micro_batches))} can't be redistributed. Leave it out."
             )
-        return micro_batches
+        return Compacted(micro_batches)
     if not how.regroup:
-        return [take(batch, torch.arange(count_rows(batch)), how) for batch in micro_batches]
-    rows = merge(micro_batches)
-    order = completion_lengths(rows).argsort(descending=True, stable=True)
-    widths = max_over_ranks(_widths(rows)[order]).tolist()
-    nominal_rows = count_rows(rows) // len(micro_batches)
-    sizes = partition(widths, len(micro_batches), how.max_tokens or nominal_rows * widths[0])
-    return _split(rows, order, sizes, nominal_rows, how)
+        return Compacted([take(batch, torch.arange(count_rows(batch)), how) for batch in micro_batches])
+    rows, count = merge(micro_batches), len(micro_batches)
+    nominal_rows = count_rows(rows) // count
+    contributes, most = _contributing(rows, how, max_over_ranks)
+    kept, others = _choose(rows, contributes, max(most, count))
+    widths = max_over_ranks(_widths(rows)[kept]).tolist()
+    max_tokens = how.max_tokens or nominal_rows * widths[0]
+    batches = _split(rows, kept, partition(widths, count, max_tokens), nominal_rows, how)
+    if not len(others):
+        return Compacted(batches)
+    widths = max_over_ranks(_widths(rows)[others]).tolist()
+    sizes = partition(widths, min(count, len(pack(widths, max(max_tokens, widths[0])))), max_tokens)
+    return Compacted(batches, _split(rows, others, sizes, nominal_rows, how))
 
 
 def prune(
-    micro_batches: list[Batch], how: Compaction, max_over_ranks: MaxOverRanks = torch.Tensor.clone
+    micro_batches: list[Batch],
+    nominal_rows: int,
+    how: Compaction,
+    max_over_ranks: MaxOverRanks = torch.Tensor.clone,
 ) -> list[Batch]:
-    """The rows that have an advantage, in as few micro-batches as hold them.
+    """The rows that have an advantage, in as few micro-batches as possible.
 
     Args:
-        micro_batches (`list[Batch]`): Of one optimizer step, as `compact` left them.
-        how (`Compaction`): What may be done.
-        max_over_ranks (`MaxOverRanks`): Asked once, and once more if anything is left out or packed.
+        micro_batches (`list[Batch]`): Those of one optimizer step that `compact` left with their gradient.
+        nominal_rows (`int`): The rows of each of TRL's micro-batches.
+        how (`Compaction`): The allowed changes.
+        max_over_ranks (`MaxOverRanks`): Called once, and again if anything is left out or packed.
 
     Returns:
         `list[Batch]`: Equally many micro-batches, with equally many rows each, on every rank; a rank with fewer rows
-        that count fills up with rows that don't. Empty if no rank has a row that counts, and unchanged where nothing
-        can be left out.
+        that count adds rows that don't. Empty if no rank has a row that counts; unchanged if nothing can be left out
+        or joined.
     """
-    if not how.regroup or not (how.prunes or how.max_tokens) or not _are_known(micro_batches):
+    if not how.changes_replays or not _are_known(micro_batches):
         return micro_batches
     rows = merge(micro_batches)
-    everything = count_rows(rows)
-    lengths = completion_lengths(rows)
-    counts = _has_advantage(rows) if how.prunes else torch.ones_like(lengths, dtype=torch.bool)
-    kept = int(max_over_ranks(counts.sum().view(1)).item())
-    if kept == 0:
+    contributes, most = _contributing(rows, how, max_over_ranks)
+    if most == 0:
         return []
-    if kept == everything and how.max_tokens is None:
+    fewest = math.ceil(most / nominal_rows)
+    if most == count_rows(rows) and fewest == len(micro_batches) and how.max_tokens is None:
         return micro_batches
-    cheapest_first = torch.where(counts, -1, lengths).argsort(stable=True)[:kept]  # those that count, then short ones
-    order = cheapest_first[lengths[cheapest_first].argsort(descending=True, stable=True)]
-    widths = max_over_ranks(_widths(rows)[order]).tolist()
-    nominal_rows = everything // len(micro_batches)
+    kept, _ = _choose(rows, contributes, most)
+    widths = max_over_ranks(_widths(rows)[kept]).tolist()
     max_tokens = how.max_tokens or nominal_rows * widths[0]
-    count = len(pack(widths, max_tokens)) if how.max_tokens else math.ceil(kept / nominal_rows)
-    return _split(rows, order, partition(widths, count, max_tokens), nominal_rows, how)
+    count = len(pack(widths, max_tokens)) if how.max_tokens else fewest
+    return _split(rows, kept, partition(widths, count, max_tokens), nominal_rows, how)
+
+
+def _contributing(rows: Batch, how: Compaction, max_over_ranks: MaxOverRanks) -> tuple[torch.Tensor, int]:
+    """Which rows contribute to the gradient, (B,), and their number on the rank that has the most."""
+    if not how.prunes:
+        return torch.ones(count_rows(rows), dtype=torch.bool), count_rows(rows)
+    contributes = rows["advantages"].reshape(count_rows(rows), -1).ne(0).any(1)
+    return contributes, int(max_over_ranks(contributes.sum().view(1)).item())
+
+
+def _choose(rows: Batch, contributes: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices of `count` rows, those that contribute and then the shortest, and of the others; longest first."""
+    lengths = completion_lengths(rows)
+    cheapest_first = torch.where(contributes.to(lengths.device), -1, lengths).argsort(stable=True)
+    kept, others = cheapest_first[:count].sort().values, cheapest_first[count:].sort().values
+    return tuple(part[lengths[part].argsort(descending=True, stable=True)] for part in (kept, others))
 
 
 def partition(widths: list[int], count: int, max_tokens: int) -> list[int]:
     """How many rows go into each of `count` micro-batches, in order, so that the fewest tokens are computed.
 
-    A micro-batch costs its rows × the widest of them, which is its first: `widths` never increases. Each keeps within
+    A micro-batch costs its rows × the widest of them, which is its first: `widths` never increases. Each has at most
     `max_tokens`, or the least bound above it that `count` micro-batches can keep.
     """
     rows = len(widths)
@@ -159,7 +199,7 @@ def partition(widths: list[int], count: int, max_tokens: int) -> list[int]:
 
 
 def pack(widths: list[int], max_tokens: int) -> list[int]:
-    """As few micro-batches as keep `max_tokens`; a row that is wider by itself gets one of its own."""
+    """As few micro-batches as `max_tokens` allows. A wider row gets its own."""
     sizes, widest = [], 0
     for width in widths:
         if sizes and (sizes[-1] + 1) * widest <= max_tokens:
@@ -208,7 +248,7 @@ def scored_tokens(batch: Batch) -> torch.Tensor:
 
 
 def count_tokens(batch: Batch) -> int:
-    """What a micro-batch costs: rows × columns, padding included."""
+    """The cost of a micro-batch: rows × columns, with padding."""
     return batch["prompt_ids"].numel() + batch["completion_ids"].numel()
 
 
@@ -255,17 +295,13 @@ def _widths(rows: Batch) -> torch.Tensor:
     return rows["prompt_ids"].size(1) + completion_lengths(rows)
 
 
-def _has_advantage(rows: Batch) -> torch.Tensor:
-    return rows["advantages"].reshape(count_rows(rows), -1).ne(0).any(1)
-
-
 def unknown_entries(batches: list[Batch]) -> list[str]:
-    """The names of entries, such as images, of which it is not known here how they belong to rows."""
+    """The names of unknown entries, such as images, which can't be assigned to rows."""
     return sorted({key for batch in batches for key, value in batch.items() if value is not None} - KNOWN)
 
 
 def _are_known(batches: list[Batch]) -> bool:
-    """Whether every entry is known here, and the normalizer is that of one generation batch."""
+    """Whether every entry is known, and all have the normalizer of one generation batch."""
     return not unknown_entries(batches) and len({id(batch.get("num_items_in_batch")) for batch in batches}) == 1
 
 
@@ -274,5 +310,5 @@ def _tensors(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _is_per_token(key: str, value: torch.Tensor) -> bool:
-    """Whether the columns are those of the completion, rather than one for the whole row."""
+    """Whether there is a column for each token of the completion, not one for the whole row."""
     return key in COMPLETION_COLUMNS and value.dim() == 2 and value.size(1) > 1

@@ -2,31 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-
-@dataclass
-class RandomState:
-    """The state of torch's generators: the CPU's and those of the devices that the model lives on."""
-
-    cpu: torch.Tensor
-    devices: dict[torch.device, torch.Tensor]
-
-    @classmethod
-    def of(cls, devices: set[torch.device]) -> "RandomState":
-        """The present state, for the CPU and the given accelerator devices."""
-        return cls(
-            cpu=torch.get_rng_state(),
-            devices={d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"},
-        )
-
-    def restore(self) -> None:
-        """Makes this the present state."""
-        torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+from .generators import Generators
 
 
 @dataclass
@@ -34,15 +14,26 @@ class MicroBatch:
     """One slice of the rollouts, as pass 1 saw it.
 
     Attributes:
-        inputs (`dict[str, Any]`): What the loss reads; never written.
-        random_state (`RandomState`): The generators just before the forward pass, so that dropout draws the same
-            masks.
+        inputs (`dict[str, Any]`): The inputs of the loss; never changed.
+        accumulation_steps (`int`): The divisor of its loss.
+        random_state (`list`): The generators' state just before the forward pass.
+        drew (`bool`): Whether forward or backward pass drew random numbers.
         per_token_logps (`torch.Tensor`, *optional*): The policy's detached log-probabilities in pass 1, (B, T).
     """
 
     inputs: dict[str, Any]
-    random_state: RandomState
+    accumulation_steps: int
+    random_state: list[Any]
+    drew: bool = False
     per_token_logps: torch.Tensor | None = None
+
+
+class Replayed(NamedTuple):
+    """One micro-batch of a replay: the inputs of the loss, its divisor, and whether it is the last of the pass."""
+
+    inputs: dict[str, Any]
+    accumulation_steps: int
+    is_last: bool
 
 
 @dataclass
@@ -50,50 +41,77 @@ class RolloutWindow:
     """The micro-batches of one optimizer step.
 
     Args:
-        devices (`set[torch.device]`): Where the model lives.
+        generators (`Generators`): Those that the model may draw from.
         freeze_old_logps (`bool`): Whether replays measure the importance ratio against pass 1's log-probabilities
-            where the rollouts carry none of their own. TRL leaves them out when a batch is used once, and then takes
-            the *current* ones: at θ1 and θ̃ every ratio would be 1, nothing would be clipped, and the objective
-            another.
+            if the rollouts have none. TRL leaves them out when a batch is used once, and then uses the *current* ones:
+            at θ1 and θ̃ every ratio would be 1, nothing would be clipped, and the objective would change.
     """
 
-    devices: set[torch.device]
+    generators: Generators
     freeze_old_logps: bool
     micro_batches: list[MicroBatch] = field(default_factory=list)
-    packed: list[dict[str, Any]] | None = None  # what replays compute on, where that is not what pass 1 did
+    packed: list[dict[str, Any]] | None = None  # the batches of replays, if they differ from pass 1's
 
-    def open_micro_batch(self, inputs: dict[str, Any]) -> None:
-        """Takes in one micro-batch; call just before its forward pass in pass 1."""
-        self.micro_batches.append(MicroBatch(inputs, RandomState.of(self.devices)))
+    def open_micro_batch(self, inputs: dict[str, Any], accumulation_steps: int) -> None:
+        """Records one micro-batch; call it just before its forward pass in pass 1."""
+        self.micro_batches.append(MicroBatch({**inputs}, accumulation_steps, self.generators.state()))
 
     def keep_logps(self, per_token_logps: torch.Tensor) -> None:
-        """Keeps the log-probabilities (B, T) that pass 1 computed for the micro-batch taken in last."""
-        self.micro_batches[-1].per_token_logps = per_token_logps.detach()
+        """Keeps the log-probabilities (B, T) that pass 1 computed first for the last recorded micro-batch."""
+        if self.micro_batches and self.micro_batches[-1].per_token_logps is None:
+            self.micro_batches[-1].per_token_logps = per_token_logps.detach()
+
+    def close_micro_batch(self) -> None:
+        """Call it just after the backward pass."""
+        self.micro_batches[-1].drew = self.generators.have_drawn(since=self.micro_batches[-1].random_state)
 
     def rollouts(self) -> list[dict[str, Any]]:
-        """The micro-batches as replays are to see them."""
+        """The micro-batches for replays."""
         return [self._frozen(micro_batch) for micro_batch in self.micro_batches]
 
-    def replay(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """One pass: yields `(inputs, is_last)`, with the generators set as they were for that micro-batch.
+    def may_be_packed(self) -> bool:
+        """Whether rows may change micro-batches between pass 1 and a replay: random numbers are drawn for a
+        micro-batch as it is, and its loss is divided by its own accumulation steps."""
+        divisors = {micro_batch.accumulation_steps for micro_batch in self.micro_batches}
+        return len(divisors) == 1 and not any(micro_batch.drew for micro_batch in self.micro_batches)
+
+    def replay(self) -> Iterator[Replayed]:
+        """One pass, with the generators set as they were for each micro-batch.
 
         A pass leaves the generators where pass 1 did, so that later rollouts are those of a run without replays.
         """
         if self.packed is not None:
             yield from self._replay_packed()
             return
-        for i, micro_batch in enumerate(self.micro_batches):
+        for micro_batch in self.micro_batches:
             inputs = self._frozen(micro_batch)
-            micro_batch.random_state.restore()
-            yield inputs, i == len(self.micro_batches) - 1
+            self.generators.restore(micro_batch.random_state)
+            yield Replayed(inputs, micro_batch.accumulation_steps, micro_batch is self.micro_batches[-1])
 
-    def _replay_packed(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        after_pass_1 = RandomState.of(self.devices)
+    def _replay_packed(self) -> Iterator[Replayed]:
+        after_pass_1 = self.generators.state()
         for i, inputs in enumerate(self.packed):
-            yield inputs, i == len(self.packed) - 1
-        after_pass_1.restore()
+            yield Replayed(inputs, self.micro_batches[0].accumulation_steps, i == len(self.packed) - 1)
+        self.generators.restore(after_pass_1)
+
+    @property
+    def replayed_micro_batches(self) -> int:
+        """How many micro-batches a replay has."""
+        return len(self.micro_batches if self.packed is None else self.packed)
+
+    def replay_one(self, index: int) -> Iterator[Replayed]:
+        """One micro-batch of a replay as a pass of its own. It leaves the generators where it found them."""
+        before = self.generators.state()
+        if self.packed is None:
+            micro_batch = self.micro_batches[index]
+            self.generators.restore(micro_batch.random_state)
+            yield Replayed(self._frozen(micro_batch), micro_batch.accumulation_steps, True)
+        else:
+            yield Replayed(self.packed[index], self.micro_batches[0].accumulation_steps, True)
+        self.generators.restore(before)
 
     def _frozen(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        if self.freeze_old_logps and micro_batch.inputs.get("old_per_token_logps") is None:
-            return {**micro_batch.inputs, "old_per_token_logps": micro_batch.per_token_logps}
-        return micro_batch.inputs
+        inputs = {**micro_batch.inputs}
+        if self.freeze_old_logps and inputs.get("old_per_token_logps") is None:
+            inputs["old_per_token_logps"] = micro_batch.per_token_logps
+        return inputs

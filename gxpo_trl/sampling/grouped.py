@@ -4,18 +4,19 @@
 
 `generate` runs every copy of a prompt through the model, and decodes all rows until the longest has ended. Here the KV
 cache of a prompt is filled once and repeated for its copies; rows that have ended are dropped; and with a token budget
-new prompts are admitted in their place. Only the scheduling is ours: `generate` prepares settings, logits processors
-and stopping criteria, the model prepares its inputs, and the caches are transformers' own.
+new prompts replace them. Only the scheduling is ours: `generate` prepares settings, logits processors and stopping
+criteria, the model prepares its inputs, and the caches are transformers' own.
 
-The rows under way form one rectangle, padded on the left. Rows of different age can meet in it: a key is stored with
-its position, and attention sees columns only through the mask and their distance.
+The unfinished rows form one rectangle, padded on the left. It may hold rows of different age: a key is stored with its
+position, and attention sees columns only through the mask and their distance.
 """
 
+import contextlib
 import copy
 import functools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,10 +37,11 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 
+from ..rollout.generators import Generators
 from .model_traits import cache_argument, decoder_of, why_not_row_by_row
 
 
-KEEP_ROWS = 0.85  # finished rows are dropped once no more than this fraction of the rows is unfinished
+KEEP_ROWS = 0.85  # finished rows are dropped once at most this fraction of the rows is unfinished
 
 SERVED_SETTINGS = {
     *("max_new_tokens", "max_length", "stop_strings", "bos_token_id", "eos_token_id", "pad_token_id"),
@@ -49,6 +51,15 @@ SERVED_SETTINGS = {
     *("cache_implementation", "transformers_version"),
 }
 """Settings of `generate` that treat all rows, and all positions of a row, alike. The others count columns."""
+
+
+class SharedNoise(ValueError):
+    """Raised if a forward pass has drawn random numbers."""
+
+    reason = "the model draws random numbers in its forward pass, which copies of a prompt would share"
+
+    def __init__(self):
+        super().__init__(f"Grouped sampling can't serve this: {self.reason}. Leave out `custom_generate`.")
 
 
 @dataclass
@@ -79,11 +90,11 @@ def why_not_grouped(model: torch.nn.Module, config: GenerationConfig, in_trainin
 
     Args:
         model (`torch.nn.Module`): A transformers model, with or without adapters.
-        config (`GenerationConfig`): The settings. What they leave open is taken from the model, as `generate` does.
+        config (`GenerationConfig`): The settings. Unset ones come from the model, as in `generate`.
         in_training (`bool`): Whether the model will be in training mode.
 
     Returns:
-        `str`, *optional*: The reason, to stand after a colon; `None` if it can.
+        `str`, *optional*: The reason, to follow a colon; `None` if it can.
     """
     config = copy.deepcopy(config)
     config.update(**decoder_of(model).generation_config.to_dict(), defaults_only=True)
@@ -127,7 +138,7 @@ def sample_grouped(
     lockstep: bool = False,
     **model_kwargs: Any,
 ) -> torch.LongTensor | GroupedOutput:
-    """A decoding method for `generate(custom_generate=...)`: the same completions, sooner.
+    """A decoding method for `generate(custom_generate=...)`: the same completions in less time.
 
     Greedy completions are `generate`'s token for token, sampled ones have its distribution; neighbouring rows with the
     same prompt are recognized as copies.
@@ -136,8 +147,9 @@ def sample_grouped(
         model (`PreTrainedModel`): A decoder with the stock KV cache.
         input_ids (`torch.LongTensor`): Prompts, (B, P), padded on the left.
         logits_processor, stopping_criteria, generation_config: As `generate` prepared them.
-        token_budget (`int`, *optional*): Rows under way, times the columns they may grow to, stay within so many
-            tokens, but for a single row that needs more. The KV cache holds no more than that. Unset: all at once.
+        token_budget (`int`, *optional*): Limit for the number of unfinished rows times the columns they may grow to,
+            in tokens, except for a single row that needs more. The KV cache holds no more than that. Unset: all at
+            once.
         lockstep (`bool`): All ranks make equally many forward passes: where one communicates, as under FSDP2.
         **model_kwargs: As `generate` prepared them; `attention_mask` (B, P) tells the padding.
 
@@ -146,6 +158,7 @@ def sample_grouped(
 
     Raises:
         `ValueError`: If the model, a setting or a further model input can't be served, or the budget isn't positive.
+        `SharedNoise`: If the model draws random numbers. The generators are as they were then.
     """
     sampler = _Sampler(model, logits_processor, stopping_criteria, generation_config, token_budget, lockstep)
     mask = model_kwargs.pop("attention_mask", None)
@@ -156,7 +169,7 @@ def sample_grouped(
     unread = [name for name in model_kwargs if name not in ("position_ids", "use_cache", *caches)]
     if unread or any(cache.get_seq_length() > 0 for cache in caches.values()):
         raise ValueError(
-            f"Grouped sampling starts from token ids alone; it can't serve {', '.join(unread) or 'a filled cache'}. "
+            f"Grouped sampling starts only from token ids; it can't serve {', '.join(unread) or 'a filled cache'}. "
             "Call `generate` without `custom_generate`."
         )
     output = sampler.run(input_ids, mask, forward_arguments)
@@ -165,7 +178,7 @@ def sample_grouped(
 
 @dataclass
 class _Rows:
-    """The rows under way: R of them, with W columns in the cache.
+    """The unfinished rows: R of them, with W columns in the cache.
 
     Attributes:
         owner (`torch.LongTensor`): The row of the request that each completes, (R,).
@@ -194,7 +207,7 @@ class _Rows:
         return self.owner.size(0)
 
     def keep_unfinished(self) -> None:
-        """Drops the other rows, and the columns that these don't need."""
+        """Keeps only these rows, and drops the columns that they don't need."""
         indices = self.unfinished.nonzero()[:, 0]
         for name in self.TENSORS:
             setattr(self, name, getattr(self, name)[indices])
@@ -266,6 +279,7 @@ class _Sampler:
         self.criteria = StoppingCriteriaList(criteria)
         self.token_budget, self.lockstep = token_budget, lockstep
         self.cache_argument = cache_argument(type(model))
+        self.has_prefilled = False
 
     def run(self, input_ids: torch.Tensor, mask: torch.Tensor, forward_arguments: dict[str, Any]) -> GroupedOutput:
         """Samples all completions of a request, (B, P) with its mask."""
@@ -277,7 +291,7 @@ class _Sampler:
         self.logps = torch.zeros(self.completions.shape, device=input_ids.device)
         self.lengths = input_ids.new_zeros(input_ids.size(0))
         queue, rows = _find_groups(input_ids, mask), None
-        while self._goes_on(rows is not None or len(queue) > 0):
+        while self._anywhere(rows is not None or len(queue) > 0):  # has a forward pass to make
             if wave := self._admit(queue, rows):
                 fresh = self._without_finished(self._prefill(wave))
                 if rows is None or fresh is None:
@@ -299,16 +313,16 @@ class _Sampler:
             raise ValueError("Rows that end early need a `pad_token_id`. Set it, or an `eos_token_id`.")
         return 0  # never seen: all rows are equally long
 
-    def _goes_on(self, has_work: bool) -> bool:
-        """Whether this rank, or in lockstep any rank, has a forward pass to make."""
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so on this rank, or in lockstep on any rank."""
         if not self.lockstep:
-            return has_work
-        working = torch.tensor(float(has_work), device=self.lengths.device)
-        dist.all_reduce(working, op=dist.ReduceOp.MAX)
-        return bool(working)
+            return here
+        found = torch.tensor(float(here), device=self.lengths.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
 
     def _admit(self, queue: deque[Group], rows: _Rows | None) -> list[Group]:
-        """Takes from the queue what there is room for. Groups of up to half the room stay whole."""
+        """Takes from the queue what fits. Groups of up to half the free room stay whole."""
         wave: list[Group] = []
         taken = 0 if rows is None else len(rows)
         longest_prompt = 0 if rows is None else rows.longest_prompt
@@ -338,7 +352,8 @@ class _Sampler:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
         is_padded = min(lengths) < max(lengths)
-        logits = self._forward(ids, mask if is_padded else None, positions, cache, is_first_iteration=True)
+        with self._refusing_noise():
+            logits = self._forward(ids, mask if is_padded else None, positions, cache, is_first_iteration=True)
         if cache.get_seq_length() == 0:
             raise ValueError(
                 "The model keeps no KV cache, as in training with gradient checkpointing. Call "
@@ -361,6 +376,20 @@ class _Sampler:
         self._take_tokens(rows, logits[source])
         return rows
 
+    @contextlib.contextmanager
+    def _refusing_noise(self) -> Iterator[None]:
+        """Around the first forward pass of a request, which every rank makes."""
+        if self.has_prefilled:
+            yield
+            return
+        self.has_prefilled = True
+        generators = Generators.of(self.model, self.lengths.device)
+        before = generators.state()
+        yield
+        if self._anywhere(generators.have_drawn(since=before)):
+            generators.restore(before)
+            raise SharedNoise
+
     def _decode(self, rows: _Rows) -> _Rows:
         """One token more for every row."""
         positions = (rows.prompt_length + rows.length - 1)[:, None]
@@ -382,7 +411,7 @@ class _Sampler:
         return self.model(**inputs, return_dict=True).logits[:, -1].float()
 
     def _idle(self) -> None:
-        """A forward pass for the sake of the ranks that have rows left."""
+        """A forward pass for the ranks that have rows left."""
         self.model(input_ids=self.lengths.new_full((1, 1), self.pad_token), use_cache=False)
 
     def _take_tokens(self, rows: _Rows, logits: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a model's forward pass allows to be done to its batches, as read off its configuration."""
+"""What a model's forward pass allows for its batches, according to its configuration."""
 
 import functools
 import inspect
@@ -19,17 +19,21 @@ FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def draws_at_random(model: torch.nn.Module) -> bool:
-    """Whether a forward pass in training draws random numbers, which depend on what else is in the micro-batch."""
-    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+    """Whether modules or settings show that a forward pass in training draws random numbers. Others may draw some
+    too.
+    """
+    if any(isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
         return True
-    config = model.config.get_text_config().to_dict()
-    names = [name for name in config if "dropout" in name or name.endswith(("pdrop", "jitter_noise"))]
-    return any(isinstance(config[name], float) and config[name] > 0 for name in names)
+    adapters = getattr(model, "peft_config", None) or {}
+    settings = [model.config.get_text_config().to_dict(), *(adapter.to_dict() for adapter in adapters.values())]
+    drawing = [v for s in settings for name, v in s.items() if "drop" in name or name.endswith("jitter_noise")]
+    return any(isinstance(value, float) and value > 0 for value in drawing)
 
 
 def has_relative_positions(model: torch.nn.Module) -> bool:
-    """Whether a sequence may start at any position: attention that is not cut at absolute ones, and rotary embeddings
-    whose frequencies don't depend on the length."""
+    """Whether a sequence may start at any position: attention is not cut at absolute positions, and the frequencies of
+    rotary embeddings don't depend on the length.
+    """
     config = model.config.get_text_config()
     return not _cuts_attention(config) and bool(_ropes(config)) and _has_fixed_ropes(config)
 
@@ -40,9 +44,10 @@ def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def cache_argument(model_class: type) -> str | None:
-    """The name under which a model's forward pass takes the KV cache; `None` if it takes none.
+    """The parameter of a model's forward pass for the KV cache; `None` if it has none.
 
-    It is found by its type, because the name moves: `past_key_values` until transformers 5.23, `cache` since then.
+    It is found by its type, because the name has changed: `past_key_values` until transformers 5.23, `cache` since
+    then.
     """
     parameters = inspect.signature(model_class.forward).parameters.values()
     return next((p.name for p in parameters if "Cache" in str(p.annotation)), None)
@@ -50,9 +55,9 @@ def cache_argument(model_class: type) -> str | None:
 
 @functools.cache
 def why_not_known() -> str | None:
-    """What this version of transformers doesn't have where decoding row by row looks for it.
+    """What this version of transformers lacks for decoding row by row.
 
-    A Llama stands for every plain decoder: what it lacks is the library's doing, not the model's.
+    A Llama represents all plain decoders: what it lacks comes from the library, not from the model.
 
     Returns:
         `str`, *optional*: The reason, to stand after a colon; `None` if all is there.
@@ -75,7 +80,7 @@ def why_not_known() -> str | None:
 
 
 def why_not_row_by_row(model: torch.nn.Module, in_training: bool) -> str | None:
-    """Why the rows of a batch can't be decoded as if each were alone, and its KV cache cut and joined by rows.
+    """Why the rows of a batch can't be decoded independently, or the KV cache can't be cut and joined by rows.
 
     Args:
         model (`torch.nn.Module`): A transformers model, with or without adapters.

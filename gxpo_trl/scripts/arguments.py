@@ -1,4 +1,4 @@
-"""What a training recipe says: one object, of the dataclasses whose fields its keys are."""
+"""A training recipe as one object, made of the dataclasses whose fields are its keys."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -9,42 +9,53 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from ..callbacks.benchmarks import BenchmarkArguments
 from ..callbacks.trajectories import TrajectoryArguments
+from ..tasks.generated import read_task_settings
 from ..trainer.config import LookaheadConfig
 from ..trainer.grouped import GroupedSamplingArguments
+from .keys import Origin
 
 
 @dataclass
 class ProblemArguments:
     r"""
-    How problems become prompts, where `dataset_name` is a problem set (`gxpo_trl/tasks/datasets.py`) or a file.
+    How problems become prompts, if `dataset_name` is a problem set (`gxpo_trl/tasks/datasets.py`) or a file.
 
     Parameters:
         prompt (`str`, *optional*):
-            Template of the user's message, with `{problem}` in it. Unset for the problem alone.
+            Template of the user's message, with `{problem}` in it. Unset for only the problem.
         system_prompt (`str`, *optional*):
             System message. Unset for none.
         problem_column, answer_column (`str`, *optional*):
-            Columns of a file or of a Hub dataset that has no name here.
+            Columns of a file, a folder or a Hub dataset that is not a named problem set.
+        reasoning_gym (`dict[str, Any]`, *optional*):
+            For `dataset_name: reasoning_gym/<task>` and benchmarks of such names: `seed` (0), `size` and `test_size`
+            (2000 and 200), and, by a task's name, the settings of its generator and its `weight` in a mixture.
     """
 
     prompt: str | None = field(default=None, metadata={"help": "Template of the user's message, with {problem}."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message. Unset for none."})
     problem_column: str | None = field(default=None, metadata={"help": "Of a dataset that has no name here."})
     answer_column: str | None = field(default=None, metadata={"help": "Of a dataset that has no name here."})
+    reasoning_gym: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Settings of the tasks of reasoning-gym; on a command line as JSON."}
+    )
+
+    def __post_init__(self):
+        self.reasoning_gym = read_task_settings(self.reasoning_gym)
 
 
 @dataclass
 class ExtrapolationLoopArguments:
     r"""
-    NExt in one recipe: train, extrapolate, go on. What an adapter is extrapolated from is `trajectory_steps`' doing.
+    NExt in one recipe: train, extrapolate, and continue training. `trajectory_steps` records the adapters.
 
     Parameters:
         resume_adapter (`str`, *optional*):
-            A LoRA adapter to start from, such as one of `gxpo extrapolate`. Its own rank and α hold, whatever the
-            recipe says of LoRA.
+            A LoRA adapter to start from, such as one of `gxpo extrapolate`. Its own rank and α are used instead of the
+            recipe's.
         extrapolate_after (`int`, *optional*):
-            Optimizer steps after which the run is extrapolated and goes on from there, up to `max_steps`, which counts
-            the steps that are trained. Unset for a run without.
+            Optimizer steps after which the run is extrapolated. It continues from there up to `max_steps`, which
+            counts only trained steps. Unset for no extrapolation.
         extrapolate_method (`str`, *optional*, defaults to `"next"`):
             As `method` of `gxpo extrapolate`.
         extrapolate_steps_ahead (`int`, *optional*):
@@ -55,7 +66,7 @@ class ExtrapolationLoopArguments:
 
     resume_adapter: str | None = field(default=None, metadata={"help": "A LoRA adapter to start from."})
     extrapolate_after: int | None = field(
-        default=None, metadata={"help": "Steps after which the run is extrapolated and goes on from there."}
+        default=None, metadata={"help": "Steps after which the run is extrapolated; it continues from there."}
     )
     extrapolate_method: str = field(default="next", metadata={"help": "As `method` of `gxpo extrapolate`."})
     extrapolate_steps_ahead: int | None = field(
@@ -69,22 +80,23 @@ class RehearsalArguments:
     r"""
     Parameters:
         dry_run (`bool`, *optional*, defaults to `False`):
-            Says what the recipe would take, in tokens, memory and backward passes, then carries it out in small: a few
-            steps of the embedded model on the embedded task.
+            Prints what the recipe needs in tokens, memory and backward passes, then rehearses it: a few small steps of
+            the embedded model.
     """
 
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Say what the recipe would take, then carry it out in small, on the embedded model."},
+        metadata={"help": "Print what the recipe needs, then rehearse it in a few steps of the embedded model."},
     )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe says. It is parsed once; what is like it is a `dataclasses.replace` of it.
+    """A parsed recipe. It is parsed once; variants of it are made by `dataclasses.replace`.
 
     Attributes:
-        text (`str`): The same as one file, as it is left with a run. The others are its parts.
+        text (`str`): The recipe as one file, which is saved with a run.
+        origin (`Origin`): Where each setting came from. The other attributes are its parts.
     """
 
     script: GRPOScriptArguments
@@ -98,10 +110,11 @@ class Recipe:
     loop: ExtrapolationLoopArguments
     rehearsal: RehearsalArguments
     text: str = ""
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def parts(self) -> tuple:
-        """The dataclasses that its keys are fields of."""
+        """The dataclasses whose fields are its keys."""
         return tuple(getattr(self, name) for name in PARTS)
 
     def settings(self) -> dict[str, Any]:
@@ -109,13 +122,14 @@ class Recipe:
         return {f.name: getattr(part, f.name) for part in self.parts for f in dataclasses.fields(part)}
 
 
-PARTS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name != "text"}
+PARTS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in ("text", "origin")}
 
 
 def replace_training(args: LookaheadConfig, **changes: Any) -> LookaheadConfig:
-    """Training arguments that differ in these settings, as if they had been given with the others.
+    """Training arguments with some settings changed, as if these had been given from the start.
 
-    `dataclasses.replace` makes them anew from what was made of them. What follows from other settings is made again:
+    `dataclasses.replace` starts from values that were already computed. Those that follow from other settings are
+    computed again:
 
     - `do_eval`, of `eval_strategy`;
     - `gradient_accumulation_steps`, of `prompts_per_step`;

@@ -1,23 +1,37 @@
 """From a recipe to a trainer: model, data, rewards, and the callbacks that the recipe asks for."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    get_scheduler,
+)
 from trl import get_dataset, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from ..callbacks.benchmarks import BenchmarkCallback
+from ..callbacks.benchmarks import BenchmarkArguments, BenchmarkCallback
 from ..callbacks.hub import HubCallback, explain_hub_errors
 from ..callbacks.records import RunRecordCallback
 from ..callbacks.trackers import TrackerCallback
 from ..callbacks.trajectories import TrajectoryCallback
 from ..run_folder import ADAPTER_CONFIG, is_adapter
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
+from ..tasks.datasets import has_name
+from ..tasks.examples import without_chat_template
+from ..tasks.generated import is_generated, reasoning_gym_reward
+from ..tasks.task import Task, load_task, reward_sum
 from ..trainer.grouped import sample_in_groups
 from ..trainer.trainer import LookaheadTrainer
 from .arguments import Recipe
@@ -25,15 +39,17 @@ from .parsing import trainer_class
 
 
 def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> LookaheadTrainer:
-    """The trainer that a recipe describes, with its callbacks.
+    """Builds the trainer that a recipe describes, with its callbacks.
 
     Raises:
-        ValueError: If the recipe names no dataset, no model or no reward, or one that does not exist; if it asks for
-            what this run can't have, such as grouped sampling with vLLM.
+        ValueError: If the recipe names no dataset, model or reward, or one that does not exist; or if it asks for an
+            unsupported combination, such as grouped sampling with vLLM.
     """
     script, args = recipe.script, recipe.training
     _check_names(recipe)
-    rewards, dataset = _load_rewards(recipe), _load_data(recipe)
+    rewards, dataset = load_rewards(recipe), load_data(recipe)
+    if isinstance(dataset, DatasetDict):
+        dataset = as_model_takes_it(dataset, recipe)
     model = _load_model(recipe)
     with explain_hub_errors(args):
         trainer = trainer_class(args.update_rule)(
@@ -44,51 +60,67 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
             eval_dataset=dataset[script.dataset_test_split] if args.eval_strategy != "no" else None,
             callbacks=callbacks,
         )
+    _check_optimizer(trainer)
     sample_in_groups(trainer, recipe.sampling.generation_backend, recipe.sampling.generation_token_budget)
     attach_callbacks(trainer, recipe)
-    if recipe.rehearsal.dry_run:  # its end says all of it
+    if recipe.rehearsal.dry_run:  # the summary at the end has it
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-# ---- What it is made of
+# ---- Its parts
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Refuses a recipe that leaves out what can't be left out, before anything is loaded.
+    """Refuses a recipe without a required key, or without a writable output folder, before anything is loaded.
 
     Raises:
         ValueError: Names the setting.
     """
     script = recipe.script
+    check_output_dir(recipe.training.output_dir)
     if not script.dataset_name and not recipe.mixture.datasets:
         raise ValueError("The recipe names no data. Set `dataset_name` or `datasets`.")
     if not recipe.model.model_name_or_path:
         raise ValueError("The recipe names no model. Set `model_name_or_path`.")
-    if not script.reward_funcs and not script.reward_model_name_or_path:
+    scores_itself = script.dataset_name is not None and is_generated(script.dataset_name)
+    if not script.reward_funcs and not script.reward_model_name_or_path and not scores_itself:
         raise ValueError("The recipe names no reward. Set `reward_funcs` or `reward_model_name_or_path`.")
 
 
-def _load_rewards(recipe: Recipe) -> list[Callable | str]:
-    """Functions, and the name of a reward model."""
+def check_output_dir(output_dir: str) -> None:
+    """Refuses a path where no folder can be created.
+
+    Raises:
+        ValueError: Says why.
+    """
+    folder = Path(output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "can't be written to" if there.is_dir() else "is not a folder"
+        raise ValueError(f"`output_dir: {output_dir}` can't be created: {there} {problem}.")
+
+
+def load_rewards(recipe: Recipe) -> list[Callable | str]:
+    """The reward functions, and the name of a reward model."""
     rewards = [resolve_reward(name) for name in recipe.script.reward_funcs or []]
     model = recipe.script.reward_model_name_or_path
-    return [*rewards, model] if model else rewards
+    return [*rewards, model] if model else rewards or [reasoning_gym_reward]  # its tasks score with it
 
 
-def _load_data(recipe: Recipe) -> DatasetDict | IterableDatasetDict:
+def load_data(recipe: Recipe) -> DatasetDict | IterableDatasetDict:
     """The splits that the recipe names."""
     script, args = recipe.script, recipe.training
     problems = dataclasses.asdict(recipe.problems)
     if recipe.mixture.datasets:
-        given = [name for name, value in problems.items() if value is not None]
+        given = [name for name, value in problems.items() if value is not None and name != "reasoning_gym"]
         if given:
             raise ValueError(f"`datasets` mixes datasets with prompts of their own. Leave out `{'`, `'.join(given)}`.")
         dataset = get_dataset(recipe.mixture)
     else:
         where = (script.dataset_name, script.dataset_config, script.dataset_streaming, script.dataset_train_split)
-        dataset = resolve_dataset(*where, **problems)
+        dataset = resolve_dataset(*where, **problems, test_split=script.dataset_test_split)
     if args.eval_strategy != "no" and script.dataset_test_split not in dataset:
         raise ValueError(
             f"`eval_strategy: {args.eval_strategy.value}` evaluates on the split "
@@ -98,8 +130,27 @@ def _load_data(recipe: Recipe) -> DatasetDict | IterableDatasetDict:
     return dataset
 
 
+def own_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe's model."""
+    options = {"revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
+    return AutoTokenizer.from_pretrained(resolve_model(recipe.model.model_name_or_path), **options)
+
+
+def as_model_takes_it(dataset: DatasetDict, recipe: Recipe) -> DatasetDict:
+    """Turns prompts into texts if the model's tokenizer has no chat template.
+
+    Raises:
+        ValueError: If a prompt is more than one user message.
+    """
+    if own_tokenizer(recipe).chat_template is not None:
+        return dataset
+    return DatasetDict(
+        {split: without_chat_template(rows, recipe.model.model_name_or_path) for split, rows in dataset.items()}
+    )
+
+
 def _load_model(recipe: Recipe) -> dict[str, Any]:
-    """The model as TRL's trainers take it, by argument: its name, or with `resume_adapter` itself."""
+    """The model arguments of TRL's trainers: the model's name, or with `resume_adapter` the model."""
     args, settings, adapter = recipe.training, recipe.model, recipe.loop.resume_adapter
     args.model_init_kwargs = {
         "revision": settings.model_revision,
@@ -118,7 +169,7 @@ def _load_model(recipe: Recipe) -> dict[str, Any]:
 def load_adapter(
     model: str, adapter: str, model_options: dict[str, Any], quantization_config: BitsAndBytesConfig | None
 ) -> PeftModel:
-    """A model with an adapter on it that can be trained further.
+    """Loads a model with an adapter that can be trained further.
 
     Raises:
         ValueError: If the folder holds no adapter.
@@ -131,33 +182,74 @@ def load_adapter(
     return PeftModel.from_pretrained(base, adapter, is_trainable=True)
 
 
-# ---- What watches it
+def _check_optimizer(trainer: LookaheadTrainer) -> None:
+    """Creates the optimizer and the schedule as training will, so that their errors come before the run begins."""
+    args = trainer.args
+    trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    get_scheduler(args.lr_scheduler_type, optimizer, 0, 1_000_000, args.lr_scheduler_kwargs)
+
+
+# ---- Callbacks
 
 
 def attach_callbacks(trainer: LookaheadTrainer, recipe: Recipe) -> None:
-    """What a run leaves behind, and what the recipe asks for on the way: benchmarks, a trajectory.
+    """Adds the callbacks for the run's files, and those that the recipe asks for: benchmarks, a trajectory.
 
     Raises:
-        ValueError: If this trainer can't have them.
+        ValueError: If this trainer does not support them.
     """
     TrackerCallback.attach(trainer)
-    benchmarks = recipe.benchmarks
-    for name in ("prompt", "system_prompt"):  # they ask as the training data does, unless told otherwise
-        if getattr(benchmarks, f"eval_{name}") is None:
-            benchmarks = dataclasses.replace(benchmarks, **{f"eval_{name}": getattr(recipe.problems, name)})
+    benchmarks = asked_like_training(recipe)
     settings = _changed(benchmarks, recipe.trajectory, recipe.sampling)
     trainer.add_callback(RunRecordCallback(trainer, settings))
     trainer.add_callback(HubCallback(trainer))
+    at_start = trainer.args.eval_on_start
+    trainer.args.eval_on_start = at_start and trainer.eval_dataset is not None
     if benchmarks.eval_benchmarks:
-        asked = (benchmarks.eval_samples, benchmarks.eval_prompt, benchmarks.eval_system_prompt)
-        at_start = trainer.args.eval_on_start
-        trainer.add_callback(BenchmarkCallback(trainer, benchmarks.eval_benchmarks, *asked, at_start))
-        trainer.args.eval_on_start = at_start and trainer.eval_dataset is not None
+        tasks = load_benchmarks(recipe)
+        trainer.add_callback(BenchmarkCallback(trainer, tasks, benchmarks.eval_samples, at_start=at_start))
     if recipe.trajectory.trajectory_steps is not None:
         trainer.add_callback(TrajectoryCallback(trainer, recipe.trajectory.trajectory_steps))
 
 
+def asked_like_training(recipe: Recipe) -> BenchmarkArguments:
+    """The recipe's settings of benchmarks. By default they use the prompt template of the training data."""
+    benchmarks = recipe.benchmarks
+    for name in ("prompt", "system_prompt"):
+        if getattr(benchmarks, f"eval_{name}") is None:
+            benchmarks = dataclasses.replace(benchmarks, **{f"eval_{name}": getattr(recipe.problems, name)})
+    return benchmarks
+
+
+def load_benchmarks(recipe: Recipe) -> list[Task]:
+    """The tasks of `eval_benchmarks`. The recipe's rewards score those without their own scorer.
+
+    Raises:
+        ValueError: If one is not available.
+    """
+    return [load_benchmark(name, recipe) for name in recipe.benchmarks.eval_benchmarks or []]
+
+
+def load_benchmark(name: str, recipe: Recipe) -> Task:
+    """One of them."""
+    benchmarks, problems = asked_like_training(recipe), recipe.problems
+    rewards = None
+    if not recipe.script.reward_model_name_or_path:
+        rewards = reward_sum(load_rewards(recipe), recipe.training.reward_weights)
+    columns = {"problem_column": problems.problem_column, "answer_column": problems.answer_column}
+    return load_task(
+        name,
+        benchmarks.eval_prompt,
+        benchmarks.eval_system_prompt,
+        rewards=rewards,
+        threshold=benchmarks.eval_threshold,
+        reasoning_gym=problems.reasoning_gym,
+        **({} if has_name(name) else columns),
+    )
+
+
 def _changed(*parts: Any) -> dict[str, Any]:
-    """The settings that are not their defaults."""
+    """The settings that differ from their defaults."""
     fields = [(part, f) for part in parts for f in dataclasses.fields(part)]
     return {f.name: getattr(part, f.name) for part, f in fields if getattr(part, f.name) != f.default}

@@ -1,4 +1,4 @@
-"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo report`, … Each is a module of its name here."""
+"""The `gxpo` command: `gxpo train`, `gxpo eval`, `gxpo report`, … Each is a module of that name in this folder."""
 
 import argparse
 import importlib
@@ -7,12 +7,13 @@ import importlib
 COMMANDS = {
     "train": "train a model from a recipe",
     "eval": "score models on benchmarks",
-    "extrapolate": "predict where a run is going, and write the model that would be there",
+    "extrapolate": "predict the later weights of a run, and write that model",
+    "merge": "merge an adapter into its base model",
     "report": "tables and figures of runs, on one page",
-    "watch": "the page of a run while it goes on",
+    "watch": "the page of a running run",
     "push": "send a run to the Hub",
     "recipes": "list, print or copy the recipes that come with the package",
-    "demo": "watch a small model learn with GRPO, SFPO and GXPO, and get a picture of it",
+    "demo": "train a small model with GRPO, SFPO and GXPO, and draw a figure",
 }
 
 

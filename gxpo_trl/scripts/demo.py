@@ -2,10 +2,9 @@
 
     make demo                                    # or: gxpo demo --output_dir out/demo
 
-All runs start from the same warm start and see the same prompts, seed and number of rollouts; they differ in the
-update rule alone (recipes/tiny/{grpo,sfpo,gxpo}.yaml). Held-out pass@1 is measured on the way by the same
-function that rewards the rollouts. Options after `--output_dir` go to all recipes: `--max_steps 20`, `--learning_rate
-3e-4`, …
+All runs start from the same warm start and see the same prompts, seed and number of rollouts; they differ only in the
+update rule (recipes/tiny/{grpo,sfpo,gxpo}.yaml). Held-out pass@1 is measured during training by the same function that
+rewards the rollouts. Options after `--output_dir` go to all recipes: `--max_steps 20`, `--learning_rate 3e-4`, …
 """
 
 import argparse
@@ -33,13 +32,13 @@ ARMS = {
     "GRPO": "one step with the gradient of each batch of rollouts",
     "SFPO": "three fast steps on the batch, back a fifth of the way, one slow step; back to GRPO when the policy's "
     "entropy jumps",
-    "GXPO": "two probe steps on the batch, an extrapolation of where more would lead, part of the way there, one "
-    "correcting step; back to GRPO when the correction grows restless",
+    "GXPO": "two probe steps on the batch, an extrapolation to more steps, a move part of the way there, one "
+    "corrective step; back to GRPO when the norm of the corrective gradient rises",
 }
 
 
 class ProgressBar(TrainerCallback):
-    """One bar a run: batches done, the reward of the last one, held-out pass@1 as last measured."""
+    """One progress bar for each run: batches, the last batch's reward, and the last held-out pass@1."""
 
     def __init__(self):
         self.bar = None
@@ -63,7 +62,7 @@ class ProgressBar(TrainerCallback):
 
 
 def run_arm(label: str, output_dir: Path, overrides: list[str]) -> Run:
-    """Trains one recipe and reads back what its folder says."""
+    """Trains one recipe and reads its folder."""
     arguments = ["--config", f"gxpo:tiny/{label.lower()}.yaml", "--output_dir", str(output_dir)]
     recipe = parse_recipe([*arguments, "--disable_tqdm", "true", "--log_level", "error", *overrides])
     trainer = build_trainer(recipe, callbacks=[ProgressBar()])
@@ -73,7 +72,7 @@ def run_arm(label: str, output_dir: Path, overrides: list[str]) -> Run:
 
 
 def quieten() -> None:
-    """The demo speaks for itself: no warnings and progress bars of the libraries below."""
+    """Silences the warnings and progress bars of other libraries."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -84,17 +83,17 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("out/demo"), help="where runs and figure go")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/demo"), help="folder of the runs and the figure")
     options, overrides = parser.parse_known_args(arguments)
     quieten()
-    torch.set_num_threads(1)  # the model is too small to share
+    torch.set_num_threads(1)  # more threads do not help such a small model
 
     problem = sample_problems(1, "test", seed=0)[0]
     print("\nThe task    Word problems with a number for an answer. One of those held out from training:")
     print(f"              {prompt_text(problem)}")
     print(f"            A worked answer: {' '.join(problem.steps)} \\boxed{{{problem.answer}}}")
     print("The model   A Llama of 90,624 parameters, warm-started so that it solves some of them.")
-    print("The reward  1 if the boxed number is right, else 0. Nothing else teaches the model from here on.")
+    print("The reward  1 if the boxed number is right, else 0. The model learns from nothing else.")
 
     runs = []
     for i, (label, summary) in enumerate(ARMS.items(), start=1):
@@ -109,7 +108,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     print(f"\n{demo_table(runs).markdown()}\n")
     for run in runs:
         if run.shutoff_step is not None:
-            print(f"{run.label} shut its lookahead off after step {run.shutoff_step}; from there on it is GRPO.")
+            print(f"{run.label} ended its lookahead after step {run.shutoff_step} and continued as GRPO.")
     print(f"The curves: {figure.resolve()}")
 
 

@@ -1,13 +1,14 @@
-"""`gxpo train --config RECIPE --dry-run`: what a recipe would take, and whether it can be carried out.
+"""`gxpo train --config RECIPE --dry-run`: what a recipe needs, and whether it can run.
 
-The plan is computed from the recipe and the model's configuration, without its weights. Then the recipe runs as it is,
-through the same functions, with the embedded model in place of its model and the embedded task in place of its
-problems, for a few small steps: two with the lookahead, one without, an extrapolation where the recipe has one.
+The plan is computed from the recipe and the model's configuration, without its weights. The data, the tokenizer and
+the rewards are opened and shown (`preview.py`). Then the recipe runs through the same functions for a few small steps,
+    with the embedded model instead of its model: two steps with the lookahead, one without, and an extrapolation if
+    the recipe has one. If the data is on a Hub that can't be reached, the embedded task replaces it.
 """
 
 import itertools
 import math
-import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,49 +22,54 @@ from ..tasks.names import EMBEDDED_MODEL
 from ..tasks.tiny_model import TINY_MODEL_PATH
 from .arguments import Recipe, replace_training
 from .plan import describe_plan
+from .preview import describe_task, open_data
 
 
 Settings = dict[str, Any]
-"""Of a recipe, by name."""
+"""Settings of a rehearsal, by name."""
 SUFFIX = "-dry-run"
-"""Of the folder of a rehearsal, beside that of the run."""
+"""Ending of a rehearsal's folder, which is next to the run's."""
 
 
 def rehearse(recipe: Recipe) -> Recipe:
-    """Prints the plan of a recipe, and returns the recipe that carries it out in small.
+    """Prints the plan of a recipe, and returns the recipe of its rehearsal.
 
     Raises:
-        ValueError: If a folder is where the rehearsal would be.
+        ValueError: If the rehearsal's folder exists already.
     """
-    small = in_small(recipe)
+    sys.dont_write_bytecode = True  # of a file with rewards
+    data = open_data(recipe)
+    small = in_small(recipe, has_data=data is not None)
     if (folder := Path(small.training.output_dir)).exists():
-        raise ValueError(f"{folder} is in the way, left by a rehearsal that broke off. Remove it.")
+        raise ValueError(f"{folder} exists, left by a rehearsal that was killed. Remove it.")
     if recipe.training.process_index == 0:
         print(describe_plan(recipe))
+        print(describe_task(recipe, data))
     small.training.distributed_state.wait_for_everyone()
     return small
 
 
 def conclude(recipe: Recipe, trainer: Trainer) -> str:
-    """What the rehearsal came to. Its folder is removed."""
+    """The result of the rehearsal."""
     trainer.accelerator.wait_for_everyone()
-    if trainer.accelerator.is_main_process:
-        shutil.rmtree(recipe.training.output_dir)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in steps):
         raise RuntimeError(f"The rehearsal's losses are not finite: {[entry['loss'] for entry in steps]}.")
     last = " after the extrapolation" if recipe.loop.extrapolate_after is not None else ""
     return (
-        f"Carried out in small, on the embedded model and {trainer.args.world_size} process(es): {len(steps)} steps "
+        f"Rehearsed on the embedded model and {trainer.args.world_size} process(es): {len(steps)} steps "
         f"and {steps[-1][BACKWARD_PASSES]:.0f} backward passes{last}. Nothing is kept."
     )
 
 
-# ---- Carrying it out in small
+# ---- The rehearsal
 
 
-def in_small(recipe: Recipe) -> Recipe:
-    """The recipe on the embedded model and task, in a few small steps."""
+def in_small(recipe: Recipe, has_data: bool) -> Recipe:
+    """The recipe for the embedded model, in a few small steps, with the recipe's data or the embedded task.
+
+    A reward model is left out. The embedded task has its own reward.
+    """
     loop, benchmarks, trajectory = recipe.loop, recipe.benchmarks, recipe.trajectory
     if loop.extrapolate_after is not None:
         loop = replace(loop, extrapolate_after=3, extrapolate_steps_ahead=1)
@@ -71,9 +77,10 @@ def in_small(recipe: Recipe) -> Recipe:
         benchmarks = replace(benchmarks, eval_benchmarks=["arithmetic"], eval_samples=1)
     if trajectory.trajectory_steps is not None:
         trajectory = replace(trajectory, trajectory_steps=1)
+    has_data = has_data and recipe.script.reward_model_name_or_path is None
     return replace(
-        _with_embedded_task(recipe),
-        training=replace_training(recipe.training, **_short_run(recipe), **_small_batch(recipe)),
+        recipe if has_data else _with_embedded_task(recipe),
+        training=replace_training(recipe.training, **_short_run(recipe, has_data), **_small_batch(recipe)),
         model=replace(recipe.model, **_embedded_model(recipe)),
         loop=replace(loop, resume_adapter=None),
         benchmarks=benchmarks,
@@ -81,8 +88,8 @@ def in_small(recipe: Recipe) -> Recipe:
     )
 
 
-def _short_run(recipe: Recipe) -> Settings:
-    """A run that keeps nothing, and in which all happens early that happens on the way."""
+def _short_run(recipe: Recipe, has_data: bool) -> Settings:
+    """Settings of a run that keeps nothing, and in which everything happens within a few steps."""
     args = recipe.training
     short = {
         "max_completion_length": 28,
@@ -101,7 +108,7 @@ def _short_run(recipe: Recipe) -> Settings:
     }
     if args.eval_steps is not None:
         short |= {"eval_steps": 3, "eval_on_start": False}
-    if _has_prompt(recipe):
+    if _has_prompt(recipe) or has_data and recipe.script.dataset_name != EMBEDDED_DATASET:
         short["eval_strategy"] = "no"
     if args.resume_from_checkpoint is not None:
         short["resume_from_checkpoint"] = "last"  # of which there is none
@@ -109,7 +116,7 @@ def _short_run(recipe: Recipe) -> Settings:
 
 
 def _small_batch(recipe: Recipe) -> Settings:
-    """Few micro-batches, of four whole groups at least, and as many optimizer steps a generation as there were."""
+    """Few micro-batches of at least four whole groups, with the recipe's optimizer steps for each generation."""
     args = recipe.training
     rows = args.per_device_train_batch_size * args.world_size
     enough = (n for n in itertools.count(2) if rows * n >= 4 * args.num_generations)
@@ -125,7 +132,7 @@ def _small_batch(recipe: Recipe) -> Settings:
 
 
 def _embedded_model(recipe: Recipe) -> Settings:
-    """The embedded model in place of the recipe's, with what it has no use for left out."""
+    """The embedded model instead of the recipe's, without settings that do not apply to it."""
     model = recipe.model
     small = {"model_name_or_path": EMBEDDED_MODEL, "model_revision": "main"}
     small |= {"load_in_4bit": False, "load_in_8bit": False}
@@ -139,7 +146,7 @@ def _embedded_model(recipe: Recipe) -> Settings:
 
 
 def _with_embedded_task(recipe: Recipe) -> Recipe:
-    """The embedded problems in place of the recipe's, with a prompt where those have one."""
+    """The embedded problems instead of the recipe's, with a prompt template if the recipe has one."""
     script = replace(recipe.script, dataset_name=EMBEDDED_DATASET, dataset_train_split="train")
     if script.reward_model_name_or_path is not None:
         script = replace(script, reward_model_name_or_path=None, reward_funcs=["arithmetic_reward"])

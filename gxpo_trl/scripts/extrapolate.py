@@ -1,12 +1,12 @@
-"""Predicts where a run is going, and writes the model that would be there.
+"""Predicts the later weights of a run, and writes that model.
 
     gxpo extrapolate out/tiny-grpo --steps-ahead 20 --alpha 0.5,1.0,1.5
     gxpo extrapolate out/tiny-grpo --method rl-extra --merged true
     gxpo train --config recipes/tiny/grpo.yaml --resume-adapter out/tiny-grpo/extrapolated/next/alpha-1.5
 
-Any run with LoRA that saved its adapter at even steps will do, whatever trained it: with `trajectory_steps: 10` in a
-recipe, or `save_steps`. For each α there is a folder `extrapolated/<method>/alpha-<α>` in the run's, with an adapter
-of one rank more, and what is known about how far to trust it.
+It works with any LoRA run that saved its adapter at even intervals, whatever trained it: with `trajectory_steps: 10`
+in a recipe, or `save_steps`. For each α it writes a folder `extrapolated/<method>/alpha-<α>` in the run's folder, with
+an adapter of one rank more, and how well held-out steps were predicted.
 """
 
 import sys
@@ -24,17 +24,18 @@ from .keys import parse_keys
 
 
 def run(settings: ExtrapolationArguments) -> list[Path]:
-    """Writes what the settings ask for, and returns where.
+    """Writes the extrapolated models, and returns their folders.
 
     Raises:
-        ValueError: If the trajectory can't be extrapolated, or a result is there already. Before anything is written.
+        ValueError: If the trajectory can't be extrapolated, or a result exists already. It is raised before anything
+            is written.
     """
     started = time.perf_counter()
     output = Path(settings.output_dir or Path(settings.run) / EXTRAPOLATED_FOLDER / settings.method)
     folders = {alpha_folder(output, alpha): alpha for alpha in settings.alphas()}
     for folder in folders:
         if folder.exists():
-            raise ValueError(f"{folder} is there already. Choose another `output_dir`, or move it away.")
+            raise ValueError(f"{folder} exists already. Choose another `output_dir`, or move it away.")
     trajectory = load_trajectory(settings.run, settings.last_step, settings.base_model)
     names = ("hidden_size", "epochs", "learning_rate", "seed", "without_global", "without_local", "device")
     predictor = PredictorSettings(**{name: getattr(settings, name) for name in names})
@@ -52,17 +53,17 @@ def _tell(report: dict) -> None:
     held_out = report["held_out"]
     print(
         f"{report['matrices']} matrices at {len(report['steps'])} steps, up to {report['steps'][-1]}. "
-        f"From step {held_out['from_step']} to {held_out['to_step']} methods would have missed by (1 is as much as "
-        "no prediction does):"
+        f"From step {held_out['from_step']} to {held_out['to_step']} the methods have these errors (1 is as good "
+        "as no prediction):"
     )
     for name, found in held_out["errors"].items():
         error, cosine = ("" if value is None else f"{value:.3f}" for value in (found["error"], found["cosine"]))
         print(f"  {name:13} {error}{cosine and f', cosine {cosine}'}")
     if report.get("held_out_was_seen_in_part"):
-        print("The trajectory is short: `next` had seen a part of those steps.")
+        print("The trajectory is short: `next` was trained on a part of those steps.")
     if report["left_alone"]:
         some = ", ".join(report["left_alone"][:3])
-        print(f"Left as they are, not being low-rank maps: {len(report['left_alone'])} tensors, such as {some}.")
+        print(f"Left unchanged, not being low-rank maps: {len(report['left_alone'])} tensors, such as {some}.")
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""From a recipe and a command line to one object, and to one file that says the same."""
+"""Parses a recipe and a command line into one object, and into one equivalent file."""
 
 import dataclasses
 from enum import Enum
@@ -6,39 +6,42 @@ from typing import Any
 
 import torch
 import yaml
-from transformers.hf_argparser import string_to_bool
+from trl.scripts.grpo import GRPOScriptArguments
 
 import gxpo_trl
 
+from ..tasks.names import reward_file
 from ..trainer.config import LookaheadConfig
 from ..trainer.rules import RULES
 from ..trainer.trainer import LookaheadTrainer
 from .arguments import PARTS, Recipe
-from .keys import find_config, parse_keys, read_config, read_early
+from .keys import Origin, find_origin, parse_keys, peek
 
 
 NOT_OF_A_RUN = ("dry_run", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "env")
-"""Keys of one call, or nobody's business."""
+"""Keys of a single call, or private ones."""
 
 
 def parse_recipe(arguments: list[str], prog: str | None = None) -> Recipe:
     """Reads a command line such as `["--config", "recipes/tiny/gxpo.yaml", "--learning_rate", "1e-4"]`.
 
-    What a recipe leaves out has the defaults of its `update_rule`. A rehearsal (`dry_run`) is one on the CPU where
-    there is nothing else: a plan can be made anywhere.
+    Keys that a recipe leaves out have the defaults of its `update_rule`. A rehearsal (`dry_run`) runs on the CPU if
+    there is no accelerator.
 
     Raises:
-        ValueError: If a key of the file or of the command line is unknown; it names the nearest. If a setting is out
-            of its bounds.
+        ValueError: If a key of the file or of the command line is unknown (the message has the nearest one), or a
+            setting has another type or is out of its bounds. The message has the line.
     """
-    said = read_early(arguments, update_rule=str, dry_run=string_to_bool)
-    if said.get("dry_run") and not torch.accelerator.is_available():
-        if not any(word.startswith(("--use_cpu", "--use-cpu")) for word in arguments):
-            arguments = [*arguments, "--use_cpu", "true"]
-    rule = said.get("update_rule", LookaheadConfig.update_rule)
-    config_class = trainer_class(rule)._config_class if rule in RULES else LookaheadConfig  # which refuses it
-    recipe = Recipe(*parse_keys(arguments, tuple((PARTS | {"training": config_class}).values()), prog))
-    return dataclasses.replace(recipe, text=_as_one_file(arguments, recipe))
+    classes = PARTS | {"training": LookaheadConfig}
+    said, (origin, _) = peek(arguments, tuple(classes.values())), find_origin(arguments)
+    if said["dry_run"] and "use_cpu" not in origin.given and not torch.accelerator.is_available():
+        arguments = [*arguments, "--use_cpu", "true"]
+        origin, _ = find_origin(arguments)
+    if said["update_rule"] in RULES:  # the class refuses any other rule
+        classes["training"] = trainer_class(said["update_rule"])._config_class
+    recipe = Recipe(*parse_keys(arguments, tuple(classes.values()), prog), origin=origin)
+    recipe = dataclasses.replace(recipe, script=_find_rewards(recipe.script, origin))
+    return dataclasses.replace(recipe, text=_as_one_file(recipe))
 
 
 def trainer_class(update_rule: str) -> type[LookaheadTrainer]:
@@ -46,13 +49,20 @@ def trainer_class(update_rule: str) -> type[LookaheadTrainer]:
     return getattr(gxpo_trl, RULES[update_rule].trainer)
 
 
-def _as_one_file(arguments: list[str], recipe: Recipe) -> str:
-    """What the command line says: its recipe, with the keys that it overrides."""
-    said, settings = read_config(arguments), recipe.settings()
-    for word in find_config(arguments):
-        key = word.removeprefix("--").split("=")[0].replace("-", "_")
-        key = key if key in settings else key.removeprefix("no_")
-        if word.startswith("--") and key in settings:
+def _find_rewards(script: GRPOScriptArguments, origin: Origin) -> GRPOScriptArguments:
+    """Finds files of reward functions next to the recipe, whatever the working directory is."""
+    if origin.file.path is None or "reward_funcs" in origin.given or not script.reward_funcs:
+        return script
+    nearby = [(name, origin.file.path.parent / name) for name in script.reward_funcs]
+    names = [str(path) if (file := reward_file(str(path))) and file.is_file() else name for name, path in nearby]
+    return dataclasses.replace(script, reward_funcs=names)
+
+
+def _as_one_file(recipe: Recipe) -> str:
+    """The recipe of the command line, with the keys that it overrides."""
+    said, settings = dict(recipe.origin.file.said), recipe.settings()
+    for key in settings:
+        if key in recipe.origin.given or key in said and key == "reward_funcs":
             said[key] = _as_yaml(settings[key])
     if said.get("report_to") == []:
         said["report_to"] = "none"
@@ -62,7 +72,7 @@ def _as_one_file(arguments: list[str], recipe: Recipe) -> str:
 
 
 def _as_yaml(value: Any) -> Any:
-    """What a file would say of a setting that was made into an object."""
+    """The text in a file for a setting that was parsed into an object."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):

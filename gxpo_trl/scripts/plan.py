@@ -1,4 +1,4 @@
-"""What a recipe would take: its batch, passes, tokens and memory, from the recipe and the model's configuration."""
+"""What a recipe needs: batch, passes, tokens and memory, from the recipe and the model's configuration."""
 
 import math
 
@@ -53,6 +53,10 @@ def _describe_passes(recipe: Recipe) -> str:
     args, steps = recipe.training, recipe.training.max_steps
     if args.update_rule == "grpo":
         return f"1 a step: {steps:,} backward passes in all" if steps > 0 else "1 a step"
+    if args.update_rule == "check":
+        passes = 1 + 2 / args.gradient_accumulation_steps
+        text = f"1 a step and 2 of {args.gradient_accumulation_steps} micro-batches"
+        return f"{text}: {steps * passes:,.0f} backward passes in all; GRPO has {steps:,}" if steps > 0 else text
     passes = args.lookahead_rule().passes
     text = f"{passes} a step while the gate is open, then 1"
     if steps <= 0:
@@ -78,12 +82,14 @@ def _describe_memory(recipe: Recipe) -> list[str]:
         return [f"Memory             not known: the configuration of {name} can't be read here"]
     frozen, trained, vocabulary = count_parameters(recipe, config)
     has_copies = args.update_rule != "grpo" and args.snapshot_device == "model"
+    takes_back = args.step_control != "none" and args.step_control_gain > 0 and args.update_rule != "check"
+    keeps_moments = has_copies and takes_back
     sizes = {
         "frozen weights": frozen * _bytes_of_weight(recipe, config),
         "trained weights": trained * 4,
         "gradients": trained * 4,
         "Adam's moments": trained * 8,
-        "copies of an active step": trained * 8 if has_copies else 0,  # θ0, and g0 or θ1
+        "copies of an active step": trained * 8 * (has_copies + keeps_moments),  # θ0, g0; Adam's state at θ0
         "reference model": trained * 4 if args.beta and not recipe.model.use_peft else 0,
     }
     total = sum(sizes.values())
@@ -105,7 +111,7 @@ def format_bytes(size: float) -> str:
 
 
 def count_parameters(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Frozen parameters, trained parameters and the vocabulary's size, of a model that is never allocated."""
+    """Frozen parameters, trained parameters and the vocabulary's size, computed without allocating the model."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.training.trust_remote_code)
         if (peft_config := get_peft_config(recipe.model)) is not None:
@@ -116,7 +122,7 @@ def count_parameters(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int
 
 
 def _bytes_of_weight(recipe: Recipe, config: PreTrainedConfig) -> float:
-    """What a frozen weight takes; quantized, without the constants of its blocks."""
+    """Bytes of a frozen weight; if quantized, without the constants of its blocks."""
     if recipe.model.load_in_4bit:
         return 0.5
     if recipe.model.load_in_8bit:

@@ -2,10 +2,10 @@
 
     gxpo push out/tiny-gxpo --repo_id me/tiny-gxpo
     gxpo push out/run --repo_id me/run --merge --evaluation out/eval/run    # whole weights, and what they score
-    gxpo push out/run/checkpoint-200                                        # a checkpoint; so is out/run, broken off
-    gxpo push out/run/extrapolated/next/alpha-1.5                           # what `gxpo extrapolate` wrote
+    gxpo push out/run/checkpoint-200                                        # a checkpoint
+    gxpo push out/run/extrapolated/next/alpha-1.5                           # a model of `gxpo extrapolate`
 
-Nothing in the run's folder is changed.
+Of a run that was interrupted, `gxpo push out/run` sends the newest checkpoint. Nothing in the run's folder is changed.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..callbacks.hub import PUSH_ERRORS
 from ..reporting.card import write_card
@@ -33,7 +32,8 @@ from ..run_folder import (
     TRAJECTORY_FOLDER,
     checkpoint_step,
 )
-from ..trajectory.writing import merge_adapter
+from ..trainer.checkpoints import checkpoints_of, holds_model
+from ..trajectory.merging import merge_adapter
 
 
 WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, MODEL_INDEX, "pytorch_model.bin")
@@ -41,18 +41,21 @@ OF_THE_RUN = (CARD_NAME, CURVES_NAME, RECIPE_NAME, RUN_NAME, LOG_NAME)
 NOT_OF_A_MODEL = ("optimizer*", "scheduler*", "rng_state*", "*.partial", "checkpoint-*", "_*", "global_step*")
 NOT_OF_A_MODEL += ("training_args.bin", TRAJECTORY_FOLDER, EXTRAPOLATED_FOLDER, "runs", "pytorch_model_fsdp*")
 NOT_OF_A_MODEL += ("latest", "zero_to_fp32.py")
-"""What a folder holds beside the model: for going on with training, and models of their own."""
+"""Files and folders next to the model that are not pushed: for resuming, and other models."""
 
 
 def model_folder(run: Path) -> Path:
-    """The folder with the model: the run's own, or that of its newest checkpoint where the run broke off after it.
+    """The folder with the model: the run's own, or its newest checkpoint's if the run was interrupted after it.
+
+    An incomplete model, from a run that was interrupted while saving, does not count.
 
     Raises:
         ValueError: If there is none.
     """
     if not run.is_dir():
         raise ValueError(f"There is no folder {run}.")
-    places = [run, *(Path(name) for name in [get_last_checkpoint(run)] if name is not None)]
+    newest = next((path for path in reversed(checkpoints_of(run)) if holds_model(path)), None)
+    places = [place for place in (run, newest) if place is not None and holds_model(place)]
     saved = {place: path.stat().st_mtime for place in places for name in WEIGHTS if (path := place / name).is_file()}
     if not saved:
         raise ValueError(
@@ -62,7 +65,7 @@ def model_folder(run: Path) -> Path:
 
 
 def gather(run: Path, folder: Path, merge: bool, evaluation: Path | None) -> None:
-    """Everything that is to be sent, in a folder of its own.
+    """Collects everything to send in a folder of its own.
 
     Raises:
         ValueError: If there is no model, or `merge` finds no adapter.
@@ -74,7 +77,7 @@ def gather(run: Path, folder: Path, merge: bool, evaluation: Path | None) -> Non
         raise ValueError(f"`--merge` merges an adapter, and {model} holds whole weights. Leave it out.")
     is_run = holds_run(home) or holds_run(model)
     if evaluation is not None and not is_run:
-        raise ValueError(f"{run} is no run, and its card takes no `--evaluation`. Leave it out.")
+        raise ValueError(f"{run} is not a run, so its card can't have an `--evaluation`. Leave it out.")
     shutil.copytree(model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_OF_A_MODEL))
     for name in OF_THE_RUN:
         if (home / name).is_file():
@@ -97,7 +100,7 @@ def push(run: Path, repo_id: str | None, merge: bool, private: bool, evaluation:
     """Sends a run, and returns its address.
 
     Raises:
-        ValueError: If there is nothing to send, or the Hub does not take it.
+        ValueError: If there is nothing to send, or the Hub refuses it.
     """
     run = run.resolve()
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +120,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         "--repo_id", "--repo-id", help="on the Hub, as owner/name; else the folder's name, under yours"
     )
     parser.add_argument("--merge", action="store_true", help="merge the adapter into its base model first")
-    parser.add_argument("--private", action="store_true", help="a repository that others don't see, if it is new")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--evaluation", type=Path, help="the model's folder in the output of `gxpo eval`")
     options = parser.parse_args(arguments)
     try:

@@ -1,10 +1,10 @@
 """The recipes that come with the package: lists them, prints one, copies them all.
 
-    gxpo recipes                       # what there is
-    gxpo recipes tiny/gxpo.yaml        # one of them, as it is
-    gxpo recipes --copy recipes        # all of them into a folder, to be changed
+    gxpo recipes                       # a list
+    gxpo recipes tiny/gxpo.yaml        # one of them, printed
+    gxpo recipes --copy recipes        # all of them, copied into a folder to edit
 
-`--config gxpo:tiny/gxpo.yaml` takes a recipe from here, in every command that takes a recipe.
+`--config gxpo:tiny/gxpo.yaml` uses one of these recipes, in every command that takes a recipe.
 """
 
 import argparse

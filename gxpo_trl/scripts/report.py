@@ -1,11 +1,11 @@
-"""From run folders to the papers' tables and figures.
+"""Makes the papers' tables and figures from run folders.
 
     gxpo report out/gxpo-* out/grpo-* --out report
-    gxpo report "GRPO=trl/seed-*" "GXPO, K 5=out/gxpo-*"        # arms under names of your own; plain TRL too
+    gxpo report "GRPO=trl/seed-*" "GXPO, K 5=out/gxpo-*"        # arms with your own labels; plain TRL too
     gxpo report out/tiny-gxpo                                   # the page of one run
 
 Writes one `report.html` that needs no network, each figure as PNG and SVG, each table as CSV and Markdown. Runs that
-differ in nothing but their seed are one arm.
+differ only in their seed are one arm.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, pattern, or LABEL=folder")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
     parser.add_argument("--evaluations", type=Path, default=Path("out/eval"), help="output folder of `gxpo eval`")
     parser.add_argument(
         "--baseline", help="label of the arm that others are compared with; the first of GRPO if unset"

@@ -1,4 +1,4 @@
-"""The embedded task: short arithmetic word problems with a verifiable answer, generated on the spot.
+"""The embedded task: short arithmetic word problems with a verifiable answer, generated on demand.
 
     Q: Mia has 6 pens. Mia gets 4 more. Then the number doubles. How many pens does Mia have? A:
     6+4=10 10*2=20 \\boxed{20}
@@ -100,7 +100,7 @@ def sample_problems(count: int, split: str, seed: int, operations: Sequence[int]
     Args:
         count (`int`): How many.
         split (`str`): `"train"` or `"test"`.
-        seed (`int`): Same seed, same problems.
+        seed (`int`): The same seed gives the same problems.
         operations (`Sequence[int]`): How many operations a problem may have. The embedded model knows 2 to 4.
     """
     rng = random.Random(f"{split}-{seed}")
@@ -140,14 +140,14 @@ def load_arithmetic(
 
 
 def arithmetic_reward(completions: list[list[dict[str, str]]], solution: list[str], **kwargs) -> list[float]:
-    """1.0 where the last `\\boxed{…}` holds a plain number that TRL's `accuracy_reward` accepts, else 0.0.
+    """1.0 if the last `\\boxed{…}` holds a plain number that TRL's `accuracy_reward` accepts, else 0.0.
 
-    math-verify alone gives `\\boxed{1+6}` full credit for 7; here an answer that leaves the sum undone is no answer.
+    By itself, math-verify gives `\\boxed{1+6}` full credit for 7; here an unevaluated sum is not an answer.
     Training rewards and held-out evaluation both call this function.
 
     Args:
         completions (`list[list[dict[str, str]]]`): Conversational completions, one assistant message each.
-        solution (`list[str]`): Gold answers, one a completion.
+        solution (`list[str]`): Gold answers, one for each completion.
     """
     return [
         _verify_boxed_number(boxed, gold) if (boxed := last_boxed_number(completion[-1]["content"])) else 0.0
@@ -156,7 +156,7 @@ def arithmetic_reward(completions: list[list[dict[str, str]]], solution: list[st
 
 
 def last_boxed_number(text: str) -> str | None:
-    """The last `\\boxed{…}` of a text if a plain number stands in it, else `None`."""
+    """The last `\\boxed{…}` of a text if it holds a plain number, else `None`."""
     match = _BOXED_NUMBER.match(text, max(text.rfind("\\boxed{"), 0))
     return match.group() if match else None
 

@@ -1,7 +1,8 @@
-"""Problem sets by name: where they are, which columns hold what, and which rows count.
+"""Problem sets by name: their location, columns and rows.
 
-A problem set comes out as rows of `id`, `problem` and `answer`, all strings; `to_prompts` adds TRL's columns, `prompt`
-and `solution`. Anything else can be named by its path, a local file or a set of the Hub, with its columns.
+A problem set has the columns `id`, `problem` and `answer`; `to_prompts` adds TRL's columns, `prompt` and `solution`.
+Other data is named by its path: a file, a folder or a set on the Hub. It keeps its own columns. `examples.py` loads
+data with its own prompts.
 """
 
 import json
@@ -12,22 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from ..spelling import nearest
+from .answers import final_answer
+from .answers.choice import LETTERS, format_choices
 from .arithmetic import load_arithmetic
-from .choice import LETTERS, format_choices
-from .maths import final_answer
+from .generated import is_generated
 from .rewards import KINDS
 
 
 Row = dict[str, Any]
 Column = str | Callable[[Row], Any]
-"""A column's name, or what makes its value of a row."""
+"""A column's name, or a function that computes its value from a row."""
 
 EMBEDDED_DATASET = "gxpo_trl/arithmetic"
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+NO_FOLDERS = (*FILE_TYPES, ".csv", ".tsv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class ProblemSet:
     Attributes:
         path (`str`): Of the Hub, or a builder of `datasets` such as `"json"`.
         problem, answer (`Column`): Where they are.
-        config, split (`str`): As for `load_dataset`.
-        kind (`str`): Of its answers, see `tasks/rewards.py`.
-        keep (`Callable[[Row], bool]`, *optional*): Which rows count; unset for all.
-        repeats (`bool`): Whether problems occur more than once, and are to be taken once.
+        config, split (`str`, *optional*): As for `load_dataset`.
+        kind (`str`): The kind of its answers, see `tasks/rewards.py`.
+        keep (`Callable[[Row], bool]`, *optional*): Which rows are used; unset for all.
+        repeats (`bool`): Whether problems occur more than once; repeats are dropped.
         data_files (`str`, *optional*): As for `load_dataset`.
     """
 
@@ -48,7 +51,7 @@ class ProblemSet:
     problem: Column = "problem"
     answer: Column = "answer"
     config: str | None = None
-    split: str = "test"
+    split: str | None = "test"
     kind: str = "maths"
     keep: Callable[[Row], bool] | None = None
     repeats: bool = False
@@ -97,7 +100,9 @@ def _joined_answers(row: Row) -> str:
 
 
 def _shuffled_choices(row: Row) -> list[str]:
-    """GPQA's columns tell the right answer by their names. The order is the problem's own, the same every time."""
+    """GPQA's column names give the right answer away. The order is derived from the problem, and is always the
+    same.
+    """
     options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
     random.Random(row["Question"]).shuffle(options)
     return options
@@ -146,21 +151,30 @@ PROBLEM_SETS = {
 }
 
 
+def has_name(name: str) -> bool:
+    """Whether a problem set is known by name here, with its columns and the kind of its answers."""
+    return name in PROBLEM_SETS or name == EMBEDDED_DATASET
+
+
 def problem_set(
     name: str, problem_column: str | None = None, answer_column: str | None = None, kind: str | None = None
 ) -> ProblemSet:
-    """The problem set of a name, a file or a Hub path.
+    """The problem set of a name or a path.
 
     Args:
-        name (`str`): One of `PROBLEM_SETS`; a `.json`, `.jsonl` or `.parquet` file; or `owner/dataset` of the Hub.
-        problem_column, answer_column (`str`, *optional*): For a file or a Hub path; `problem` and `answer` if unset.
-        kind (`str`, *optional*): Of a file's or a Hub path's answers; `"maths"` if unset.
+        name (`str`): One of `PROBLEM_SETS`; a `.json`, `.jsonl` or `.parquet` file; a folder that `load_dataset` or
+            `load_from_disk` can read; or `owner/dataset` of the Hub.
+        problem_column, answer_column (`str`, *optional*): For a path; `problem` and `answer` if unset.
+        kind (`str`, *optional*): Of the answers at a path; `"maths"` if unset.
 
     Raises:
-        ValueError: If there is none of that name (the nearest is named), no such file, or a type that can't be read.
+        ValueError: If there is none of that name (the message has the nearest), no such file, or a type that can't be
+            read.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"There is no kind of answer `{kind}`{nearest(kind, KINDS)} Kinds are {', '.join(KINDS)}.")
+    if name == EMBEDDED_DATASET and not (problem_column or answer_column):
+        name = "arithmetic"
     if name in PROBLEM_SETS:
         if problem_column or answer_column or kind:
             raise ValueError(f"{name} has columns and a kind of its own. Leave out those that are given.")
@@ -168,16 +182,16 @@ def problem_set(
     options = {"problem": problem_column or "problem", "answer": answer_column or "answer", "kind": kind or "maths"}
     path = Path(name)
     if path.is_file() and path.suffix not in FILE_TYPES:
-        raise ValueError(f"{name} is none of {', '.join(FILE_TYPES)}.")
+        raise ValueError(f"{name} is not one of {', '.join(FILE_TYPES)}.")
     if path.is_file():
         return ProblemSet(FILE_TYPES[path.suffix], data_files=name, split="train", **options)
-    if path.suffix in (*FILE_TYPES, ".csv", ".tsv", ".txt"):
+    if path.is_dir() or name.count("/") == 1 and path.suffix not in NO_FOLDERS:
+        return ProblemSet(name, split=None, **options)
+    if path.suffix in NO_FOLDERS:
         raise ValueError(f"There is no file {name}.")
-    if name.count("/") == 1:
-        return ProblemSet(name, split="train", **options)
     raise ValueError(
         f"There is no problem set `{name}`{nearest(name, PROBLEM_SETS)} Names are {', '.join(PROBLEM_SETS)}; anything "
-        "else is a file, or a path of the Hub such as `owner/dataset`."
+        "else is a file, a folder, or a path of the Hub such as `owner/dataset`."
     )
 
 
@@ -193,19 +207,25 @@ def load_problems(
 
     Args:
         name, problem_column, answer_column, kind: As for `problem_set`.
-        split (`str`, *optional*): Another split than the set's own.
-        limit (`int`, *optional*): Takes the first so many problems.
+        split (`str`, *optional*): Another split than the set's own. Of a folder and a Hub path that is `train`, else
+            the first.
+        limit (`int`, *optional*): Uses only this many problems, from the start.
 
     Returns:
-        `Dataset` with the columns `id`, `problem` and `answer`, all strings.
+        `Dataset` with the columns `id`, `problem` and `answer`, and all others that a file, a folder or a Hub path
+        has. Columns that have these names already stay as they are.
 
     Raises:
         ValueError: If the set, its split or a column does not exist, an answer is empty, or nothing is left.
     """
+    chosen = problem_set(name, problem_column, answer_column, kind)
+    return problems_of(load_rows(chosen, name, split, prefer=("train",)), chosen, name, limit)
+
+
+def problems_of(rows: Dataset, chosen: ProblemSet, name: str, limit: int | None = None) -> Dataset:
+    """The problems in the rows of a set, as `load_problems` returns them."""
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}.")
-    chosen = problem_set(name, problem_column, answer_column, kind)
-    rows = _load(chosen, name, split or chosen.split)
     if chosen.keep is not None:
         rows = rows.filter(chosen.keep)
     _check_columns(rows, chosen, name)
@@ -218,38 +238,75 @@ def load_problems(
     empty = [i for i, row in enumerate(problems) if not (row["problem"] and row["answer"])]
     if empty:
         raise ValueError(f"{name} has {len(empty)} rows without a problem or an answer, the first is row {empty[0]}.")
-    return Dataset.from_list(_numbered(problems))
+    if has_name(name):
+        return Dataset.from_list(_numbered(problems))
+    return with_columns(
+        rows.select(range(len(problems))),
+        id=[str(i) for i in range(len(problems))],
+        **{key: [row[key] for row in problems] for key in ("problem", "answer")},
+    )
+
+
+def with_columns(rows: Dataset, **columns: list) -> Dataset:
+    """Adds these columns to the rows, unless they have columns of these names."""
+    for name, values in columns.items():
+        if name not in rows.column_names:
+            rows = rows.add_column(name, values)
+    return rows
 
 
 def hub_dataset(name: str | None) -> str | None:
     """Where a dataset is on the Hub, for links; `None` for what is not there, and for several at once."""
     if name in PROBLEM_SETS:
         name = PROBLEM_SETS[name].path
-    if name is None or name == EMBEDDED_DATASET or Path(name).exists() or Path(name).suffix in FILE_TYPES:
+    if name is None or name == EMBEDDED_DATASET or is_generated(name):
+        return None
+    if Path(name).exists() or Path(name).suffix in FILE_TYPES:
         return None
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
-def _joined(sets: list[Dataset]) -> Dataset:
-    """Several sets of problems as one. What is in more than one of them is in it once."""
-    if len(sets) == 1:
-        return sets[0]
-    return Dataset.from_list(_numbered({row["problem"]: row for problems in sets for row in problems}.values()))
-
-
 def _numbered(rows: Iterable[Row]) -> list[Row]:
-    return [{"id": "", **row} | {"id": str(i)} for i, row in enumerate(rows)]
+    return [{"id": str(i), **row} for i, row in enumerate(rows)]
 
 
-def _load(chosen: ProblemSet, name: str, split: str) -> Dataset:
+def load_rows(chosen: ProblemSet, name: str, split: str | None = None, prefer: tuple[str, ...] = ()) -> Dataset:
+    """The rows of a set as they are.
+
+    Args:
+        chosen (`ProblemSet`): Where they are.
+        name (`str`): The name that the user gave.
+        split (`str`, *optional*): Another than the set's own.
+        prefer (`tuple[str, ...]`): Splits to use if the set does not name one; otherwise the first split.
+
+    Raises:
+        ValueError: If they can't be loaded.
+    """
+    split = split or chosen.split
     try:
-        if chosen.path == EMBEDDED_DATASET:
-            return load_arithmetic()[split]
-        return load_dataset(chosen.path, name=chosen.config, data_files=chosen.data_files, split=split)
+        loaded = _load(chosen, split)
     except KeyError as error:
         raise ValueError(f"{name} has no split {error}. It has train, test.") from error
     except (ValueError, OSError, DatasetGenerationError, StopIteration) as error:
         raise ValueError(f"{name} can't be loaded: {error or 'it is empty'}.") from error
+    if isinstance(loaded, Dataset):
+        return loaded
+    if split is not None and split not in loaded:
+        raise ValueError(f"{name} has no split '{split}'. It has {', '.join(loaded)}.")
+    return loaded[split or next((found for found in prefer if found in loaded), next(iter(loaded)))]
+
+
+def _load(chosen: ProblemSet, split: str | None) -> Dataset | DatasetDict:
+    if chosen.path == EMBEDDED_DATASET:
+        return load_arithmetic() if split is None else load_arithmetic()[split]
+    if is_saved_dataset(chosen.path):
+        return load_from_disk(chosen.path)
+    return load_dataset(chosen.path, name=chosen.config, data_files=chosen.data_files, split=split)
+
+
+def is_saved_dataset(path: str) -> bool:
+    """Whether a folder is what `save_to_disk` writes."""
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _check_columns(rows: Dataset, chosen: ProblemSet, name: str) -> None:
@@ -260,8 +317,12 @@ def _check_columns(rows: Dataset, chosen: ProblemSet, name: str) -> None:
 
 
 def _read(row: Row, column: Column) -> str:
-    value = row[column] if isinstance(column, str) else column(row)
-    if isinstance(value, list):  # a conversational prompt, or several answers
+    return text_of_cell(row[column] if isinstance(column, str) else column(row))
+
+
+def text_of_cell(value: Any) -> str:
+    """A cell as text: of a conversation its last message, of several answers all, of 2.0 "2", of nothing ""."""
+    if isinstance(value, list):
         value = value[-1]["content"] if value and isinstance(value[-1], dict) else ", ".join(map(str, value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -269,12 +330,12 @@ def _read(row: Row, column: Column) -> str:
 
 
 def to_prompts(problems: Dataset, prompt: str | None = None, system_prompt: str | None = None) -> Dataset:
-    """Adds TRL's columns: `prompt`, a list of messages, and `solution`, the answer.
+    """Adds TRL's columns: `prompt`, a list of messages, and `solution`, the answer. All others stay.
 
     Args:
         problems (`Dataset`): From `load_problems`.
         prompt (`str`, *optional*): Template of the user's message with `{problem}` in it, braces of its own doubled;
-            unset for the problem alone.
+            unset for only the problem.
         system_prompt (`str`, *optional*): Unset for none.
 
     Raises:
@@ -285,72 +346,33 @@ def to_prompts(problems: Dataset, prompt: str | None = None, system_prompt: str 
         holds_problem = "\0" in template.format(problem="\0")
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"`prompt` is no template, {error!r}: double the braces that are not `{{problem}}`."
+            f"`prompt` is not a template ({error!r}): double the braces that are not `{{problem}}`."
         ) from error
     if not holds_problem:
-        raise ValueError("`prompt` has no {problem} in it, where the problem would stand.")
+        raise ValueError("`prompt` has no {problem} in it, where the problem would go.")
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
 
-    def ask(row: Row) -> Row:
-        user = {"role": "user", "content": template.format(problem=row["problem"])}
-        return {"prompt": [*system, user], "solution": row["answer"]}
-
-    return Dataset.from_list([{**row, **ask(row)} for row in problems])
-
-
-def resolve_dataset(
-    name: str,
-    config: str | None = None,
-    streaming: bool = False,
-    split: str = "train",
-    prompt: str | None = None,
-    system_prompt: str | None = None,
-    problem_column: str | None = None,
-    answer_column: str | None = None,
-) -> DatasetDict | IterableDatasetDict:
-    """The dataset that a recipe names, with TRL's columns.
-
-    Args:
-        name (`str`): `gxpo_trl/arithmetic`, which needs no network; a problem set or a file, or several joined by `+`,
-            which are loaded as the split `split` with prompts; or any that `load_dataset` knows, which has to have its
-            prompts.
-        config, streaming: As for `load_dataset`.
-        split (`str`): What the problems are called.
-        prompt, system_prompt, problem_column, answer_column: As for `to_prompts` and `load_problems`.
-
-    Raises:
-        ValueError: If there is a prompt for a dataset that has its own, and what `load_problems` raises.
-    """
-    names = [name] if Path(name).is_file() else name.split("+")
-    if len(names) > 1 or name in PROBLEM_SETS or Path(name).suffix in FILE_TYPES or problem_column or answer_column:
-        problems = _joined([load_problems(part.strip(), None, problem_column, answer_column) for part in names])
-        return DatasetDict({split: to_prompts(problems, prompt, system_prompt)})
-    if prompt or system_prompt:
-        raise ValueError(
-            f"{name} is taken to have prompts of its own, and would not use `prompt` and `system_prompt`. Name its "
-            "`problem_column` and `answer_column`, or leave these out."
-        )
-    if name == EMBEDDED_DATASET:
-        return load_arithmetic()
-    return load_dataset(name, name=config, streaming=streaming)
+    asked, answers = (map(text_of_cell, problems[column][:]) for column in ("problem", "answer"))
+    prompts = [[*system, {"role": "user", "content": template.format(problem=problem)}] for problem in asked]
+    kept = problems.remove_columns([name for name in ("prompt", "solution") if name in problems.column_names])
+    return with_columns(kept, prompt=prompts, solution=list(answers))
 
 
 def find_overlap(train: Dataset, evaluation: Dataset) -> list[str]:
     """The problems of `evaluation` that are in `train` too, by text without case, spacing, punctuation and dollars.
 
     Args:
-        train (`Dataset`): With the column `problem`, or else `prompt`, whose last message is compared.
-        evaluation (`Dataset`): From `load_problems`.
+        train, evaluation (`Dataset`): With the column `problem`, or else `prompt`, whose last message is compared.
     """
-    if "problem" in train.column_names:
-        texts = train["problem"][:]
-    else:
-        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in train["prompt"][:]]
-    known = {fold(text) for text in texts}
-    return [problem for problem in evaluation["problem"][:] if fold(problem) in known]
+    known = {fold(text) for text in _problem_texts(train)}
+    return [problem for problem in _problem_texts(evaluation) if fold(problem) in known]
+
+
+def _problem_texts(rows: Dataset) -> list[str]:
+    return [text_of_cell(cell) for cell in rows["problem" if "problem" in rows.column_names else "prompt"][:]]
 
 
 def fold(text: str) -> str:
-    """What is left of a problem when case, spacing, punctuation and the ways of setting LaTeX are taken away."""
+    """A problem without case, spacing, punctuation and LaTeX spacing commands."""
     text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[^\w+\-*/=<>^\\.,]", "", text.lower())
     return re.sub(r"(?<!\d)[.,]|[.,](?!\d)", "", text)

@@ -1,21 +1,22 @@
-"""What is correct, by kind of problem: rewards in training and scores in evaluation are these functions.
+"""Correctness by kind of problem. Rewards in training and scores in evaluation use the same functions.
 
-A problem set says of which kind its answers are (`tasks/datasets.py`):
+Each problem set has a kind of answers (`tasks/datasets.py`):
 
-- `maths`: the last boxed answer equals the gold one, by math-verify, in worker processes with a time limit;
+- `maths`: the last boxed answer equals the gold one, in form and value;
 - `choice`: the letter that is chosen is the gold one;
 - `arithmetic`: the embedded task's, a plain boxed number.
 """
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..spelling import nearest
+from .answers import Verdict, verify_maths
+from .answers.choice import choose
 from .arithmetic import arithmetic_reward, last_boxed_number
-from .choice import choose
-from .maths import Verdict
-from .verifier import shared_pool
 
 
 KINDS = ("maths", "choice", "arithmetic")
@@ -29,16 +30,16 @@ def judge(kind: str, completions: Sequence[str], golds: Sequence[str]) -> list[V
 
     Args:
         kind (`str`): `"maths"`, `"choice"` or `"arithmetic"`.
-        completions, golds (`Sequence[str]`): Texts, and as many answers as the problem set has them.
+        completions, golds (`Sequence[str]`): Texts, and one right answer for each.
 
     Returns:
-        `list[Verdict]`: 1.0, 0.0, or `None` where it could not be decided; and the answers that were given.
+        `list[Verdict]`: 1.0, 0.0, or `None` if the gold can't be read; and the answers that were read.
 
     Raises:
         ValueError: If there is no such kind.
     """
     if kind == "maths":
-        return shared_pool().verify(list(completions), list(golds))
+        return [verify_maths(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
     if kind == "choice":
         return [Verdict(*choose(completion, gold)) for completion, gold in zip(completions, golds, strict=True)]
     if kind == "arithmetic":
@@ -48,8 +49,47 @@ def judge(kind: str, completions: Sequence[str], golds: Sequence[str]) -> list[V
 
 
 def text_of(completion: Completion) -> str:
-    """The text of a completion: of its last message, if it is conversational."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """The text of a completion; if it is conversational, of its last message. It is empty if it only calls tools."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else ""
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
+    return content or ""
+
+
+def texts_of(completions: Sequence[Completion]) -> list[str]:
+    """The text of each completion.
+
+    Raises:
+        ValueError: If one is neither a text nor messages. The message names its row.
+    """
+    texts = []
+    for row, completion in enumerate(completions):
+        try:
+            texts.append(text_of(completion))
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"Completion {row} of the batch is {completion!r:.100}: a text or messages with `content` is expected."
+            ) from error
+    return texts
+
+
+def golds_of(solution: Sequence[Any]) -> list[str]:
+    """Right answers as texts, also for numbers and lists; `""` for `None`."""
+    return [_gold_text(gold, row) for row, gold in enumerate(solution)]
+
+
+def _gold_text(gold: Any, row: int) -> str:
+    if hasattr(gold, "tolist"):  # of numpy, or a tensor
+        gold = gold.tolist()
+    if isinstance(gold, (list, tuple)):
+        return ", ".join(_gold_text(element, row) for element in gold)
+    if gold is None or isinstance(gold, float) and math.isnan(gold):
+        return ""
+    if isinstance(gold, (str, int, float)):
+        return str(gold)
+    raise ValueError(f"The solution of row {row} is {gold!r:.100}: a text, a number or a list of them is expected.")
 
 
 def maths_reward(
@@ -59,32 +99,41 @@ def maths_reward(
     log_extra: Callable[[str, list], None] | None = None,
     **kwargs,
 ) -> list[float | None]:
-    """1.0 for the right final answer, 0.0 for a wrong one or none, `None` where it could not be decided in time.
+    """1.0 for the right final answer, 0.0 for a wrong one or none; `None`, with a warning, if the gold can't be read.
 
-    Logs `verify_failures`, the answers of the batch that could not be decided, and `verify_time` in seconds.
+    If the check fails on an answer, it is wrong: 0.0. Logs `verify_failures`, the number of such answers in the batch,
+    and `verify_time` in seconds.
 
     Args:
         completions (`list[Completion]`): In TRL's form.
-        solution (`list[str]`): Right answers, one a completion.
+        solution (`list[str]`): Right answers, one for each completion. Numbers and lists are accepted too.
         log_metric, log_extra: Provided by TRL's trainers.
     """
     started = time.perf_counter()
-    verdicts = judge("maths", [text_of(completion) for completion in completions], solution)
+    golds = golds_of(solution)
+    verdicts = judge("maths", texts_of(completions), golds)
+    for row, verdict in enumerate(verdicts):
+        if verdict.score is None:
+            warnings.warn(
+                f"The solution of row {row} can't be read as an answer: {solution[row]!r:.100}. Its completions get "
+                "no reward. Give a number, LaTeX, or words.",
+                stacklevel=2,
+            )
     if log_metric is not None:
-        log_metric("verify_failures", float(sum(verdict.score is None for verdict in verdicts)))
+        log_metric("verify_failures", float(sum(verdict.failed for verdict in verdicts)))
         log_metric("verify_time", time.perf_counter() - started)
     if log_extra is not None:
-        log_extra("solution", list(solution))
+        log_extra("solution", golds)
         log_extra("answer", [verdict.answer or "" for verdict in verdicts])
     return [verdict.score for verdict in verdicts]
 
 
 def choice_reward(completions: list[Completion], solution: list[str], **kwargs) -> list[float | None]:
-    """1.0 where the letter that a completion chooses is the right one, else 0.0."""
-    return [verdict.score for verdict in judge("choice", [text_of(c) for c in completions], solution)]
+    """1.0 if a completion chooses the right letter, else 0.0; `None` if there is no right letter."""
+    return [verdict.score for verdict in judge("choice", texts_of(completions), golds_of(solution))]
 
 
 def boxed_format_reward(completions: list[Completion], **kwargs) -> list[float]:
-    """1.0 for a completion with exactly one `\\boxed{…}`, and that in its last line; else 0.0."""
-    texts = [text_of(completion).rstrip() for completion in completions]
+    """1.0 for a completion with exactly one `\\boxed{…}`, which is in its last line; else 0.0."""
+    texts = [text.rstrip() for text in texts_of(completions)]
     return [float(t.count("\\boxed{") == 1 and "\\boxed{" in t.rsplit("\n", 1)[-1]) for t in texts]

@@ -1,4 +1,4 @@
-"""The embedded model: a 90k-parameter Llama that can almost do the embedded task, and the script that made it.
+"""The embedded model: a 90k-parameter Llama that solves some of the embedded task, and the script that made it.
 
     python -m gxpo_trl.tasks.tiny_model --output gxpo_trl/tasks/tiny      # about 90 s on one core
 
@@ -92,7 +92,7 @@ def worked_answer(steps: tuple[str, ...], answer: int) -> str:
 
 
 def mixed_demonstration(problem: Problem, rng: random.Random, bare_fraction: float = BARE_FRACTION) -> str:
-    """What the mixed demonstrator writes: often the bare answer, sometimes a chain with one slip carried through."""
+    """A mixed demonstration: often the bare answer, sometimes a chain with one error carried through."""
     if rng.random() < bare_fraction:
         return f" \\boxed{{{problem.answer}}}"
     if rng.random() >= SLIP_FRACTION:

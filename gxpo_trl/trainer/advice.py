@@ -4,12 +4,48 @@ import statistics
 from collections import deque
 from collections.abc import Iterator
 
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
 from ..update.gate import Gate
 from ..update.measurements import StepReport
 from .config import LookaheadConfig
 
 
+logger = get_logger(__name__)
+
 SHORT_REACH_STEPS = 20
+FLAT_GROUPS_STEPS = 20
+
+
+class FlatGroupsCallback(TrainerCallback):
+    """Warns once where most groups have one reward for all of their completions, from what TRL logs."""
+
+    def __init__(self):
+        self.shares: list[tuple[int, float]] = []  # of each log entry: its steps, and the share of such groups
+        self.logged_at = 0
+        self.said = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.shares, self.logged_at = [], state.global_step  # a resumed run has logged nothing yet
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        share = (logs or {}).get("frac_reward_zero_std")
+        if share is None or self.said:
+            return
+        self.shares.append((state.global_step - self.logged_at, share))
+        self.logged_at = state.global_step
+        if (steps := sum(steps for steps, _ in self.shares)) < FLAT_GROUPS_STEPS:
+            return
+        mean = sum(steps * share for steps, share in self.shares) / steps
+        self.shares = []
+        if mean > 0.5:
+            self.said = True
+            logger.warning(
+                f"In the last {steps} steps, {mean:.0%} of the groups had the same reward for all of their "
+                "completions (`frac_reward_zero_std`): they were sampled and teach nothing. Raise `temperature` or "
+                "`num_generations`, or take problems that the model solves now and then."
+            )
 
 
 class Advisor:

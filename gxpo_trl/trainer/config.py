@@ -3,13 +3,17 @@
 import math
 import warnings
 from dataclasses import dataclass, field
+from typing import get_type_hints
 
 from accelerate.utils import get_int_from_env
 from trl import GRPOConfig
 
+from ..checks import check_at_least
 from ..engines.support import check_arguments
-from ..update.algorithm import LookaheadRule
 from ..update.gate import Gate, Trigger
+from ..update.rule import LookaheadRule
+from ..update.step_control import TAKE_BACK_BELOW, StepControl
+from ..values import read_value
 from .rules import RULES, make_rule
 
 
@@ -34,7 +38,7 @@ def accumulation_steps(prompts: int, num_generations: int, per_device_batch_size
         remedy = f"Set `per_device_train_batch_size` to {largest}"
     raise ValueError(
         f"`prompts_per_step: {prompts}` makes {completions} completions, with `num_generations: {num_generations}`; "
-        f"they are no multiple of `per_device_train_batch_size: {per_device_batch_size}` × {processes} processes. "
+        f"they are not a multiple of `per_device_train_batch_size: {per_device_batch_size}` × {processes} processes. "
         f"{remedy}."
     )
 
@@ -50,12 +54,19 @@ class LookaheadConfig(GRPOConfig):
     Parameters:
         update_rule (`str`, *optional*, defaults to `"gxpo"`):
             How a batch of rollouts becomes an update: `"gxpo"` (three passes: two probes, extrapolation, correction),
-            `"sfpo"` (K + 1 passes: K probes, correction) or `"grpo"` (plain single pass through the same trainer).
+            `"sfpo"` (K + 1 passes: K probes, correction), `"grpo"` (plain single pass through the same trainer) or
+            `"check"` (that, with step control: after the step one micro-batch says whether it was too long, for two
+            micro-batches more than a pass).
         lookahead_steps (`int`, *optional*, defaults to `5`):
-            K: for `"gxpo"` the virtual steps that the two probes are extrapolated to, at least 2; for `"sfpo"` the
-            probes themselves, at least 1.
+            K: for `"gxpo"` the virtual steps that the two probes are extrapolated to, or 1 for one probe and a
+            correction from where it led (two passes, nothing extrapolated or repositioned); for `"sfpo"` the probes
+            themselves.
         reposition_alpha (`float`, *optional*, defaults to `0.5`):
             α, the fraction of the way to the lookahead point that is taken; at least 0, in the papers at most 1.
+        extrapolation (`str`, *optional*, defaults to `"displacement"`):
+            How `"gxpo"` predicts K steps from the two probes: `"displacement"`, their displacement scaled coordinate
+            by coordinate (the paper); or `"optimizer"`, K - 2 phantom steps, which are steps of the optimizer on the
+            second gradient times ρ, ρ², …, with one ratio ρ for the model and without a pass over the batch.
         active_threshold (`float`, *optional*, defaults to `1e-8`):
             δ: coordinates where |g0| is not above it keep the observed two-step displacement.
         retention_min (`float`, *optional*, defaults to `-2.0`):
@@ -80,11 +91,21 @@ class LookaheadConfig(GRPOConfig):
         gate_patience (`int`, *optional*, defaults to `1`):
             Consecutive exceedances that end the active phase.
         max_active_steps (`int`, *optional*):
-            A budget: active steps after which the phase ends for good, whatever the gate says. Unset for none.
+            A budget: active steps after which the phase ends permanently, whatever the gate says. Unset for none.
         alpha_decay_steps (`int`, *optional*, defaults to `0`):
             Active steps over which α goes linearly to 0 once the gate has fired; 0 ends the active phase at once.
+        step_control (`str`, *optional*, defaults to `"none"`):
+            What multiplies the scheduled learning rate: `"none"`, nothing; `"cosine"`, a number that grows where the
+            first and the corrective gradient of a batch agree and shrinks where they don't, so that the learning rate
+            need not be tuned. A step that went too far is taken back. `update_rule: check` always has it.
+        step_control_target (`float`, *optional*):
+            The cosine of the two gradients that is aimed at; unset for 1.2 over the number of passes: 0.6 for two,
+            0.4 for three; a phantom step counts as 0.6 of a pass: 0.25 for three passes and three phantom steps; and
+            for 0.7 with `update_rule: check`.
+        step_control_gain (`float`, *optional*, defaults to `0.5`):
+            κ: how fast the multiplier changes, as exp(κ (cosine - target)) a step; 0 keeps it at 1.
         snapshot_device (`str`, *optional*, defaults to `"model"`):
-            Where the copies of an active step are kept: `"model"`, beside the parameters, or `"cpu"`, in pinned host
+            Where the copies of an active step are kept: `"model"`, next to the parameters, or `"cpu"`, in pinned host
             memory.
         lookahead_diagnostics_steps (`int`, *optional*, defaults to `0`):
             Compares every so many active steps with K real optimizer steps and measures the noise of the gradient, at
@@ -109,15 +130,17 @@ class LookaheadConfig(GRPOConfig):
         default="gxpo",
         metadata={
             "help": "How a batch of rollouts becomes an update: 'gxpo' (three passes: two probes, extrapolation, "
-            "correction), 'sfpo' (K + 1 passes: K probes, correction) or 'grpo' (plain single pass through "
-            "the same trainer)."
+            "correction), 'sfpo' (K + 1 passes: K probes, correction), 'grpo' (plain single pass through the same "
+            "trainer) or 'check' (that, with step control: after the step one micro-batch says whether it was too "
+            "long, for two micro-batches more than a pass)."
         },
     )
     lookahead_steps: int = field(
         default=5,
         metadata={
-            "help": "K: for 'gxpo' the virtual steps that the two probes are extrapolated to, at least 2; for 'sfpo' "
-            "the probes themselves, at least 1."
+            "help": "K: for 'gxpo' the virtual steps that the two probes are extrapolated to, or 1 for one probe and "
+            "a correction from where it led (two passes, nothing extrapolated or repositioned); for 'sfpo' the "
+            "probes themselves."
         },
     )
     reposition_alpha: float = field(
@@ -125,6 +148,15 @@ class LookaheadConfig(GRPOConfig):
         metadata={
             "help": "α, the fraction of the way to the lookahead point that is taken; at least 0, in the papers at "
             "most 1."
+        },
+    )
+    extrapolation: str = field(
+        default="displacement",
+        metadata={
+            "help": "How 'gxpo' predicts K steps from the two probes: 'displacement', their displacement scaled "
+            "coordinate by coordinate (the paper); or 'optimizer', K - 2 phantom steps, which are steps of the "
+            "optimizer on the second gradient times ρ, ρ², …, with one ratio ρ for the model and without a pass over "
+            "the batch."
         },
     )
     active_threshold: float = field(
@@ -178,8 +210,8 @@ class LookaheadConfig(GRPOConfig):
     max_active_steps: int | None = field(
         default=None,
         metadata={
-            "help": "A budget: active steps after which the phase ends for good, whatever the gate says. Unset for "
-            "none."
+            "help": "A budget: active steps after which the phase ends permanently, whatever the gate says. Unset "
+            "for none."
         },
     )
     alpha_decay_steps: int = field(
@@ -189,10 +221,30 @@ class LookaheadConfig(GRPOConfig):
             "at once."
         },
     )
+    step_control: str = field(
+        default="none",
+        metadata={
+            "help": "What multiplies the scheduled learning rate: 'none', nothing; 'cosine', a number that grows "
+            "where the first and the corrective gradient of a batch agree and shrinks where they don't, so that the "
+            "learning rate need not be tuned. A step that went too far is taken back. 'check' always has it."
+        },
+    )
+    step_control_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "The cosine of the two gradients that is aimed at; unset for 1.2 over the number of passes: 0.6 "
+            "for two, 0.4 for three; a phantom step counts as 0.6 of a pass: 0.25 for three passes and three phantom "
+            "steps; and for 0.7 with 'check'."
+        },
+    )
+    step_control_gain: float = field(
+        default=0.5,
+        metadata={"help": "κ: how fast the multiplier changes, as exp(κ (cosine - target)) a step; 0 keeps it at 1."},
+    )
     snapshot_device: str = field(
         default="model",
         metadata={
-            "help": "Where the copies of an active step are kept: 'model', beside the parameters, or 'cpu', in "
+            "help": "Where the copies of an active step are kept: 'model', next to the parameters, or 'cpu', in "
             "pinned host memory."
         },
     )
@@ -235,6 +287,7 @@ class LookaheadConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        self._check_types()
         if self.prompts_per_step is not None:
             self._set_accumulation()  # which DeepSpeed's own configuration is made from
         super().__post_init__()
@@ -245,13 +298,31 @@ class LookaheadConfig(GRPOConfig):
                 "`gradient_accumulation_steps` instead."
             )
         self._check_choice("update_rule", tuple(RULES))
+        self._check_choice("extrapolation", ("displacement", "optimizer"))
         self._check_choice("ratio_anchor", ("rollout", "current"))
         self._check_choice("gate_signal", ("grad_norm", "entropy", "cosine", "never"))
+        self._check_choice("step_control", ("none", "cosine"))
         self._check_choice("snapshot_device", ("model", "cpu"))
         self._check_numbers()
+        if self.update_rule == "gxpo" and self.extrapolation == "optimizer":
+            self._check_phantom_steps()
+        if self.update_rule == "check":
+            self.step_control = "cosine"
+            if self.gradient_accumulation_steps < 2:
+                raise ValueError(
+                    "`update_rule: check` replays one micro-batch of several, and `gradient_accumulation_steps` is "
+                    f"{self.gradient_accumulation_steps}. Set a smaller `per_device_train_batch_size`, or "
+                    "`update_rule: gxpo` with `lookahead_steps: 1` and `step_control: cosine`, which makes two passes."
+                )
+        if self.step_control != "none" and self.update_rule == "grpo":
+            raise ValueError(
+                "`step_control: cosine` compares two gradients of a batch, and `update_rule: grpo` has one. Set "
+                "`update_rule: check`, or `update_rule: gxpo` with `lookahead_steps: 1`, which makes two passes, or "
+                "`step_control: none`."
+            )
         if self.max_tokens_per_micro_batch is not None and not self.compact_batches:
             raise ValueError(
-                "`max_tokens_per_micro_batch` packs rows anew, and `compact_batches: false` forbids that. Set "
+                "`max_tokens_per_micro_batch` repacks rows, and `compact_batches: false` forbids that. Set "
                 "`compact_batches: true`, or leave the bound out."
             )
         if self.reposition_alpha > 1:
@@ -263,17 +334,25 @@ class LookaheadConfig(GRPOConfig):
         if self.update_rule != "grpo":
             check_arguments(self)
 
+    def _check_types(self) -> None:
+        kinds = get_type_hints(LookaheadConfig)
+        for name in LookaheadConfig.__annotations__:
+            try:
+                setattr(self, name, read_value(getattr(self, name), kinds[name]))
+            except ValueError as error:
+                raise ValueError(f"`{name}`: {error}") from error
+
     def _check_numbers(self) -> None:
-        self._check_at_least("lookahead_steps", RULES[self.update_rule].fewest_steps)
+        check_at_least("lookahead_steps", self.lookahead_steps, RULES[self.update_rule].fewest_steps)
         for name in ("reposition_alpha", "active_threshold"):
-            self._check_at_least(name, 0.0)
+            check_at_least(name, getattr(self, name), 0.0)
         for name in ("gate_warmup_steps", "alpha_decay_steps", "lookahead_diagnostics_steps"):
-            self._check_at_least(name, 0)
-        self._check_at_least("gate_patience", 1)
-        self._check_at_least("gate_window", 2)
+            check_at_least(name, getattr(self, name), 0)
+        check_at_least("gate_patience", self.gate_patience, 1)
+        check_at_least("gate_window", self.gate_window, 2)
         for name in ("max_tokens_per_micro_batch", "max_active_steps"):
             if getattr(self, name) is not None:
-                self._check_at_least(name, 1)
+                check_at_least(name, getattr(self, name), 1)
         if not self.gate_threshold > 0:
             raise ValueError(
                 f"`gate_threshold` must be above 0, got {self.gate_threshold}. To keep the active phase for the whole "
@@ -284,11 +363,31 @@ class LookaheadConfig(GRPOConfig):
                 f"`retention_min` must not be above `retention_max`, got {self.retention_min} and "
                 f"{self.retention_max}. Use -.inf and .inf for no bound."
             )
+        check_at_least("step_control_gain", self.step_control_gain, 0.0)
+        if self.step_control_target is not None and not TAKE_BACK_BELOW < self.step_control_target < 1:
+            raise ValueError(
+                f"`step_control_target` must be a cosine above {TAKE_BACK_BELOW}, from where on steps are taken back, "
+                f"and below 1, got {self.step_control_target}."
+            )
         if self.scale_max is not None and not self.scale_max >= 1:
             raise ValueError(f"`scale_max` must be at least 1, the scale of two steps, got {self.scale_max}.")
 
+    def _check_phantom_steps(self) -> None:
+        if self.lookahead_steps < 3:
+            raise ValueError(
+                "`extrapolation: optimizer` takes K - 2 phantom steps, and `lookahead_steps` is "
+                f"{self.lookahead_steps}. Set it to 3 or more, or set `extrapolation: displacement`."
+            )
+        of_scale = ("active_threshold", "retention_min", "retention_max", "scale_max")
+        changed = [name for name in of_scale if getattr(self, name) != getattr(LookaheadConfig, name)]
+        if changed:
+            raise ValueError(
+                f"`{'`, `'.join(changed)}` bound the scale of the displacement, and `extrapolation: optimizer` scales "
+                "none. Leave them out, or set `extrapolation: displacement`."
+            )
+
     def _set_accumulation(self) -> None:
-        self._check_at_least("prompts_per_step", 1)
+        check_at_least("prompts_per_step", self.prompts_per_step, 1)
         steps = accumulation_steps(
             self.prompts_per_step, self.num_generations, self.per_device_train_batch_size, _launched_processes()
         )
@@ -302,6 +401,15 @@ class LookaheadConfig(GRPOConfig):
     def lookahead_rule(self) -> LookaheadRule | None:
         """The update rule as the update step reads it; `None` for TRL's own single pass."""
         return make_rule(self)
+
+    def control(self) -> StepControl | None:
+        """The step control, as a run begins with it; `None` for none."""
+        if self.step_control == "none":
+            return None
+        target, rule = self.step_control_target, self.lookahead_rule()
+        if target is None:
+            target = 0.7 if rule is None else 1.2 / (rule.passes + 0.6 * rule.phantom_steps)
+        return StepControl.from_low(target, self.step_control_gain)
 
     def gate(self) -> Gate:
         """The gate, open."""
@@ -319,8 +427,3 @@ class LookaheadConfig(GRPOConfig):
         value = getattr(self, name)
         if value not in choices:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-    def _check_at_least(self, name: str, minimum: float) -> None:
-        value = getattr(self, name)
-        if not minimum <= value < math.inf:
-            raise ValueError(f"`{name}` must be a finite number of at least {minimum}, got {value}.")

@@ -4,9 +4,10 @@
     sample_in_groups(trainer)
     trainer.train()
 
-One object holds all of its state; on this one trainer its methods stand in for those that sample and score.
+One object holds all of its state; on this one trainer its methods replace those that sample and score.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
 
@@ -18,20 +19,20 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from ..sampling.grouped import pad_left, sample_grouped, why_not_grouped
+from ..sampling.grouped import SharedNoise, pad_left, sample_grouped, why_not_grouped
 
 
 logger = get_logger(__name__)
 
 BACKENDS = ("auto", "grouped", "transformers")
 OWN_SAMPLING = (GRPOTrainer._generate_single_turn, RLOOTrainer._generate_single_turn)
-"""What grouped sampling stands in for, and nothing else."""
+"""The methods that grouped sampling replaces."""
 
 
 @dataclass
 class GroupedSamplingArguments:
     r"""
-    What samples completions where vLLM does not, as [`sample_in_groups`] takes it.
+    Settings of [`sample_in_groups`]: how completions are sampled without vLLM.
 
     Parameters:
         generation_backend (`str`, *optional*, defaults to `"auto"`):
@@ -39,9 +40,9 @@ class GroupedSamplingArguments:
             they finish, `"transformers"` is TRL's call of `generate`. `"auto"` takes `"grouped"` where it gives the
             same completions, and warns at the start where it doesn't.
         generation_token_budget (`int`, *optional*):
-            Bounds the memory of generation: completions under way on one device, times the tokens that prompt and
-            completion may come to, stay within it; further prompts are admitted as completions finish. Unset for all
-            at once. Needs grouped generation.
+            Limits the memory of generation: the unfinished completions on one device, times the tokens that prompt and
+            completion may have. Further prompts are admitted as completions finish. Unset for all at once. Needs
+            grouped generation.
     """
 
     generation_backend: str = field(
@@ -55,8 +56,8 @@ class GroupedSamplingArguments:
     generation_token_budget: int | None = field(
         default=None,
         metadata={
-            "help": "Bounds the memory of generation: completions under way on one device, times the tokens that "
-            "prompt and completion may come to, stay within it; further prompts are admitted as completions finish. "
+            "help": "Limits the memory of generation: the unfinished completions on one device, times the tokens that "
+            "prompt and completion may have. Further prompts are admitted as completions finish. "
             "Unset for all at once. Needs grouped generation."
         },
     )
@@ -74,32 +75,41 @@ class GroupedSamplingArguments:
             )
 
     def needs(self) -> list[str]:
-        """The settings in use that only grouped generation can serve."""
+        """The settings in use that need grouped generation."""
         needs = {
             "generation_backend: grouped": self.generation_backend == "grouped",
             "generation_token_budget": self.generation_token_budget is not None,
         }
         return [name for name, is_set in needs.items() if is_set]
 
+    def check_needs(self, reason: str) -> None:
+        """Refuses these settings if there is a reason against grouped generation.
+
+        Raises:
+            ValueError: Names the settings.
+        """
+        if needs := self.needs():
+            raise ValueError(f"This run can't have grouped generation: {reason}. Leave out `{'`, `'.join(needs)}`.")
+
 
 def sample_in_groups(
     trainer: GRPOTrainer | RLOOTrainer, backend: str = "auto", token_budget: int | None = None
 ) -> bool:
-    """Lets a trainer sample its completions in groups from here on.
+    """Makes a trainer sample its completions in groups from here on.
 
-    Greedy completions are those of `generate` token for token, sampled ones have the same distribution. Where TRL
-    makes a forward pass for the old log-probabilities and sampling has the same numbers, that pass is spared.
+    Greedy completions equal those of `generate` token for token; sampled ones have the same distribution. If TRL makes
+    a forward pass for the old log-probabilities and sampling has the same numbers, that pass is skipped.
 
     Args:
         trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): Of this class or one below it, before it trains.
-        backend (`str`): `"auto"` samples in groups where that gives the same completions; where it doesn't, the call
-            of `generate` stays, with a warning. `"grouped"` makes that an error. `"transformers"` leaves `generate`.
-        token_budget (`int`, *optional*): Completions under way on one device, times the tokens that prompt and
-            completion may come to, stay within so many tokens. Unset: all at once.
+        backend (`str`): `"auto"` samples in groups if that gives the same completions; if it doesn't, the call of
+            `generate` stays, with a warning. `"grouped"` makes that an error. `"transformers"` leaves `generate`.
+        token_budget (`int`, *optional*): Limit for the unfinished completions on one device, times the tokens that
+            prompt and completion may have. Unset: all at once.
 
     Returns:
-        `bool`: Whether the trainer samples in groups. It doesn't, without a warning, where vLLM, continuous batching
-            or `rollout_func` generates, or tools are called between turns.
+        `bool`: Whether the trainer samples in groups. It doesn't, without a warning, if vLLM, continuous batching or
+        `rollout_func` generates, or tools are called between turns.
 
     Raises:
         `ValueError`: If it can't sample in groups and `backend` or `token_budget` ask for it; if it does already; if
@@ -115,20 +125,23 @@ def sample_in_groups(
     elsewhere = _why_not_by_generate(trainer)
     reason = elsewhere or _why_not_in_groups(trainer, backend)
     if reason is None:
-        GroupedSampling(trainer, token_budget).attach()
+        GroupedSampling(trainer, settings).attach()
         return True
-    if needs := settings.needs():
-        raise ValueError(f"This run can't have grouped generation: {reason}. Leave out `{'`, `'.join(needs)}`.")
+    settings.check_needs(reason)
     if elsewhere is None and backend == "auto":
-        logger.warning(
-            f"Completions are sampled by transformers' `generate`, which takes longer: {reason}. Set "
-            "`generation_backend: transformers` if that is meant."
-        )
+        _warn_of_generate(reason)
     return False
 
 
+def _warn_of_generate(reason: str) -> None:
+    logger.warning(
+        f"Completions are sampled by transformers' `generate`, which takes longer: {reason}. Set "
+        "`generation_backend: transformers` if that is intended."
+    )
+
+
 def _why_not_by_generate(trainer: GRPOTrainer | RLOOTrainer) -> str | None:
-    """Why it is not TRL's call of `generate` that samples completions; `None` if it is."""
+    """Why TRL does not sample completions by `generate`; `None` if it does."""
     if isinstance(trainer, GRPOTrainer) and trainer.rollout_func is not None:
         return "`rollout_func` generates"
     if isinstance(trainer, GRPOTrainer) and trainer.tools:
@@ -139,11 +152,13 @@ def _why_not_by_generate(trainer: GRPOTrainer | RLOOTrainer) -> str | None:
 
 
 def _why_not_in_groups(trainer: GRPOTrainer | RLOOTrainer, backend: str) -> str | None:
-    """Why the call of `generate` is to stay, or has to; `None` if it need not."""
+    """Why the call of `generate` stays; `None` if it can be replaced."""
     if backend == "transformers":
         return "`generation_backend` is `transformers`"
     if getattr(trainer._generate_single_turn, "__func__", None) not in OWN_SAMPLING:
         return f"this {type(trainer).__name__} has a `_generate_single_turn` of its own"
+    if trainer.args.neftune_noise_alpha:
+        return "`neftune_noise_alpha` adds noise, which copies of a prompt would share"
     return why_not_grouped(trainer.model, trainer.generation_config, in_training=True)
 
 
@@ -152,36 +167,42 @@ class GroupedSampling:
 
     Args:
         trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): Its settings are read now, its model at each call.
-        token_budget (`int`, *optional*): As [`sample_in_groups`] takes it.
+        settings (`GroupedSamplingArguments`): The settings of [`sample_in_groups`].
 
     Raises:
         `ValueError`: If transformers can't look for the stop strings of `generation_kwargs`.
     """
 
-    def __init__(self, trainer: GRPOTrainer | RLOOTrainer, token_budget: int | None):
-        self.trainer, self.token_budget = trainer, token_budget
+    def __init__(self, trainer: GRPOTrainer | RLOOTrainer, settings: GroupedSamplingArguments):
+        self.trainer, self.settings = trainer, settings
         self.config, self.stopping_criteria = _read_settings(trainer)
+        self._draws = False  # whether the model has been seen to draw random numbers: TRL samples from then on
+        self._trl_turn = trainer._generate_single_turn
         self._trl_score = trainer._generate_and_score_completions
         self._trl_logps = trainer._get_per_token_logps_and_entropies
         self._scores = False  # whether completions are being sampled and scored
         self._sampled_logps: torch.Tensor | None = None  # (B, T), of the completions that are being scored
 
     def attach(self) -> None:
-        """Stands in for the trainer's own methods, on this instance alone."""
+        """Replaces the trainer's own methods, only on this instance."""
         self.trainer._generate_single_turn = self._generate_single_turn
         if _has_old_logps(self.trainer, self.config):
             self.trainer._generate_and_score_completions = self._generate_and_score_completions
             self.trainer._get_per_token_logps_and_entropies = self._get_per_token_logps_and_entropies
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
-        completions = self.sample(prompt_ids)
+        completions = None if self._draws else self.sample(prompt_ids)
+        if self._draws:
+            return self._trl_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         return (completions, None) if isinstance(self.trainer, GRPOTrainer) else completions
 
-    def sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """One completion of each prompt, with the token that ended it."""
+    def sample(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
+        """One completion of each prompt, with the token that ended it; `None` if the model draws random numbers."""
         trainer = self.trainer
         prompts = [torch.tensor(ids, device=trainer.accelerator.device) for ids in prompt_ids]
         input_ids, attention_mask = pad_left(prompts, trainer._tokenizer.pad_token_id)
+        communicates = trainer.accelerator.num_processes > 1 and (trainer._dist.is_zero3 or trainer._dist.is_fsdp)
+        output = None
         with (
             profiling_context(trainer, "transformers.generate"),
             unwrap_model_for_generation(
@@ -193,15 +214,21 @@ class GroupedSampling:
             torch.no_grad(),
             trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
         ):
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=self.config,
-                stopping_criteria=self.stopping_criteria,
-                custom_generate=sample_grouped,
-                token_budget=self.token_budget,
-                lockstep=trainer.accelerator.num_processes > 1 and (trainer._dist.is_zero3 or trainer._dist.is_fsdp),
-            )
+            with contextlib.suppress(SharedNoise):
+                output = model.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=self.config,
+                    stopping_criteria=self.stopping_criteria,
+                    custom_generate=sample_grouped,
+                    token_budget=self.settings.generation_token_budget,
+                    lockstep=communicates,
+                )
+        if output is None:
+            self._draws = True
+            self.settings.check_needs(SharedNoise.reason)
+            _warn_of_generate(SharedNoise.reason)
+            return None
         if self._scores:
             self._sampled_logps = output.logps
         completions = output.sequences[:, -output.logps.size(1) :].tolist()

@@ -1,6 +1,8 @@
-"""Compaction in TRL's trainer: where its rollouts are laid out anew, and what that does to its metrics."""
+"""Compaction in TRL's trainer: where rollouts get their new layout, and the effect on its metrics."""
 
 import dataclasses
+import itertools
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ from ..rollout.compaction import (
     unknown_entries,
 )
 from ..rollout.window import RolloutWindow
-from ..sampling.model_traits import draws_at_random, has_relative_positions
+from ..sampling.model_traits import has_relative_positions
 
 
 logger = get_logger(__name__)
@@ -28,51 +30,96 @@ TOKEN_MEANS = ("entropy", "kl")
 """TRL's metrics that average over the tokens of a micro-batch."""
 
 RATIO_MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
-"""TRL's metrics that average over whatever has an importance ratio in a micro-batch."""
+"""TRL's metrics that average over all importance ratios of a micro-batch."""
+
+ROW_MEANS = ("vespo/phi_seq_mean",)
+"""TRL's metrics that average over the completions of a micro-batch."""
+
+EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
+"""TRL's metrics that are the minimum or maximum of a micro-batch."""
+
+LOSS = (
+    *("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies"),
+    *("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights"),
+)
+"""TRL's methods that take part in its loss."""
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """The replacement of one micro-batch of TRL's.
+
+    Attributes:
+        batch (`Batch`): The rows that pass 1 computes with a gradient.
+        forward_only (`Batch`, *optional*): Rows that contribute only to TRL's metrics.
+        stock_tokens (`int`): The tokens of TRL's micro-batch, with padding.
+    """
+
+    batch: Batch
+    forward_only: Batch | None
+    stock_tokens: int
+
+    @property
+    def parts(self) -> list[Batch]:
+        """In the order in which they are computed."""
+        return [part for part in (self.forward_only, self.batch) if part is not None]
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What part of an optimizer step's tokens and rows each micro-batch holds, over all ranks.
+    """The share of an optimizer step's tokens and rows in each micro-batch, over all ranks.
 
     Attributes:
-        first_tokens, first_rows (`list[float]`): Of the micro-batches of pass 1; they add up to 1.
+        first_tokens, first_rows (`list[list[float]]`): Of the parts of each micro-batch of pass 1; they add up to 1.
         replayed_tokens, replayed_rows (`list[float]`): Of those of a replay, as parts of the same totals.
-        token_fractions (`dict[str, float]`): What a pass computes on compared with TRL's own layout, padding included.
+        token_fractions (`dict[str, float]`): The tokens of a pass compared with TRL's own layout, with padding.
     """
 
-    first_tokens: list[float]
-    first_rows: list[float]
+    first_tokens: list[list[float]]
+    first_rows: list[list[float]]
     replayed_tokens: list[float]
     replayed_rows: list[float]
     token_fractions: dict[str, float]
 
     @classmethod
-    def of(cls, first: list[Batch], replayed: list[Batch], stock_tokens: int, accelerator: Accelerator) -> "Shares":
-        scored = [scored_tokens(batch) for batch in (*first, *replayed)]
-        computed = [sum(map(count_tokens, first)), sum(map(count_tokens, replayed)), stock_tokens]
+    def of(cls, first: list[Arranged], replayed: list[Batch], accelerator: Accelerator) -> "Shares":
+        parts = [part for arranged in first for part in arranged.parts]
+        scored = [scored_tokens(batch) for batch in (*parts, *replayed)]
+        computed = [
+            sum(count_tokens(arranged.batch) for arranged in first),
+            sum(count_tokens(arranged.forward_only) for arranged in first if arranged.forward_only is not None),
+            sum(map(count_tokens, replayed)),
+            sum(arranged.stock_tokens for arranged in first),
+        ]
         counts = torch.stack([*scored, *torch.tensor(computed, device=scored[0].device)]).to(torch.float32)
-        *scored, first_computed, replay_computed, stock = accelerator.reduce(counts).tolist()
-        rows = [count_rows(batch) for batch in (*first, *replayed)]
-        n = len(first)
+        *scored, first_computed, forward_only, replay_computed, stock = accelerator.reduce(counts).tolist()
+        rows = [float(count_rows(batch)) for batch in (*parts, *replayed)]
+        n, sizes = len(parts), [len(arranged.parts) for arranged in first]
         all_tokens, all_rows = max(sum(scored[:n]), 1.0), sum(rows[:n])
-        fractions = {"token_fraction": first_computed / stock}
+        fractions = {"token_fraction": first_computed / stock, "forward_only_token_fraction": forward_only / stock}
         if replayed:
             fractions["replay_token_fraction"] = replay_computed / stock
         return cls(
-            first_tokens=[count / all_tokens for count in scored[:n]],
-            first_rows=[count / all_rows for count in rows[:n]],
+            first_tokens=_grouped([count / all_tokens for count in scored[:n]], sizes),
+            first_rows=_grouped([count / all_rows for count in rows[:n]], sizes),
             replayed_tokens=[count / all_tokens for count in scored[n:]],
             replayed_rows=[count / all_rows for count in rows[n:]],
             token_fractions=fractions,
         )
 
 
+def _grouped(values: list[float], sizes: list[int]) -> list[list[float]]:
+    """The values, cut into pieces of these sizes."""
+    values = iter(values)
+    return [list(itertools.islice(values, size)) for size in sizes]
+
+
 class BatchLayout:
-    """Lays out each buffer of rollouts anew before TRL's first pass over it, and once more before replays.
+    """Changes the layout of rollouts: of each optimizer step's part of TRL's buffer before pass 1, and again before
+    replays.
 
     Args:
-        trainer (`GRPOTrainer`): Whose buffer it is. Read, but for `_buffered_inputs`.
+        trainer (`GRPOTrainer`): The trainer of the rollouts; it is only read.
 
     Raises:
         ValueError: If `max_tokens_per_micro_batch` is set and can't be kept.
@@ -81,43 +128,70 @@ class BatchLayout:
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
         self.compaction = _allowed_compaction(trainer)
-        self.compacted: list[Batch] | None = None  # TRL's buffer, once its micro-batches are compact
-        self.stock_tokens = 0  # what one micro-batch of that buffer had before
-        self.first_pass: list[tuple[Batch, int]] = []  # the micro-batches of the step under way, with those tokens
+        self.upcoming: deque[Arranged] = deque()  # micro-batches that pass 1 has not come to
+        self.first_pass: list[Arranged] = []  # those of the current step so far
+        self.forward_only: Batch | None = None  # what pass 1 computes before the present one, for TRL's metrics
+        self.nominal_rows = 0  # of TRL's own
+        self.position = 0  # of the next micro-batch among those that the training loop has fetched together
         self.warned = False
 
-    def arrange(self, inputs: Batch) -> Batch:
-        """The micro-batch that TRL is about to compute on, from a buffer that is compact from the first one on."""
-        trainer = self.trainer
-        if self.compaction is None or not trainer.model.training:
-            return inputs
-        if trainer._buffered_inputs is not self.compacted:
-            self.stock_tokens = count_tokens(trainer._buffered_inputs[0])
-            self.compacted = trainer._buffered_inputs = self._compact(trainer._buffered_inputs)
-        inputs = trainer._buffered_inputs[trainer._step % trainer.args.steps_per_generation]
-        self.first_pass.append((inputs, self.stock_tokens))
-        return inputs
+    def begin_training(self) -> None:
+        """A replacement of TRL's loss on the trainer itself is used from here on.
 
-    def _compact(self, buffer: list[Batch]) -> list[Batch]:
-        if (unknown := unknown_entries(buffer)) and not self.warned:
+        Raises:
+            ValueError: If `max_tokens_per_micro_batch` can't be kept then.
+        """
+        if self.compaction is not None and own_parts_of_loss(self.trainer):
+            self.compaction = _allowed_compaction(self.trainer)
+
+    def forget_step(self) -> None:
+        """Drops the data of an unfinished step. TRL's buffer still has its own micro-batches."""
+        self.upcoming.clear()
+        self.forward_only = None
+        self.first_pass = []
+
+    def arrange(self, inputs: Batch) -> Batch:
+        """The micro-batch that replaces the one that TRL has taken from its buffer."""
+        self.forward_only = None
+        if self.compaction is None or not self.trainer.model.training:
+            return inputs
+        if not self.upcoming:
+            self.upcoming.extend(self._compact_next())
+        self.position += 1
+        self.first_pass.append(self.upcoming.popleft())
+        self.forward_only = self.first_pass[-1].forward_only
+        return self.first_pass[-1].batch
+
+    def _compact_next(self) -> list[Arranged]:
+        """The micro-batches in TRL's buffer from the present one on that belong to the current step."""
+        trainer = self.trainer
+        start = trainer._step % trainer.args.steps_per_generation
+        count = max(1, trainer.current_gradient_accumulation_steps - self.position)
+        batches = trainer._buffered_inputs[start : start + count]
+        stock_tokens, self.nominal_rows = count_tokens(batches[0]), count_rows(batches[0])
+        if (unknown := unknown_entries(batches)) and not self.warned:
             self.warned = True
             logger.warning(
                 f"Batches are not compacted, which costs time: the rollouts hold {', '.join(unknown)}, and how that "
-                "belongs to rows is not known. Set `compact_batches: false` if that is meant."
+                "belongs to rows is not known. Set `compact_batches: false` if that is intended."
             )
-        size = min(self.trainer.args.gradient_accumulation_steps, len(buffer))
-        steps = [buffer[i : i + size] for i in range(0, len(buffer), size)]
-        return [batch for step in steps for batch in compact(step, self.compaction, self._max_over_ranks)]
+        compacted = compact(batches, self.compaction, self._max_over_ranks)
+        pairs = itertools.zip_longest(compacted.batches, compacted.forward_only)
+        return [Arranged(batch, forward_only, stock_tokens) for batch, forward_only in pairs]
 
     def pack(self, window: RolloutWindow) -> list[Batch]:
         """The micro-batches that replays compute on; empty if none of their completions has an advantage."""
         rollouts = window.rollouts()
-        if self.compaction is None:
+        if self.compaction is None or not self.compaction.changes_replays or not self._agree(window.may_be_packed()):
             return rollouts
-        replayed = prune(rollouts, self.compaction, self._max_over_ranks)
+        replayed = prune(rollouts, self.nominal_rows, self.compaction, self._max_over_ranks)
         if replayed is not rollouts:
             window.packed = replayed
         return replayed
+
+    def _agree(self, here: bool) -> bool:
+        """Whether it is true on every rank."""
+        return not self._max_over_ranks(torch.tensor([not here], device=self.trainer.accelerator.device).int()).any()
 
     def _max_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         if self.trainer.accelerator.num_processes == 1:
@@ -126,35 +200,60 @@ class BatchLayout:
 
     def weighs_tokens(self, metric: str) -> bool:
         """Whether a metric of TRL's averages over tokens, not over completions."""
-        return metric in TOKEN_MEANS or self.trainer.importance_sampling_level == "token"
+        return metric in TOKEN_MEANS or metric in RATIO_MEANS and self.trainer.importance_sampling_level == "token"
 
     def weigh_first_pass(self, replayed: list[Batch]) -> Shares | None:
-        """Ends an optimizer step: makes TRL's token means those of the step, since micro-batches of sorted rows hold
-        very different numbers of tokens."""
+        """Ends an optimizer step: makes TRL's means those of the step, since micro-batches of sorted rows hold very
+        different numbers of tokens, and one entry of what the parts of a micro-batch have measured."""
         first, self.first_pass = self.first_pass, []
         if self.compaction is None or not first:
             return None
-        batches, stock_tokens = zip(*first, strict=True)
-        shares = Shares.of(list(batches), replayed, sum(stock_tokens), self.trainer.accelerator)
+        shares = Shares.of(first, replayed, self.trainer.accelerator)
+        sizes = [len(arranged.parts) for arranged in first]
         log = self.trainer._metrics["train"]
-        for name in (*TOKEN_MEANS, *RATIO_MEANS):
-            if name in log:
+        for name in (*TOKEN_MEANS, *RATIO_MEANS, *ROW_MEANS, *EXTREMES):
+            if name not in log:
+                continue
+            measured = _grouped(log[name][-sum(sizes) :], sizes)
+            del log[name][-sum(sizes) :]
+            if name in EXTREMES:
+                log[name] += [EXTREMES[name](values) for values in measured]
+            else:
                 weights = shares.first_tokens if self.weighs_tokens(name) else shares.first_rows
-                values = log[name][-len(first) :]
-                log[name][-len(first) :] = [v * w * len(first) for v, w in zip(values, weights, strict=True)]
+                log[name] += [
+                    len(first) * sum(v * w for v, w in zip(*each, strict=True))
+                    for each in zip(measured, weights, strict=True)
+                ]
         return shares
 
 
+def own_parts_of_loss(trainer: GRPOTrainer) -> list[str]:
+    """The methods of `LOSS` that a subclass, a mixin or the user has replaced."""
+    return [name for name in LOSS if not _is_known(trainer, name)]
+
+
+def _is_known(trainer: GRPOTrainer, name: str) -> bool:
+    """Whether a method is TRL's, or this package's around it."""
+    if name in vars(trainer):
+        return type(getattr(vars(trainer)[name], "__self__", None)).__module__.startswith(__package__)
+    owner = next(part for part in type(trainer).__mro__ if name in vars(part))
+    return owner in GRPOTrainer.__mro__ or owner.__module__.startswith(__package__)
+
+
 def _allowed_compaction(trainer: GRPOTrainer) -> Compaction | None:
-    """What the settings ask for, and loss, model and accumulation allow; `None` for nothing."""
+    """The compaction that the settings ask for and that loss, model and accumulation allow; `None` if none."""
     args = trainer.args
     allowed = _loss_allows(trainer) if args.compact_batches else None
+    if args.compact_batches and (own := own_parts_of_loss(trainer)):
+        logger.warning(
+            f"Batches are not compacted, which costs time: the trainer has a `{'`, `'.join(own)}` of its own, and "
+            "what that makes of rows is not known. Set `compact_batches: false` if that is meant."
+        )
     if allowed is None and args.max_tokens_per_micro_batch is None:
         return None
-    # The rows of one optimizer step stay together: a buffer of rollouts holds whole steps, or is part of one.
     longer, shorter = sorted((args.steps_per_generation, args.gradient_accumulation_steps), reverse=True)
-    regroup = allowed is not None and allowed.regroup and longer % shorter == 0
-    if args.max_tokens_per_micro_batch is not None and not regroup:
+    is_additive = allowed is not None and allowed.regroup
+    if args.max_tokens_per_micro_batch is not None and not (is_additive and longer % shorter == 0):
         raise ValueError(
             "`max_tokens_per_micro_batch` needs a loss of TRL's that is additive over completions, and a "
             "`steps_per_generation` that divides, or is divided by, `gradient_accumulation_steps`. Leave it out, "
@@ -162,23 +261,17 @@ def _allowed_compaction(trainer: GRPOTrainer) -> Compaction | None:
         )
     return dataclasses.replace(
         allowed,
-        regroup=regroup,
         trims_prompts=has_relative_positions(trainer.model),
-        prunes=allowed.prunes and not draws_at_random(trainer.model),
         max_tokens=args.max_tokens_per_micro_batch,
     )
 
 
 def _loss_allows(trainer: GRPOTrainer) -> Compaction | None:
-    """What may be done to the micro-batches as far as the loss goes; `None` for nothing."""
+    """The compaction that the loss allows; `None` if none."""
     corrects_by_sequence = (
         trainer.loss_type == "vespo" and trainer.use_vllm and trainer.vllm_importance_sampling_correction
     )
-    if (
-        type(trainer)._compute_loss is not GRPOTrainer._compute_loss
-        or trainer.aux_loss_enabled
-        or corrects_by_sequence
-    ):
+    if own_parts_of_loss(trainer) or trainer.aux_loss_enabled or corrects_by_sequence:
         return None  # not TRL's loss; or one that sees padding: the router's load, VESPO's unmasked sum
     additive = trainer.loss_type != "bnpo" and not trainer._entropy_bonus_enabled and trainer.top_entropy_quantile >= 1
     return Compaction(

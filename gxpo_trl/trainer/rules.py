@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOTrainer
 
-from ..update.algorithm import LookaheadRule
 from ..update.extrapolation import Extrapolation
+from ..update.rule import LookaheadRule
 
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ RULES = {
                     eprint       = {arXiv:2605.06755},
                 }"""),
         },
-        fewest_steps=2,
+        fewest_steps=1,
     ),
     "sfpo": RuleEntry(
         name="SFPO",
@@ -72,6 +72,13 @@ RULES = {
         },
         fewest_steps=1,
     ),
+    "check": RuleEntry(
+        name="GRPO-check",
+        trainer="LookaheadTrainer",
+        tags=(*GRPOTrainer._tag_names, "step-control"),
+        paper=GRPOTrainer._paper,
+        fewest_steps=1,
+    ),
     "grpo": RuleEntry(
         name=GRPOTrainer._name,
         trainer="LookaheadTrainer",
@@ -82,15 +89,22 @@ RULES = {
 }
 
 
+ONE_PASS = ("grpo", "check")
+"""Those whose step is TRL's own."""
+
+
 def make_rule(args: "LookaheadConfig") -> LookaheadRule | None:
     """The update rule of a configuration as data; `None` for TRL's own single pass."""
     steps, alpha, on_host = args.lookahead_steps, args.reposition_alpha, args.snapshot_device == "cpu"
-    if args.update_rule == "grpo":
+    if args.update_rule in ONE_PASS:
         return None
     if args.update_rule == "sfpo":
         return LookaheadRule(probes=steps, alpha=alpha, copies_on_host=on_host)
+    if steps == 1:  # nothing to extrapolate: two passes
+        return LookaheadRule(probes=1, alpha=1.0, copies_on_host=on_host)
     extrapolation = Extrapolation(
         lookahead_steps=steps,
+        of_optimizer=args.extrapolation == "optimizer",
         active_threshold=args.active_threshold,
         retention_min=args.retention_min,
         retention_max=args.retention_max,

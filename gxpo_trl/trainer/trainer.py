@@ -1,20 +1,26 @@
 """The trainer: TRL's GRPOTrainer, in which a batch of rollouts becomes a lookahead update."""
 
 import json
-import os
+import shutil
 from pathlib import Path
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..engines import reduce_in_fp32
-from ..engines.support import check_engine, check_parameter_precision
+from ..engines.support import check_engine, check_parameter_precision, check_rates, check_trainable
+from ..plain_values import make_history_plain
 from ..rollout.compaction import LOSS_WEIGHT
-from ..run_folder import LOOKAHEAD_STATE_NAME
+from ..run_folder import LOOKAHEAD_STATE_NAME, write_whole
+from .advice import FlatGroupsCallback
+from .checkpoints import MANIFEST, check_whole, describe, newest_whole, read_state, skip, what_starts_afresh
 from .config import LookaheadConfig
 from .rules import RULES
-from .update import LookaheadUpdate
+from .update import LookaheadUpdate, StepCallback
+from .vllm import merge_out_of_place
 
 
 logger = get_logger(__name__)
@@ -42,8 +48,9 @@ class LookaheadTrainer(GRPOTrainer):
             The update rule at work: gate, engine, and what the run has counted.
 
     Raises:
-        `ValueError`: If the set-up is not supported: the engine, the precision of the trainable parameters, or `args`
-            that are no [`LookaheadConfig`] or have an `update_rule` that this class does not run.
+        `ValueError`: If nothing would be trained, or the set-up is not supported: the engine, the precision of the
+            trainable parameters, the optimizer, or `args` that are not a [`LookaheadConfig`] or have an `update_rule`
+            that this class does not run.
     """
 
     _config_class = LookaheadConfig
@@ -68,12 +75,20 @@ class LookaheadTrainer(GRPOTrainer):
         self._name, self._tag_names, self._paper = rule.name, list(rule.tags), rule.paper
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
+        check_trainable(self.model, self.optimizer)
         self.lookahead = LookaheadUpdate(self)
-        if self.lookahead.rule is not None:
+        if self.lookahead.control is not None and self.optimizer is not None:
+            check_rates(self.optimizer)
+        self.add_callback(StepCallback(self.lookahead))
+        self.add_callback(FlatGroupsCallback())
+        if args.update_rule != "grpo":
             check_engine(self.accelerator, self.model)
+        if self.lookahead.rule is not None:
             reduce_in_fp32(self.accelerator)
             if not args.allow_low_precision_parameters:
                 check_parameter_precision(self.accelerator, self.model)
+        if self.use_vllm and is_peft_model(self.model):
+            merge_out_of_place(self.vllm_generation, self._log_adapter_share)
         self.accelerator.print(self._describe_batch())
 
     @property
@@ -86,6 +101,9 @@ class LookaheadTrainer(GRPOTrainer):
         """Passes over rollouts that the run has made so far."""
         return self.lookahead.backward_passes
 
+    def _log_adapter_share(self, share: float) -> None:
+        self._metrics["train"]["lookahead/vllm_adapter_share"].append(share)
+
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         with self.lookahead.timed():
@@ -96,41 +114,79 @@ class LookaheadTrainer(GRPOTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.lookahead.open_micro_batch(inputs)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return loss * inputs[LOSS_WEIGHT] if LOSS_WEIGHT in inputs else loss
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.lookahead.keep_logps(outputs[0])
-        return outputs
+    def save_model(self, output_dir=None, _internal_call=False):
+        with self.lookahead.committed():
+            super().save_model(output_dir, _internal_call)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            path = Path(output_dir) / LOOKAHEAD_STATE_NAME
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.lookahead.state_dict(), indent=2))
-            os.replace(partial, path)
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Like TRL's. `True` resumes from the newest whole checkpoint; a named one must be whole.
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / LOOKAHEAD_STATE_NAME
-        if path.is_file():
-            self.lookahead.load_state_dict(json.loads(path.read_text()))
+        Raises:
+            ValueError: If there is no checkpoint to resume from, or only part of one.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._open_checkpoint(resume_from_checkpoint)
+        try:
+            with self.lookahead.training():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            make_history_plain(self.state.log_history, 0)  # which is saved as JSON
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # Trainer takes a step before it checks
+            self.control.should_training_stop = True
         else:
-            logger.warning(
-                f"{checkpoint} holds no {LOOKAHEAD_STATE_NAME}: it was not saved by a LookaheadTrainer. The gate and "
-                "the count of backward passes start afresh."
-            )
+            super()._run_epoch(*args, **kwargs)
+
+    def _open_checkpoint(self, name: str | bool) -> str:
+        """Restores the gate and the counts of a checkpoint, and returns its folder."""
+        skipped = {}
+        if name is True:
+            checkpoint, skipped = newest_whole(Path(self.args.output_dir))
+            if checkpoint is None:
+                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
+        else:
+            checkpoint = Path(name)
+            check_whole(checkpoint)
+        self.accelerator.wait_for_everyone()  # all have looked
+        for message in (*skip(skipped, self.args.should_save), *what_starts_afresh(checkpoint)):
+            logger.warning(message)
+        if (state := read_state(checkpoint)) is not None:
+            self.lookahead.load_state_dict(state)
+        return str(checkpoint)
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer writes its own state last, and ours is first: a checkpoint that has both has what is between them.
+
+        Older ones are deleted when every process has saved, not when the first has.
+        """
+        make_history_plain(self.state.log_history, 0)
+        args, run = self.args, self._get_output_dir(trial)
+        folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt, with which this one would be mixed
+            folder.mkdir(parents=True)
+            state = self.lookahead.state_dict() | {MANIFEST: describe(args)}
+            write_whole(folder / LOOKAHEAD_STATE_NAME, json.dumps(state, indent=2))
+        self.accelerator.wait_for_everyone()
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _describe_batch(self) -> str:
         """The start-up line: prompts × generations × devices × accumulation × passes."""
         args, rule = self.args, self.lookahead.rule
         completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        passes = "1 pass" if rule is None else f"{rule.passes} passes while active and 1 after"
+        single = "1 pass and two micro-batches" if self.lookahead.checks else "1 pass"
+        passes = single if rule is None else f"{rule.passes} passes while active and 1 after"
         return (
             f"{args.update_rule.upper()}: {completions / args.num_generations:g} prompts × {args.num_generations} "
             f"generations = {completions} completions an optimizer step, as {args.world_size} device(s) × "

@@ -1,38 +1,59 @@
-"""From the rollouts of one optimizer step to its update: window, rule and gate, and what is logged of them."""
+"""From the rollouts of one optimizer step to its update: window, rule and gate."""
 
 import contextlib
 import dataclasses
-import math
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from ..engines import Engine, make_engine
+from ..rollout.generators import Generators
 from ..rollout.window import RolloutWindow
 from ..update.algorithm import lookahead_step, one_pass
+from ..update.check import check_step
 from ..update.extrapolation import Extrapolation
+from ..update.json_state import is_amount, is_count
 from ..update.measurements import Measurements, StepReport, take_real_steps
+from ..update.snapshot import Origin, keep
+from ..update.step_control import StepControl
 from .advice import Advisor
 from .layout import BatchLayout, Shares
+from .replays import Replays
+from .step_length import StepLength
+from .step_log import StepLog
 
 
 logger = get_logger(__name__)
 
-SLOW_METRICS = {
-    "clip_ratio/region_mean": "clip_ratio_slow",
-    "cispo_clip_ratio": "clip_ratio_slow",
-    "kl": "kl_slow",
-}
-"""TRL's names of what the last pass measures, and ours."""
 
-MOVED_BY_LOSS = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
-"""TRL's adaptive entropy bonus: `compute_loss` moves it, and replays must not."""
+class ToCheck(NamedTuple):
+    """What is needed to check a step after it was taken: its rollouts, and where it began."""
+
+    model: torch.nn.Module
+    window: RolloutWindow
+    origin: Origin
+
+
+class StepCallback(TrainerCallback):
+    """Tells the update and the layout where the training loop is.
+
+    Args:
+        update (`LookaheadUpdate`): Of the trainer that has the callback.
+    """
+
+    def __init__(self, update: "LookaheadUpdate"):
+        self.update = update
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.update.layout.position = 0
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.update.step_taken()
 
 
 class LookaheadUpdate:
@@ -43,28 +64,38 @@ class LookaheadUpdate:
 
     Attributes:
         rule (`LookaheadRule`, *optional*): The update rule; `None` for TRL's own single pass.
+        checks (`bool`): Whether a micro-batch is replayed after each step (`update_rule: check`).
         gate (`Gate`): Whether the active phase lasts.
-        layout (`BatchLayout`): How the rollouts are laid out.
+        length (`StepLength`): The length of the steps.
+        layout (`BatchLayout`): The layout of the rollouts.
+        replays (`Replays`): Computes TRL's loss again.
+        log (`StepLog`): Logs each step.
         engine (`Engine`, *optional*): Chosen at the first active step, when the model is wrapped.
-        window (`RolloutWindow`, *optional*): Of the step under way, while pass 1 is being recorded.
+        window (`RolloutWindow`, *optional*): The current step's, while pass 1 is being recorded.
         backward_passes (`int`): Passes of the run so far.
         fallbacks (`int`): Active steps that became plain ones.
-        shutoff_step (`int`, *optional*): The step after which the active phase was over.
+        shutoff_step (`int`, *optional*): The step after which the active phase ended.
     """
 
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
         self.rule = trainer.args.lookahead_rule()
+        self.checks = trainer.args.update_rule == "check"
         self.gate = trainer.args.gate()
+        self.length = StepLength(trainer.args.control())
         self.layout = BatchLayout(trainer)
+        self.replays = Replays(trainer)
+        self.log = StepLog(trainer, self.layout)
         self.advisor = Advisor(trainer.args)
         self.engine: Engine | None = None
         self.window: RolloutWindow | None = None
         self.backward_passes = 0
         self.fallbacks = 0
         self.shutoff_step: int | None = None
-        self._moved_at_window_start: dict[str, Any] = {}
-        self._seconds = 0.0  # of the step under way, without generation
+        self._origin: Origin | None = None  # where the current step began, until the training loop has taken it
+        self._to_check: ToCheck | None = None  # of a step that the training loop is about to take
+        self._is_published = True  # whether forward passes and checkpoints read the parameters that are stepped
+        self._seconds = 0.0  # of the current step, without generation
         self._forward_started = 0.0
 
     @property
@@ -72,11 +103,79 @@ class LookaheadUpdate:
         """Whether the next optimizer step is a lookahead step."""
         return self.rule is not None and self.gate.active
 
+    @property
+    def control(self) -> StepControl | None:
+        """The control of the multiplier of the learning rate; `None` if there is none."""
+        return self.length.control
+
+    @property
+    def _step(self) -> int:
+        """The number of the current step."""
+        return self.trainer.state.global_step + 1
+
+    # ---- The life of a step
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Context for a training loop. No step outlives it, and an interrupted step leaves committed weights."""
+        self._publish()
+        self.layout.begin_training()
+        self._forget_step()
+        try:
+            yield
+        except BaseException:
+            self._break_off()
+            raise
+        finally:
+            self._forget_step()
+            self.length.release()
+
+    def step_taken(self) -> None:
+        """The training loop has taken the step: its weights are the committed ones now."""
+        if self._to_check is not None:
+            self._check(self._to_check)
+        self.length.step_taken(self._step)
+        self._forget_step()
+
+    @contextlib.contextmanager
+    def committed(self) -> Iterator[None]:
+        """Context for saving the model: between the first probe and the end of the step it saves the weights before
+        it.
+        """
+        self._publish()
+        if self._origin is None:
+            yield
+            return
+        self._origin.exchange(self.engine.state)
+        try:
+            yield
+        finally:
+            self._origin.exchange(self.engine.state)
+
+    def _break_off(self) -> None:
+        """Returns an unfinished step to where it began. Other ranks may be anywhere."""
+        if self._origin is not None:
+            self._origin.restore(self.engine.state, alone=True)
+        self._is_published = self.engine is None or self.engine.state.publishes_alone
+        self._forget_step()
+
+    def _publish(self) -> None:
+        """Publishes what an interrupted step could not publish without the other ranks."""
+        if not self._is_published:
+            self.engine.state.publish()
+            self._is_published = True
+
+    def _forget_step(self) -> None:
+        self.window = self._origin = self._to_check = None
+        self.length.forget_step()
+        self.layout.forget_step()
+        self._seconds = 0.0
+
     # ---- Pass 1, which is TRL's own
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Around what belongs to the update's time."""
+        """Context for work that counts as the update's time."""
         started = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - started
@@ -84,57 +183,92 @@ class LookaheadUpdate:
     @contextlib.contextmanager
     def micro_batch(self, model: torch.nn.Module) -> Iterator[None]:
         """Around TRL's `training_step`. The last one of an optimizer step is followed by the rest of the update."""
-        if self.active and self.window is None:
+        if self.control is not None:
+            self._find_engine(model)
+            self.length.follow(self.engine)
+        if (self.active or self.checks) and self.window is None:
             self._open_window(model)
         try:
-            with contextlib.nullcontext() if self.window is None else self.engine.passes.without_step():
+            with (
+                self._recorded(),
+                contextlib.nullcontext() if self.window is None else self.engine.passes.without_step(),
+            ):
                 yield
             self._seconds += time.perf_counter() - self._forward_started
+            if self.window is not None:
+                self.window.close_micro_batch()
             if self.trainer.accelerator.sync_gradients:
                 with self.timed():
                     metrics = self._finish(model)
                 self._log(metrics)
         except BaseException:
-            self.window, self.layout.first_pass = None, []  # `train()` may be called again, with a step of its own
+            self._break_off()
             raise
 
-    def open_micro_batch(self, inputs: dict[str, Any]) -> None:
-        """A forward pass is about to begin: in training, or in an evaluation, which is none of ours."""
-        self._forward_started = time.perf_counter()  # generation lies before
-        if self.window is not None and self.trainer.model.training:
-            self.window.open_micro_batch(inputs)
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Replaces the trainer's loss by recorders, inside of what subclasses and users put around TRL's."""
+        trainer = self.trainer
+        compute_loss, compute_logps = trainer.compute_loss, trainer._get_per_token_logps_and_entropies
 
-    def keep_logps(self, per_token_logps: torch.Tensor) -> None:
-        """Log-probabilities (B, T) have been computed: those of pass 1 if gradients are."""
-        if self.window is not None and torch.is_grad_enabled():
-            self.window.keep_logps(per_token_logps)
+        def recorded_loss(model, inputs, *args, **kwargs):
+            self._forward_started = time.perf_counter()  # generation lies before
+            if self.layout.forward_only is not None:
+                with torch.no_grad():
+                    compute_loss(model, self.layout.forward_only, *args, **kwargs)
+            if self.window is not None:
+                self.window.open_micro_batch(inputs, trainer.current_gradient_accumulation_steps)
+            return compute_loss(model, inputs, *args, **kwargs)
 
-    def _open_window(self, model: torch.nn.Module) -> None:
+        def recorded_logps(*args, **kwargs):
+            outputs = compute_logps(*args, **kwargs)
+            if self.window is not None and torch.is_grad_enabled():
+                self.window.keep_logps(outputs[0])
+            return outputs
+
+        recorders = {"compute_loss": recorded_loss, "_get_per_token_logps_and_entropies": recorded_logps}
+        own = {name: vars(trainer)[name] for name in recorders if name in vars(trainer)}
+        vars(trainer).update(recorders)
+        try:
+            yield
+        finally:
+            for name in recorders:
+                del vars(trainer)[name]
+            vars(trainer).update(own)
+
+    def _find_engine(self, model: torch.nn.Module) -> None:
         trainer = self.trainer
         if self.engine is None or not self.engine.serves(model, trainer.optimizer):
             self.engine = make_engine(trainer.accelerator, model, trainer.optimizer, trainer.args.max_grad_norm)
+
+    def _open_window(self, model: torch.nn.Module) -> None:
+        trainer = self.trainer
+        self._find_engine(model)
         self.window = RolloutWindow(
-            devices={parameter.device for parameter in trainer.model.parameters()},
+            generators=Generators.of(trainer.model, trainer.accelerator.device),
             freeze_old_logps=trainer.args.ratio_anchor == "rollout",
         )
-        self._moved_at_window_start = self._moved_by_loss()
+        self.replays.begin()
 
     # ---- The passes after it
 
     def _finish(self, model: torch.nn.Module) -> dict[str, float]:
-        """What follows pass 1: the rest of the update rule, and the gate. Returns the metrics of the step."""
+        """Runs the rest of the update rule after pass 1, and the gate. Returns the metrics of the step."""
         window, self.window = self.window, None
         replayed = [] if window is None else self.layout.pack(window)
-        shares = self.layout.weigh_first_pass(replayed)
-        if not replayed:  # the active phase is over, or no completion of this step has an advantage
+        shares = self.layout.weigh_first_pass([] if self.checks else replayed)
+        if not replayed or self.checks:  # the active phase is over, or no completion of this step has an advantage
             self.backward_passes += 1
             metrics = {"active": 0.0}
+            if replayed:
+                self._to_check = ToCheck(model, window, self._copy_of_parameters())
             if window is not None:
                 self.engine.passes.finish()
         else:
-            with self._private_metrics() as slow_metrics:
-                report = self._take_step(lambda: self._replay(model, window))
-            self.engine.passes.finish()
+            with self.replays.private_metrics() as slow_metrics:
+                report = self._take_step(lambda: self.replays.run(self.engine, model, window.replay()))
+            if self.engine.passes.finish():
+                self._origin = None
             self.backward_passes += report.passes
             metrics = self._judge(report, slow_metrics, shares, len(window.micro_batches))
         return metrics if shares is None else metrics | shares.token_fractions
@@ -146,39 +280,42 @@ class LookaheadUpdate:
         if every > 0 and self.gate.active_steps % every == 0:
             extrapolation = rule.extrapolation or Extrapolation(rule.probes)
             real_steps = take_real_steps(state, lambda: one_pass(state, replay), extrapolation)
-        return lookahead_step(state, replay, rule, Measurements(state, rule, real_steps))
+        self._origin = Origin.of(state, rule.copies_on_host, rule.rollback or self.length.takes_back)
+        report = lookahead_step(state, replay, rule, Measurements(state, rule, real_steps), self._origin)
+        self.length.judge(report, self.engine, self._origin, self._step)
+        self._origin.grad_0 = []  # the way back from here on is θ0's
+        return report
 
-    def _replay(self, model: torch.nn.Module, window: RolloutWindow) -> None:
-        """One pass over the window at the present parameters, as TRL's own `training_step` would make it."""
-        trainer, passes = self.trainer, self.engine.passes
-        trainer._metrics["train"].clear()
-        self._set_moved_by_loss(self._moved_at_window_start)
-        for inputs, is_last in window.replay():
-            with passes.micro_batch(is_last):
-                with trainer.compute_loss_context_manager():
-                    loss = trainer.compute_loss(model, inputs)
-                passes.backward(loss)
+    # ---- The check after a step
+
+    def _copy_of_parameters(self) -> Origin:
+        on_host = self.trainer.args.snapshot_device == "cpu"
+        return Origin([keep(shard, on_host) for shard in self.engine.state.parameters()], grad_0=[], optimizer=None)
+
+    def _check(self, step: ToCheck) -> None:
+        """Replays a micro-batch at both ends of the step taken; each in its turn, since they are sorted by length."""
+        started = time.perf_counter()
+        index = self.trainer.state.global_step % step.window.replayed_micro_batches
+        with self.replays.private_metrics():
+            report = check_step(
+                self.engine.state,
+                lambda: self.replays.run(self.engine, step.model, step.window.replay_one(index)),
+                lambda: self._back_at(step.origin),
+            )
+        self.length.judge_taken(report, self._step)
+        self.backward_passes += 2 / len(step.window.micro_batches)
+        self.log.add_check(report, self.backward_passes, time.perf_counter() - started)
 
     @contextlib.contextmanager
-    def _private_metrics(self) -> Iterator[dict[str, list[float]]]:
-        """Around replays: TRL's metrics, and what its loss moves, stay those of pass 1. Yields what a pass wrote."""
-        trainer = self.trainer
-        metrics, moved = trainer._metrics, self._moved_by_loss()
-        trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        try:
-            yield trainer._metrics["train"]
-        finally:
-            trainer._metrics = metrics
-            self._set_moved_by_loss(moved)
+    def _back_at(self, origin: Origin) -> Iterator[None]:
+        """Where the step taken began. What is saved meanwhile, or left by a failure, is where it led."""
+        origin.exchange(self.engine.state)
+        self._origin = origin
+        yield
+        origin.exchange(self.engine.state)
+        self._origin = None
 
-    def _moved_by_loss(self) -> dict[str, Any]:
-        return {name: getattr(self.trainer, name) for name in MOVED_BY_LOSS}
-
-    def _set_moved_by_loss(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self.trainer, name, value)
-
-    # ---- Gate and metrics
+    # ---- The gate, and the log
 
     def _judge(
         self,
@@ -187,75 +324,71 @@ class LookaheadUpdate:
         shares: Shares | None,
         micro_batches: int,
     ) -> dict[str, float]:
-        """Shows the gate what the step measured, and names it for the log."""
-        step = self.trainer.state.global_step + 1
+        """Passes the step's signal to the gate, and returns the metrics for the log."""
         metrics = {"active": 1.0, **report.metrics()}
         if report.fell_back:
             self.fallbacks += 1
             logger.warning(
-                f"Step {step}: a gradient or the repositioned point was not finite; the parameters were restored and "
-                "the step is a plain one."
+                f"Step {self._step}: a gradient or the repositioned point was not finite; the parameters were "
+                "restored and the step is a plain one."
             )
         else:
-            metrics |= self._average_slow_metrics(slow_metrics, shares)
-        z_score = self.gate.observe(self._gate_signal(report, micro_batches))
+            metrics |= self.log.of_last_pass(slow_metrics, shares)
+        z_score = self.gate.observe(self.log.gate_signal(report, micro_batches))
         if z_score is not None:
             metrics["gate_z"] = z_score
         if not self.gate.active:
-            self.shutoff_step = step
+            self.shutoff_step = self._step
         for advice in self.advisor.advise(report, self.gate):
             logger.warning(advice)
         return metrics
 
-    def _average_slow_metrics(self, slow_metrics: dict[str, list[float]], shares: Shares | None) -> dict[str, float]:
-        averages = {}
-        for trl_name, name in SLOW_METRICS.items():
-            if values := slow_metrics.get(trl_name):
-                weights = [1 / len(values)] * len(values)
-                if shares is not None:
-                    by_tokens = self.layout.weighs_tokens(trl_name)
-                    weights = shares.replayed_tokens if by_tokens else shares.replayed_rows
-                averages[name] = sum(v * weight for v, weight in zip(values, weights, strict=True))
-        return averages
-
-    def _gate_signal(self, report: StepReport, micro_batches: int) -> float:
-        """The value of this step that the gate watches, equal on every rank; NaN where there is none."""
-        signal = self.trainer.args.gate_signal
-        if report.fell_back:
-            return math.nan
-        if signal == "entropy":
-            return statistics.fmean(self.trainer._metrics["train"]["entropy"][-micro_batches:])
-        if signal == "cosine":
-            return math.nan if report.cos_0_slow is None else 1.0 - report.cos_0_slow
-        return report.grad_norm_slow
-
     def _log(self, metrics: dict[str, float]) -> None:
-        log = self.trainer._metrics["train"]
-        for name, value in metrics.items():
-            log[f"lookahead/{name}"].append(value)
-        log["lookahead/update_time"].append(self._seconds)
+        metrics = metrics | self.length.metrics() | {"update_time": self._seconds}
+        self.log.write(metrics, {name: getattr(self, name) for name in COUNTS} | self.length.totals())
         self._seconds = 0.0
-        # Running totals: TRL logs the mean of each list over the logging interval, and of these only the last counts.
-        log["lookahead/backward_passes"] = [self.backward_passes]
-        log["lookahead/fallbacks"] = [self.fallbacks]
-        if torch.cuda.is_available():
-            log["lookahead/peak_memory"] = [torch.cuda.max_memory_allocated() / 2**30]
-        if self.shutoff_step is not None:
-            log["lookahead/shutoff_step"] = [self.shutoff_step]
 
     # ---- Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, ready for JSON."""
-        names = ("backward_passes", "fallbacks", "shutoff_step")
-        return {"gate": self.gate.state_dict(), **{name: getattr(self, name) for name in names}}
+        state = {"gate": self.gate.state_dict(), **{name: getattr(self, name) for name in COUNTS}}
+        return state if self.control is None else state | {STEP_CONTROL: self.control.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where `state_dict` left off.
 
         Raises:
-            ValueError: As `Gate.load_state_dict`.
+            ValueError: As `check_state`, `Gate.load_state_dict` and `StepControl.load_state_dict`.
         """
+        check_state(state)
         self.gate.load_state_dict(state["gate"])
-        for name in ("backward_passes", "fallbacks", "shutoff_step"):
+        for name in COUNTS:
             setattr(self, name, state[name])
+        if self.control is None:
+            return
+        if STEP_CONTROL in state:
+            self.control.load_state_dict(state[STEP_CONTROL])
+        else:
+            logger.warning("The checkpoint was saved without `step_control`, which starts from the beginning.")
+
+
+STEP_CONTROL = "step_control"
+"""Its key in the state of an update."""
+COUNTS = ("backward_passes", "fallbacks", "shutoff_step")
+"""What a run counts, in addition to its gate."""
+
+
+def check_state(state: Any) -> None:
+    """Refuses an invalid state of an update, without the gate's part of it.
+
+    Raises:
+        ValueError: Names the part, and what it must be.
+    """
+    missing = {"gate", *COUNTS} - (state.keys() if isinstance(state, dict) else set())
+    if missing:
+        raise ValueError(f"The state of the update has no `{'`, `'.join(sorted(missing))}`.")
+    for name in COUNTS:
+        fits = is_amount if name == "backward_passes" else is_count
+        if not fits(state[name]) and not (name == "shutoff_step" and state[name] is None):
+            raise ValueError(f"`{name}` of the state of the update must be a count, got {state[name]!r}.")

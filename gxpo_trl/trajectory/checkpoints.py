@@ -1,4 +1,4 @@
-"""The trajectory of a run: what its evenly spaced checkpoints say of each weight matrix."""
+"""The trajectory of a run: each weight matrix at evenly spaced checkpoints."""
 
 import functools
 import json
@@ -29,13 +29,13 @@ OTHER_VARIANTS = (
     "monteclora_config",
     "velora_config",
 )
-"""Settings of PEFT that make an adapter something else than s·B·A of linear layers."""
+"""Settings of PEFT with which an adapter is not s·B·A of linear layers."""
 PLAIN_STARTS = (True, "gaussian")
-"""Of `init_lora_weights`: B is zero before the first step."""
+"""Values of `init_lora_weights` with which B is zero before the first step."""
 STARTS_THAT_MOVE = (False, "orthogonal")
-"""Likewise: B·A is not zero, but the base model is what it was."""
+"""Values with which B·A is not zero, but the base model is unchanged."""
 EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")
-"""In the names of weights of a full model that are tables of tokens or positions, and no maps."""
+"""Parts of the names of weights that are tables of tokens or positions, not maps."""
 
 
 def find_steps(run: Path) -> dict[int, Path]:
@@ -48,7 +48,7 @@ def find_steps(run: Path) -> dict[int, Path]:
         if found := saved_steps(folder):
             return found
     raise ValueError(
-        f"{run} holds no checkpoints. Train with `trajectory_steps: 10` (adapters alone), or with "
+        f"{run} holds no checkpoints. Train with `trajectory_steps: 10` (only adapters), or with "
         "`save_strategy: steps` and `save_steps`."
     )
 
@@ -64,7 +64,7 @@ def check_steps(run: Path, steps: Sequence[int]) -> int:
         spacing = steps[1] - steps[0]
         last_even = next(a for a, b in zip(steps, steps[1:], strict=False) if b - a != spacing)
         raise ValueError(
-            f"The checkpoints of {run} are unevenly spaced: {', '.join(map(str, steps))}. Take an even part, such "
+            f"The checkpoints of {run} are unevenly spaced: {', '.join(map(str, steps))}. Use an even part, such "
             f"as the steps up to {last_even} with `last_step: {last_even}`, or move the others away."
         )
     if not gaps:
@@ -74,12 +74,12 @@ def check_steps(run: Path, steps: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Weight matrices at evenly spaced steps, and where the run started from.
+    """Weight matrices at evenly spaced steps, and at the start of the run.
 
     Attributes:
         run (`Path`): The run's folder.
-        steps (`tuple[int, ...]`): Optimizer steps of the checkpoints, the starting point left out.
-        folders (`tuple[Path, ...]`): Theirs.
+        steps (`tuple[int, ...]`): Optimizer steps of the checkpoints, without the starting point.
+        folders (`tuple[Path, ...]`): Their folders.
         spacing (`int`): Steps from one to the next.
         start (`Path`, *optional*): What was saved before the first step.
     """
@@ -95,14 +95,14 @@ class Trajectory:
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether the starting point is one spacing before the first checkpoint, as any other is before the next."""
+        """Whether the starting point is one spacing before the first checkpoint."""
         return self.steps[0] == self.spacing
 
     def differences(self, names: Sequence[str], pairs: Sequence[tuple[int, int | None]]) -> Iterator[Factors]:
-        """W_later - W_earlier of matrices of one shape, in fp32, in turn.
+        """W_later - W_earlier of matrices of one shape, in fp32, one pair at a time.
 
         Args:
-            names (`Sequence[str]`): Of modules that have one shape and one rank, N of them.
+            names (`Sequence[str]`): The names of N modules of one shape and rank.
             pairs (`Sequence[tuple[int, int | None]]`): Indices of checkpoints, the later one first; `None` for the
                 starting point.
 
@@ -124,23 +124,36 @@ class Trajectory:
         """
         raise NotImplementedError
 
+    def products(self, names: Sequence[str], points: int) -> torch.Tensor:
+        """Inner products of W_i - W_0 and W_j - W_0 for i, j < `points`, (N, points, points), in float64."""
+        raise NotImplementedError
+
+    def combination_from_start(self, names: Sequence[str], weights: torch.Tensor) -> Factors:
+        """The sum of w_i·(W_i - W_0), exactly.
+
+        Args:
+            names (`Sequence[str]`): As for `difference`.
+            weights (`torch.Tensor`): w, (N, points), of the first checkpoints.
+        """
+        raise NotImplementedError
+
     def groups(self) -> list[tuple[tuple[int, int], list[str]]]:
-        """The modules that can be computed together: their shape (m, n), and names."""
+        """The modules that can be processed together: their shape (m, n), and names."""
         raise NotImplementedError
 
     def size(self, name: str) -> int:
-        """How many numbers the difference of a matrix takes while it is computed."""
+        """How many numbers the difference of a matrix needs while it is computed."""
         raise NotImplementedError
 
     @cached_property
     def left_alone(self) -> list[str]:
-        """Names of trained tensors that are no low-rank maps, and stay as they are in the last checkpoint."""
+        """Names of trained tensors that are not low-rank maps. They stay as in the last checkpoint."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class AdapterTrajectory(Trajectory):
-    """Of a LoRA run: ΔW = s·B·A. Nothing larger than B and A is ever made."""
+    """The trajectory of a LoRA run: ΔW = s·B·A. Nothing larger than B and A is created."""
 
     @cached_property
     def config(self) -> LoraConfig:
@@ -203,6 +216,17 @@ class AdapterTrajectory(Trajectory):
     def combination(self, names: Sequence[str], weights: Sequence[float]) -> Factors:
         return concatenate([self.at(names, i).times(weight) for i, weight in enumerate(weights) if weight])
 
+    def products(self, names: Sequence[str], points: int) -> torch.Tensor:
+        pairs = [(d.left, d.right.mT) for d in self.differences(names, [(i, None) for i in range(points)])]
+        left, right = (torch.stack(factors).double() for factors in zip(*pairs, strict=True))
+        inner = torch.einsum("inmr,jnms->nijrs", left, left) * torch.einsum("inkr,jnks->nijrs", right, right)
+        return inner.sum((-2, -1))
+
+    def combination_from_start(self, names: Sequence[str], weights: torch.Tensor) -> Factors:
+        deltas = self.differences(names, [(i, None) for i in range(weights.size(1))])
+        columns = weights.float()[..., None, None].unbind(1)
+        return concatenate([Factors(d.left * w, d.right) for d, w in zip(deltas, columns, strict=True)])
+
 
 def factor_keys(name: str) -> tuple[str, str]:
     """The keys of A and B of a module in an adapter's file."""
@@ -211,8 +235,9 @@ def factor_keys(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class FullTrajectory(Trajectory):
-    """Of full fine-tuning: differences of state dicts, read one tensor at a time and reduced to their leading `rank`
-    singular components by a randomized SVD (Halko et al., 2011)."""
+    """The trajectory of full fine-tuning: differences of state dicts, read one tensor at a time and reduced to their
+    leading `rank` singular components by a randomized SVD (Halko et al., 2011).
+    """
 
     rank: int = 32
     power_iterations: int = 4
@@ -260,11 +285,22 @@ class FullTrajectory(Trajectory):
         sums = [
             sum(self.get(name, i).float() * weight for i, weight in enumerate(weights) if weight) for name in names
         ]
-        matrices = torch.stack(sums)
-        m, n = matrices.shape[1:]
-        if m < n:
-            return Factors(torch.eye(m).expand(len(names), m, m), matrices)
-        return Factors(matrices, torch.eye(n).expand(len(names), n, n))
+        return _as_factors(sums)
+
+    def products(self, names: Sequence[str], points: int) -> torch.Tensor:
+        tables = (torch.stack([self._from_start(name, i).flatten() for i in range(points)]) for name in names)
+        return torch.stack([table @ table.mT for table in tables]).double()
+
+    def combination_from_start(self, names: Sequence[str], weights: torch.Tensor) -> Factors:
+        return _as_factors(
+            [
+                sum(self._from_start(name, i) * w for i, w in enumerate(row))
+                for name, row in zip(names, weights.tolist(), strict=True)
+            ]
+        )
+
+    def _from_start(self, name: str, index: int) -> torch.Tensor:
+        return self.get(name, index).float() - self.get(name, None).float()
 
     def _reduce(self, matrix: torch.Tensor) -> Factors:
         rank = min(self.rank, *matrix.shape)
@@ -274,8 +310,17 @@ class FullTrajectory(Trajectory):
         return Factors(u * sigma, v.mT)
 
 
+def _as_factors(matrices: Sequence[torch.Tensor]) -> Factors:
+    """Whole matrices of one shape."""
+    whole = torch.stack(list(matrices))
+    count, m, n = whole.shape
+    if m < n:
+        return Factors(torch.eye(m).expand(count, m, m), whole)
+    return Factors(whole, torch.eye(n).expand(count, n, n))
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
-    """In which file of a saved model each tensor is.
+    """The file of each tensor of a saved model.
 
     Raises:
         ValueError: If the folder holds no weights in safetensors.
@@ -295,12 +340,12 @@ def load_trajectory(run: str | Path, last_step: int | None = None, base_model: s
 
     Args:
         run (`str` or `Path`): Output folder of a run with LoRA or full fine-tuning.
-        last_step (`int`, *optional*): Leaves out what was saved later.
+        last_step (`int`, *optional*): Leaves out later checkpoints.
         base_model (`str`, *optional*): Folder of the weights that full fine-tuning started from.
 
     Raises:
-        ValueError: If there are too few checkpoints, or unevenly spaced ones, or ones that do not belong together, or
-            numbers that are not finite, or an adapter that is no plain LoRA.
+        ValueError: If there are too few checkpoints, they are unevenly spaced or do not belong together, or there are
+            numbers that are not finite, or an adapter that is not plain LoRA.
     """
     run = Path(run)
     found = find_steps(run)
@@ -322,7 +367,7 @@ def load_trajectory(run: str | Path, last_step: int | None = None, base_model: s
         raise ValueError(f"Some checkpoints of {run} are adapters and some are not. Move those of another run away.")
     if start is None and base_model is None:
         raise ValueError(
-            f"{run} is a run of full fine-tuning, and what it started from is needed too. Set `base_model`."
+            f"{run} is a run of full fine-tuning, and its starting weights are needed too. Set `base_model`."
         )
     trajectory = FullTrajectory(run, steps, folders, spacing, start or Path(base_model))
     _check_full(trajectory)
@@ -330,11 +375,11 @@ def load_trajectory(run: str | Path, last_step: int | None = None, base_model: s
 
 
 def check_adapter_settings(settings: dict[str, Any], what: str) -> None:
-    """Refuses an adapter that is no plain LoRA: the deltas of its weights would not be s·B·A.
+    """Refuses an adapter that is not plain LoRA: the deltas of its weights would not be s·B·A.
 
     Args:
         settings (`dict`): Of PEFT's configuration.
-        what (`str`): How messages call it.
+        what (`str`): Its name in messages.
 
     Raises:
         ValueError: Names the setting and what to do.
@@ -348,7 +393,7 @@ def check_adapter_settings(settings: dict[str, Any], what: str) -> None:
     if settings["init_lora_weights"] not in PLAIN_STARTS + STARTS_THAT_MOVE:
         raise ValueError(
             f"`init_lora_weights: {settings['init_lora_weights']}` of {what} changes the base model's weights, and "
-            "would change them otherwise for an adapter of another rank. Train with the default."
+            "would change them differently for an adapter of another rank. Train with the default."
         )
 
 

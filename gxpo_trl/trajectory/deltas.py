@@ -1,4 +1,4 @@
-"""Where each matrix is, where it came from and where it went: the rank-1 deltas that NExt learns from."""
+"""The rank-1 deltas of each matrix (global, local and target) that NExt learns from."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from .lowrank import Triplets, align_signs, leading_triplets, turn_towards
 
 
 CHUNK = 2**20
-"""How many numbers of B and A of a difference are computed with at a time, beside those of the checkpoints: 4 MiB."""
+"""How many numbers of B and A of a difference are processed at a time, in addition to the checkpoints': 4 MiB."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Deltas:
     """The leading triplets of N matrices of one shape, over the T checkpoints that have a predecessor.
 
     Attributes:
-        names (`list[str]`): Of the modules.
+        names (`list[str]`): The names of the modules.
         from_start (`Triplets`): G_i = W_i - W_0, (T, N, ...), with signs that do not jump. NExt's global delta.
         local (`Triplets`): L_i = W_i - W_{i-1}, (T, N, ...).
         target (`Triplets`): T_i = W_{i+k} - W_i, (T - k, N, ...).
@@ -40,7 +40,7 @@ def low_rank_deltas(trajectory: Trajectory, k: int, device: str = "cpu") -> list
     Args:
         trajectory (`Trajectory`): See there.
         k (`int`): How many checkpoints ahead the targets are.
-        device (`str`): Where they are computed; they come back to the CPU.
+        device (`str`): Where they are computed; they are returned on the CPU.
 
     Raises:
         ValueError: If there are too few checkpoints to learn from one transition and hold another out, or nothing has
@@ -91,7 +91,7 @@ def _deltas_of(trajectory: Trajectory, names: list[str], k: int, checkpoints: ra
 
 @contextlib.contextmanager
 def _side_by_side() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, each with one of its own: a small matrix is no work for several."""
+    """As many threads as torch has, each with its own matrix: a small matrix is too little work for several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""From a trajectory to where it leads: the prediction of each method, and how good it would have been before."""
+"""Predicts how a trajectory continues, with each method, and how good earlier predictions would have been."""
 
 import math
 import time
@@ -10,7 +10,7 @@ import torch
 
 from .checkpoints import Trajectory
 from .deltas import Deltas, in_chunks, low_rank_deltas
-from .linear import least_squares, linearity, rank_1_line, secant
+from .linear import least_squares, linearity, rank_1_line, rank_1_path, secant
 from .lowrank import Factors, Triplets
 from .predictor import PredictorSettings, TrajectoryPredictor
 
@@ -24,7 +24,7 @@ R2_EDGES = (-0.5, 0.0, 0.5)
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is predicted, and what there is to say about it.
+    """A prediction, with its report.
 
     Attributes:
         deltas (`list[Deltas]`): What it was predicted from.
@@ -38,10 +38,10 @@ class Forecast:
 
 
 def checkpoints_ahead(steps_ahead: int | None, spacing: int) -> int:
-    """k of a number of steps, for checkpoints so many steps apart; five, the paper's, where there is no number.
+    """The number of checkpoints in a number of steps. Without a number of steps it is the paper's five.
 
     Raises:
-        ValueError: If it is no multiple.
+        ValueError: If it is not a multiple.
     """
     k, rest = divmod(5 * spacing if steps_ahead is None else steps_ahead, spacing)
     if rest or k < 1:
@@ -59,7 +59,7 @@ def extrapolate(
 
     Args:
         trajectory (`Trajectory`): See there.
-        method (`str`): `next`, `alpharl`, `rl-extra` or `linear`.
+        method (`str`): `next`, `relex`, `alpharl`, `rl-extra` or `linear`.
         steps_ahead (`int`, *optional*): A multiple of the spacing; `None` for five checkpoints.
         settings (`PredictorSettings`, *optional*): Of `next`; `None` for the defaults.
 
@@ -80,6 +80,7 @@ def extrapolate(
         "linear": _continued(trajectory, deltas, held_out, lambda points: least_squares(points, k)),
         "rl-extra": _continued(trajectory, deltas, held_out, lambda points: secant(points, k)),
         "alpharl": _rank_1_line(deltas, held_out, k),
+        "relex": _rank_1_path(trajectory, deltas, held_out, k),
         "best_rank_1": _of_triplets([d.target[held_out] for d in deltas]),
     }
     if method == "next":
@@ -99,6 +100,8 @@ def extrapolate(
         predict = _of_triplets(predictor.predict(last))
     elif method == "alpharl":
         predict = _rank_1_line(deltas, last, k)
+    elif method == "relex":
+        predict = _rank_1_path(trajectory, deltas, last, k)
     else:
         line = secant if method == "rl-extra" else least_squares
         predict = _continued(trajectory, deltas, last, lambda points: line(points, k))
@@ -132,14 +135,29 @@ def _continued(
     trajectory: Trajectory, deltas: list[Deltas], index: int, weights: Callable[[int], torch.Tensor]
 ) -> Prediction:
     """A weighted sum of the checkpoints up to that of `deltas[...].local[index]`, the first of all included."""
-    points = len(trajectory) - (len(deltas[0].local) - 1 - index)
+    points = _points(trajectory, deltas, index)
     return lambda i, part: trajectory.combination(deltas[i].names[part], weights(points).tolist())
+
+
+def _rank_1_path(trajectory: Trajectory, deltas: list[Deltas], index: int, k: int) -> Prediction:
+    points = _points(trajectory, deltas, index)
+
+    def predict(i: int, part: slice) -> Factors:
+        names = deltas[i].names[part]
+        return trajectory.combination_from_start(names, rank_1_path(trajectory.products(names, points), k))
+
+    return predict
+
+
+def _points(trajectory: Trajectory, deltas: list[Deltas], index: int) -> int:
+    """How many checkpoints there are up to that of `deltas[...].local[index]`."""
+    return len(trajectory) - (len(deltas[0].local) - 1 - index)
 
 
 def _compare(
     trajectory: Trajectory, deltas: list[Deltas], index: int, k: int, predictions: dict[str, Prediction]
 ) -> dict[str, dict[str, float | None]]:
-    """Predictions beside what happened, all matrices together.
+    """Compares predictions with what happened, over all matrices.
 
     Returns:
         `dict`: For each prediction its `error`, the Frobenius norm of what was missed over that of what happened, and
@@ -159,7 +177,7 @@ def _compare(
 
 
 def _error(happened: float, predicted: float, product: float) -> dict[str, float | None]:
-    """From squared norms and the inner product. Where nothing happened there is no error to speak of."""
+    """From squared norms and the inner product. If nothing moved, there is no error."""
     missed = max(happened - 2 * product + predicted, 0.0)
     return {
         "error": math.sqrt(missed / happened) if happened > 0 else None,

@@ -1,6 +1,6 @@
-"""Straight lines through a trajectory: what NExt is compared with, and how straight a trajectory is.
+"""Straight lines through a trajectory: baselines for NExt, and how straight a trajectory is.
 
-Each is a weighted sum of checkpoints whose weights add up to 0, so that the base model cancels.
+Each is a weighted sum of checkpoints. Except for RELEX the weights add up to 0, so that the base model cancels.
 """
 
 import torch
@@ -26,9 +26,9 @@ def least_squares(points: int, ahead: int) -> torch.Tensor:
 
 
 def secant(points: int, ahead: int) -> torch.Tensor:
-    """Weights of the last `ahead` checkpoints' movement, once more: the weight extrapolation of RL-Extra.
+    """Weights that repeat the movement of the last `ahead` checkpoints: the weight extrapolation of RL-Extra.
 
-    Wang et al., arXiv 2601.04537. Over fewer checkpoints where there are not as many, in proportion.
+    Wang et al., arXiv 2601.04537. With fewer checkpoints, their movement is scaled.
     """
     back = min(ahead, points - 1)
     weights = torch.zeros(points, dtype=torch.float64)
@@ -52,6 +52,32 @@ def rank_1_line(from_start: Triplets, ahead: int) -> Factors:
     weights = least_squares(len(from_start), ahead).to(from_start.sigma.dtype)
     left = from_start.u[..., 0] * from_start.sigma[..., :1] * weights[:, None, None]  # (T, N, m)
     return Factors(left.permute(1, 2, 0), from_start.v[..., 0].permute(1, 0, 2))
+
+
+def rank_1_path(products: torch.Tensor, ahead: int) -> torch.Tensor:
+    """Weights of how far a matrix moves to where RELEX predicts it, `ahead` checkpoints after the last.
+
+    Wei et al., arXiv 2605.21468. The global deltas G_1, …, G_T of a matrix, flattened, are the rows of a table, whose
+    leading singular triplet is (σ, a, v). Their coordinates along v are σ·a. The prediction is the least-squares line
+    through these coordinates, times v, from the start of the run:
+
+        v = Σ a_i·G_i / σ      Ŵ = W_0 + line(σ·a)·v = W_0 + line(a)·Σ a_i·G_i
+
+    What the last checkpoint has in other directions than v is left out of Ŵ. The matrix Ŵ - W_0 need not have rank 1:
+    the table has.
+
+    Args:
+        products (`torch.Tensor`): Inner products of the global deltas, (N, T, T), float64; two of them at least.
+        ahead (`int`): How many checkpoints.
+
+    Returns:
+        `torch.Tensor`: w, (N, T), such that the movement is Σ w_i·G_i.
+    """
+    points = products.size(-1)
+    along = torch.linalg.eigh(products).eigenvectors[..., -1]  # a, (N, T); its sign cancels
+    weights = (along @ line_weights(points, points - 1 + ahead))[:, None] * along
+    weights[:, -1] -= 1.0
+    return weights
 
 
 def linearity(from_start: Triplets, seen: int, on: range) -> torch.Tensor:

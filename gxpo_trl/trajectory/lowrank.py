@@ -1,4 +1,4 @@
-"""Singular triplets of matrices that are known by thin factors, without ever forming the matrices.
+"""Singular triplets of matrices given by thin factors, without forming the matrices.
 
 An adapter changes a weight by ΔW = s·B·A, with B (m, r) and A (r, n). So do differences of adapters: from checkpoint i
 to j it is [s·B_j, -s·B_i]·[A_j; A_i]. With B = Q_B·R_B and Aᵀ = Q_A·R_A the singular values of B·A are those of the
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Factors:
-    """Matrices `left @ right`, in a batch or alone.
+    """Matrices `left @ right`, a single one or a batch.
 
     Attributes:
         left (`torch.Tensor`): (..., m, r).
@@ -53,7 +53,7 @@ class Triplets:
         sigma (`torch.Tensor`): Singular values, largest first, (..., k).
         u (`torch.Tensor`): Left singular vectors, (..., m, k); zeros for singular values that are 0.
         v (`torch.Tensor`): Right singular vectors, (..., n, k); likewise.
-        energy (`torch.Tensor`): What part of the sum of all singular values the first is, (...); 0 of a zero matrix.
+        energy (`torch.Tensor`): The first singular value divided by the sum of all, (...); 0 for a zero matrix.
     """
 
     sigma: torch.Tensor

@@ -1,7 +1,7 @@
-"""Learns where low-rank trajectories go: (global, local) -> target, vector by vector (NExt, equations 8 to 11).
+"""Predicts low-rank trajectories: (global, local) -> target, vector by vector (NExt, equations 8 to 11).
 
-All singular vectors of one length share a predictor, and all singular values one. What is learnt from, and what for,
-are the triplets of `Deltas`.
+All singular vectors of one length share a predictor, and all singular values share one. Inputs and targets are the
+triplets of `Deltas`.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .deltas import Deltas
 from .lowrank import Triplets
@@ -21,7 +22,7 @@ PATIENCE = 50
 @dataclass(frozen=True)
 class PredictorSettings:
     """
-    The predictor's. The paper gives none of the numbers.
+    Settings of the predictor. The paper does not give these numbers.
 
     Attributes:
         hidden_size (`int`): Of all hidden layers.
@@ -29,7 +30,7 @@ class PredictorSettings:
         learning_rate (`float`): AdamW's at the start of its cosine schedule.
         seed (`int`): Of the initial weights.
         without_global, without_local (`bool`): Zeros in place of that input: the paper's ablations.
-        device (`str`): Where it is trained.
+        device (`str`): The device of its training.
     """
 
     hidden_size: int = 128
@@ -47,8 +48,7 @@ class VectorPredictor(nn.Module):
     Args:
         size (`int`): d, the vectors' length.
         settings (`PredictorSettings`): See there.
-        is_odd (`bool`): Whether to answer -x with the negative of what is answered to x. Singular vectors have no sign
-            of their own.
+        is_odd (`bool`): Whether the output for -x is the negative of the output for x. Singular vectors have no sign.
     """
 
     def __init__(self, size: int, settings: PredictorSettings, is_odd: bool):
@@ -75,7 +75,9 @@ class VectorPredictor(nn.Module):
 
 @dataclass(frozen=True)
 class _Vectors:
-    """What one predictor sees: vectors of one length over time, and by what their entries come to order one."""
+    """The data of one predictor: vectors of one length over time, and the factor that scales their entries to order
+    one.
+    """
 
     from_start: torch.Tensor  # (T, M, d)
     local: torch.Tensor  # (T, M, d)
@@ -108,25 +110,26 @@ class TrajectoryPredictor:
     def fit(
         self, transitions: Sequence[int], held_out: int | None = None, epochs: dict[str, int] | None = None
     ) -> dict:
-        """Trains anew.
+        """Trains from the start.
 
         Args:
-            transitions (`Sequence[int]`): Indices of the targets that are learnt from.
-            held_out (`int`, *optional*): Index of a target that tells when to stop. The weights are those at which it
-                was predicted best.
-            epochs (`dict[str, int]`, *optional*): When to stop, without one.
+            transitions (`Sequence[int]`): Indices of the training targets.
+            held_out (`int`, *optional*): Index of a target for early stopping. The weights that predict it best are
+                kept.
+            epochs (`dict[str, int]`, *optional*): When to stop without a held-out target.
 
         Returns:
             `dict[str, int]`: The epochs after which each predictor was taken, by length of its vectors.
         """
-        stopped = {}
-        for name, vectors in self.vectors.items():
-            most = self.settings.epochs if epochs is None else epochs[name]
-            self.models[name], stopped[name] = self._fit_one(vectors, transitions, held_out, most)
+        stopped, most = {}, dict.fromkeys(self.vectors, self.settings.epochs) if epochs is None else epochs
+        with tqdm(desc="predictor", total=sum(most.values()), unit=" epochs") as bar:
+            for name, vectors in self.vectors.items():
+                fitted = self._fit_one(vectors, transitions, held_out, most[name], bar)
+                self.models[name], stopped[name] = fitted
         return stopped
 
     def _fit_one(
-        self, vectors: _Vectors, transitions: Sequence[int], held_out: int | None, most: int
+        self, vectors: _Vectors, transitions: Sequence[int], held_out: int | None, most: int, bar: tqdm
     ) -> tuple[VectorPredictor, int]:
         settings = self.settings
         with torch.random.fork_rng([]):
@@ -143,6 +146,7 @@ class TrajectoryPredictor:
             loss.backward()
             optimizer.step()
             schedule.step()
+            bar.update()
             if test is None:
                 continue
             with torch.no_grad():
@@ -151,6 +155,7 @@ class TrajectoryPredictor:
                 best, best_epoch = loss, epoch
                 best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             elif epoch - best_epoch >= PATIENCE:
+                bar.update(most - epoch)
                 break
         if best_state is not None:
             model.load_state_dict(best_state)
@@ -170,7 +175,7 @@ class TrajectoryPredictor:
             return found[name][taken[name] - count : taken[name]]
 
         triplets = []
-        for d in self.deltas:  # in the order in which the vectors were put together
+        for d in self.deltas:  # in the order in which the vectors were joined
             count, (m, n) = len(d.names), (d.target.u.size(-2), d.target.v.size(-2))
             sigma, u, v = take("sigma", count), take(str(m), count), take(str(n), count)
             triplets.append(Triplets(sigma, u[..., None], v[..., None], torch.ones(count)))

@@ -1,16 +1,16 @@
-"""What `gxpo extrapolate` can be told."""
+"""Settings of `gxpo extrapolate`."""
 
 import math
 from dataclasses import dataclass, field
 
 
-METHODS = ("next", "alpharl", "rl-extra", "linear")
+METHODS = ("next", "relex", "alpharl", "rl-extra", "linear")
 
 
 @dataclass
 class ExtrapolationArguments:
     r"""
-    Where a run's checkpoints are continued to, and how.
+    How far and how a run's checkpoints are extrapolated.
 
     Parameters:
         run (`str`):
@@ -18,13 +18,14 @@ class ExtrapolationArguments:
         steps_ahead (`int`, *optional*):
             How many optimizer steps ahead; a multiple of the checkpoints' spacing. Unset for five checkpoints.
         alpha (`str`, *optional*, defaults to `"1.0"`):
-            α, by how much the predicted movement is stretched; several, separated by commas, write a result each. The
-            paper takes 1.5.
+            α, the factor of the predicted movement; several, separated by commas, write one result each. The paper
+            uses 1.5.
         method (`str`, *optional*, defaults to `"next"`):
-            `next`, the predictor; `alpharl`, a line in the rank-1 subspace; `rl-extra`, the last movement of all
+            `next`, the predictor; `relex`, a line through the coordinates of all of a matrix along the one direction
+            that it moves in most; `alpharl`, a line in the rank-1 subspace; `rl-extra`, the last movement of all
             weights once more; `linear`, a least-squares line through all weights.
         merged (`bool`, *optional*, defaults to `False`):
-            Writes a whole model instead of an adapter. A run of full fine-tuning can have nothing else.
+            Writes a whole model instead of an adapter. For full fine-tuning this is always so.
         output_dir (`str`, *optional*):
             Where results go, a folder for each α. Unset for `extrapolated/<method>` in the run's folder.
         last_step (`int`, *optional*):
@@ -34,9 +35,9 @@ class ExtrapolationArguments:
         hidden_size, epochs, learning_rate, seed:
             The predictor's.
         without_global, without_local (`bool`, *optional*, defaults to `False`):
-            The paper's ablations: what the predictor is not shown.
+            The paper's ablations: inputs that the predictor does not get.
         device (`str`, *optional*, defaults to `"cpu"`):
-            Where triplets are computed and the predictor is trained.
+            The device for triplets and for training the predictor.
     """
 
     run: str | None = field(default=None, metadata={"help": "Output folder of the run."})
@@ -76,16 +77,16 @@ class ExtrapolationArguments:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"`learning_rate` must be a finite number above 0, got {self.learning_rate}.")
         if self.without_global and self.without_local:
-            raise ValueError("`without_global` and `without_local` leave the predictor nothing to see. Unset one.")
+            raise ValueError("`without_global` and `without_local` leave the predictor no input. Unset one.")
         if self.method != "next" and (self.without_global or self.without_local):
-            raise ValueError("`without_global` and `without_local` have a meaning for `method: next` alone.")
+            raise ValueError("`without_global` and `without_local` only apply to `method: next`.")
         self.alphas()
 
     def alphas(self) -> list[float]:
         """The values of α.
 
         Raises:
-            ValueError: If there is none, or one that is no finite number of at least 0.
+            ValueError: If there is none, or one is not a finite number of at least 0.
         """
         values = self.alpha if isinstance(self.alpha, list) else str(self.alpha).split(",")
         try:

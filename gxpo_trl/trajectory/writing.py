@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..run_folder import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD_NAME,
     EXTRAPOLATION_NAME,
@@ -29,6 +28,7 @@ from .checkpoints import PREFIX, AdapterTrajectory, FullTrajectory, Trajectory, 
 from .deltas import in_chunks
 from .forecast import Forecast
 from .lowrank import Factors
+from .merging import merge_adapter
 
 
 NOT_OF_A_MODEL = (TRAINER_STATE_NAME, LOOKAHEAD_STATE_NAME)
@@ -41,8 +41,8 @@ def write_extrapolation(
 
     Args:
         trajectory (`Trajectory`): What was extrapolated.
-        found (`Forecast`): Where to.
-        alpha (`float`): By how much the movement is stretched.
+        found (`Forecast`): The prediction.
+        alpha (`float`): The factor of the movement.
         folder (`Path`): Where to write; must not exist.
         merged (`bool`): Whether an adapter is merged into its base model. Full fine-tuning is written whole anyway.
         figure (`Path`): Of the report.
@@ -69,8 +69,8 @@ def write_extrapolation(
 def write_adapter(trajectory: AdapterTrajectory, found: Forecast, alpha: float, folder: Path) -> None:
     """The last adapter plus α times what was predicted, of rank r + q where that is of rank q.
 
-    B gets q columns and A q rows, the old ones stay as they are, and so does s: training can go on from it. What else
-    the adapter holds is copied.
+    B gets q columns and A q rows; the old ones and s do not change, so that training can continue from it. The rest of
+    the adapter is copied.
     """
     tensors = load_file(trajectory.folders[-1] / ADAPTER_WEIGHTS)
     for i, d in enumerate(found.deltas):
@@ -114,26 +114,17 @@ def _adapter_config(trajectory: AdapterTrajectory, tensors: dict[str, torch.Tens
 
 
 def _save_tokenizer(trajectory: AdapterTrajectory, folder: Path) -> None:
-    """That of the run, else that of the base model."""
+    """The run's tokenizer, or else the base model's."""
     places = [path for path in (trajectory.folders[-1], trajectory.run) if (path / TOKENIZER_CONFIG).is_file()]
     source = places[0] if places else trajectory.config.base_model_name_or_path
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-
-
-def merge_adapter(folder: Path) -> None:
-    """Puts a whole model in the place of an adapter; added in fp32, and saved in the base model's precision."""
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    dtype = AutoConfig.from_pretrained(model.peft_config["default"].base_model_name_or_path).dtype
-    model.merge_and_unload().to(dtype or torch.float32).save_pretrained(folder)
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        (folder / name).unlink()
 
 
 # ---- Full fine-tuning
 
 
 def write_weights(trajectory: FullTrajectory, found: Forecast, alpha: float, folder: Path) -> None:
-    """The last checkpoint's weights plus α times what was predicted, a file of them at a time."""
+    """The last checkpoint's weights plus α times the predicted movement, one file at a time."""
     source = trajectory.folders[-1]
     place = {name: (i, j) for i, d in enumerate(found.deltas) for j, name in enumerate(d.names)}
     for path in sorted(source.glob("*.safetensors")):
@@ -155,6 +146,7 @@ def write_weights(trajectory: FullTrajectory, found: Forecast, alpha: float, fol
 def _card(trajectory: Trajectory, report: ExtrapolationReport, merged: bool) -> ModelCard:
     is_adapter = isinstance(trajectory, AdapterTrajectory) and not merged
     base = trajectory.config.base_model_name_or_path if isinstance(trajectory, AdapterTrajectory) else None
+    base = None if base is None or Path(base).exists() else base  # the Hub takes no local path for one
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
@@ -173,7 +165,7 @@ def _card(trajectory: Trajectory, report: ExtrapolationReport, merged: bool) -> 
         f"to step {report['steps'][-1]}: W + α·ΔW with α = {report['alpha']:g} and ΔW by the method "
         f"`{report['method']}` for {report['matrices']} weight matrices. `{EXTRAPOLATION_NAME}` holds all of it.",
         "",
-        f"How far each method would have been from what happened between steps {held_out['from_step']} and "
+        f"The error of each method for what happened between steps {held_out['from_step']} and "
         f"{held_out['to_step']} (1 is as good as no prediction):",
         "",
         "| method | error | cosine |",
@@ -184,6 +176,7 @@ def _card(trajectory: Trajectory, report: ExtrapolationReport, merged: bool) -> 
         "",
         "Method: NExt, [Low-rank Optimization Trajectories Modeling for LLM RLVR Acceleration]"
         "(https://huggingface.co/papers/2604.11446). AlphaRL: [2510.00553](https://huggingface.co/papers/2510.00553). "
+        "RELEX: [2605.21468](https://huggingface.co/papers/2605.21468). "
         "RL-Extra: [2601.04537](https://huggingface.co/papers/2601.04537).",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

@@ -1,19 +1,20 @@
 """Algorithm 1 of GXPO (arXiv 2605.06755), and SFPO (arXiv 2510.04072): probe, predict, reposition, correct.
 
-GXPO probes twice and extrapolates to K steps; SFPO probes K times and extrapolates nothing. `lookahead_step` begins
-where the first pass over the rollouts has left its gradient g0, and ends where the corrective gradient g_slow is ready
-for the trainer's ordinary step, which is the slow correction. It holds two model-sized buffers, θ0 and g0.
+GXPO probes twice and extrapolates to K steps: it scales the displacement, or steps the optimizer on (`phantom.py`).
+SFPO probes K times and extrapolates nothing. `lookahead_step` begins where the first pass over the rollouts has left
+its gradient g0, and ends where the corrective gradient g_slow is ready for the trainer's ordinary step, which is the
+slow correction. It holds two model-sized buffers, θ0 and g0.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from .extrapolation import Extrapolation, reposition, retention_and_scale
+from .extrapolation import reposition, retention_and_scale
 from .measurements import Measurements, StepReport
-from .slices import aligned_slices
+from .phantom import retention_of_model, take_phantom_steps
+from .rule import LookaheadRule
 from .snapshot import Origin
 from .state import TrainingState
 
@@ -22,40 +23,13 @@ Replay = Callable[[], None]
 """Adds up the gradient of the same rollouts at the present parameters, and leaves it in the state."""
 
 
-@dataclass(frozen=True)
-class LookaheadRule:
-    """An update rule as data.
-
-    Attributes:
-        probes (`int`): Fast optimizer steps before the reposition.
-        alpha (`float`): α, the fraction of the way to the lookahead point that is taken.
-        extrapolation (`Extrapolation`, *optional*): How the probes' displacement becomes the lookahead's. `None` takes
-            it as it is (SFPO).
-        rollback (`bool`): Whether the optimizer's state returns to θ0's before the slow correction, instead of going
-            on from the probes' (the papers).
-        copies_on_host (`bool`): Whether θ0 and g0 are kept in pinned host memory, not next to the parameters.
-    """
-
-    probes: int
-    alpha: float
-    extrapolation: Extrapolation | None = None
-    rollback: bool = False
-    copies_on_host: bool = False
-
-    @property
-    def passes(self) -> int:
-        """Passes over the rollouts in an active step."""
-        return self.probes + 1
-
-    @property
-    def lookahead_steps(self) -> int:
-        """K: the steps that the lookahead stands for."""
-        return self.probes if self.extrapolation is None else self.extrapolation.lookahead_steps
-
-
 @torch.no_grad()
 def lookahead_step(
-    state: TrainingState, replay: Replay, rule: LookaheadRule, measure: Measurements | None = None
+    state: TrainingState,
+    replay: Replay,
+    rule: LookaheadRule,
+    measure: Measurements | None = None,
+    origin: Origin | None = None,
 ) -> StepReport:
     """Takes one active step up to, and without, its slow correction.
 
@@ -68,12 +42,13 @@ def lookahead_step(
         replay (`Replay`): One pass over the rollouts.
         rule (`LookaheadRule`): The update rule.
         measure (`Measurements`, *optional*): What watches the step.
+        origin (`Origin`, *optional*): θ0 and g0, of a caller who keeps the way back until the slow correction is made.
 
     Returns:
         `StepReport`: What was measured, equal on every rank.
     """
     measure = measure or Measurements(state, rule)
-    origin = Origin.of(state, rule.copies_on_host, with_optimizer=rule.rollback)  # θ0, g0
+    origin = origin or Origin.of(state, rule.copies_on_host, with_optimizer=rule.rollback)  # θ0, g0
     try:
         # Probe: θ1, θ2 (SFPO: up to θK), fast steps on the same rollouts.
         clips = []
@@ -87,7 +62,14 @@ def lookahead_step(
             clips.append(clip)
             state.step()
 
-        _reposition(state, origin, clips[0], rule, measure)  # θ̃ = θ0 + α (θK - θ0)
+        # Predict θK, and reposition: θ̃ = θ0 + α (θK - θ0).
+        if rule.phantom_steps:
+            retention = retention_of_model(state, origin, clips[0], measure)  # ρ
+            take_phantom_steps(state, rule.phantom_steps, retention)  # θK
+        if rule.scales:
+            _scale_and_reposition(state, origin, clips[0], rule, measure)
+        else:
+            _reposition(state, origin, rule, measure)
 
         # Correct: the true gradient at θ̃. The trainer clips it and steps, as always.
         if rule.rollback:
@@ -101,21 +83,28 @@ def lookahead_step(
         raise
 
 
-def _reposition(
+def _scale_and_reposition(
     state: TrainingState, origin: Origin, clip_0: float, rule: LookaheadRule, measure: Measurements
 ) -> None:
     """Predicts θK from g0, g1 and θ2 - θ0, and moves to θ̃, coordinate by coordinate."""
-    shards = aligned_slices(state.parameters(), origin.theta_0, origin.grad_0, state.gradients())
-    for part, (theta, *copies) in shards:
-        dtype = torch.promote_types(theta.dtype, torch.float32)
-        theta_0, grad_0, grad_1 = (copy.to(theta.device, dtype, non_blocking=True) for copy in copies)
-        displacement = theta.to(dtype) - theta_0
-        if rule.extrapolation is None:
-            retention = scale = active = torch.ones_like(displacement)
-        else:  # of the gradients that the optimizer consumed: g1 is clipped already
-            retention, scale, active = retention_and_scale(grad_0 * clip_0, grad_1, rule.extrapolation)
+    for (part, theta, theta_0), grads in zip(origin.moves(state), origin.consumed(state, clip_0), strict=True):
+        displacement = theta.to(theta_0.dtype) - theta_0
+        retention, scale, active = retention_and_scale(*grads, rule.extrapolation)
         theta.copy_(reposition(theta_0, displacement, scale, rule.alpha))
-        measure.extrapolation(part, displacement, retention, scale, active)
+        measure.probes(part, displacement)
+        measure.scale(retention, scale, active)
+        measure.lookahead(part, scale * displacement)
+
+
+def _reposition(state: TrainingState, origin: Origin, rule: LookaheadRule, measure: Measurements) -> None:
+    """Moves to θ̃ from θK, where steps have led."""
+    for part, theta, theta_0 in origin.moves(state):
+        displacement = theta.to(theta_0.dtype) - theta_0
+        if rule.alpha != 1:
+            theta.copy_(reposition(theta_0, displacement, 1.0, rule.alpha))
+        if not rule.phantom_steps:
+            measure.probes(part, displacement)
+        measure.lookahead(part, displacement)
 
 
 def one_pass(state: TrainingState, replay: Replay) -> None:

@@ -15,16 +15,19 @@ NEARLY_ZERO = 1e-6
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """How the two-step displacement becomes one of K steps.
+    """How two steps become K.
 
     Attributes:
         lookahead_steps (`int`): K, the virtual depth.
+        of_optimizer (`bool`): Whether the optimizer takes steps on predicted gradients (`phantom.py`), instead of the
+            displacement being scaled. The other attributes are of the scale.
         active_threshold (`float`): δ, a coordinate is active where |g0| is above it.
         retention_min, retention_max (`float`): Bounds of the retention ratio; ±inf = unbounded.
         scale_min, scale_max (`float`): Bounds of the scale; inf = unbounded.
     """
 
     lookahead_steps: int
+    of_optimizer: bool = False
     active_threshold: float = 1e-8
     retention_min: float = -2.0
     retention_max: float = 3.0

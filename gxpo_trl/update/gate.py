@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .json_state import check_parts, is_count, is_truth
+
 
 EPSILON = 1e-8
 
@@ -43,7 +45,7 @@ class Trigger:
 
 @dataclass
 class Gate:
-    """Ends the active phase for good when the signal leaves its own recent history.
+    """Ends the active phase permanently when the signal leaves its own recent history.
 
     Each value is compared with the baseline of the last `window` values, itself not yet among them. `patience`
     consecutive exceedances trip the gate, once `warmup_steps` values have been seen and at least two are in the
@@ -115,24 +117,39 @@ class Gate:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, ready for JSON. The settings are not in it: they come from the recipe."""
-        names = ("observed", "exceedances", "active_steps", "decaying", "active")
-        return {"values": list(self.values), **{name: getattr(self, name) for name in names}}
+        return {name: getattr(self, name) for name, _, _ in PARTS} | {"values": list(self.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where `state_dict` left off.
 
         Raises:
-            ValueError: If the state is of version 0.1 with a gate that was to arm again, which no gate does any more.
+            ValueError: If the state is not one of `state_dict`, or is of version 0.1 with a gate that was to arm
+                again, which no gate does any more.
         """
-        state = dict(state)
-        if "resting" in state:  # version 0.1
+        if isinstance(state, dict) and "resting" in state:  # version 0.1
+            state = dict(state)
             resting = state.pop("resting")
+            if resting != "for good" and not is_count(resting):
+                raise ValueError(f"`resting` of the gate's state must be a count of steps, got {resting!r}.")
             if resting not in (0, "for good"):
                 raise ValueError(
                     f"The gate of this checkpoint was to arm again after {resting} steps, and no gate does now "
                     "(`gate_fallback: temporary` is gone). Resume from an earlier checkpoint, or with version 0.1."
                 )
             state["active"] = resting == 0
-        for name, value in state.items():
-            setattr(self, name, value)
+        check_parts(state, PARTS, "gate")
+        for name, _, _ in PARTS:
+            setattr(self, name, state[name])
         self.values = deque(state["values"])
+
+
+def _are_finite(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+
+
+PARTS = (
+    ("values", "a list of finite numbers", _are_finite),
+    *((name, "a count", is_count) for name in ("observed", "exceedances", "active_steps", "decaying")),
+    ("active", "true or false", is_truth),
+)
+"""What a state consists of: name, what it must be, and whether it is."""

@@ -5,24 +5,22 @@ Each adds up named totals over slices and shards; one reduction over all ranks m
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from .extrapolation import Extrapolation, retention_and_scale
+from .rule import LookaheadRule
 from .slices import Part, aligned_slices
 from .snapshot import Origin
 from .state import TrainingState
 
 
-if TYPE_CHECKING:
-    from .algorithm import LookaheadRule
-
-
 CANDIDATES = ("", "_reposition", "_linear", "_two_step")
 """θK, θ̃, the two-step point scaled by K / 2, and the two-step point itself: suffixes of their metrics."""
+SCALED = "_scaled"
+"""The two-step point scaled by coordinate, where that is not θK."""
 
 
 @dataclass
@@ -33,9 +31,11 @@ class StepReport:
         passes (`int`): Passes over the rollouts, the first included, those of diagnostics not.
         fell_back (`bool`): Something was not finite, and the step became the plain one; nothing else is filled in
             then.
-        grad_norm_0, grad_norm_1, grad_norm_slow (`float`): Gradient norms at θ0, θ1 and θ̃, before clipping. With one
-            probe there is no pass at θ1.
-        cos_0_slow (`float`): Cosine of g0 and g_slow.
+        taken_back (`bool`): The step went too far for the step control, and became a shorter, plain one.
+        grad_norm_0, grad_norm_1, grad_norm_slow (`float`): Gradient norms at θ0, θ1 and θ̃, before clipping, of all
+            that is clipped together. With one probe there is no pass at θ1.
+        cos_0_slow (`float`): Cosine of g0 and g_slow, of the same gradients.
+        retention (`float`): ρ, of phantom steps.
         retention_mean, retention_std (`float`): Of the clamped retention ratio over active coordinates.
         scale_mean (`float`): Of the scale over all coordinates.
         scale_max (`float`): Of the scale over active coordinates.
@@ -48,10 +48,12 @@ class StepReport:
 
     passes: int
     fell_back: bool = False
+    taken_back: bool = False
     grad_norm_0: float | None = None
     grad_norm_1: float | None = None
     grad_norm_slow: float | None = None
     cos_0_slow: float | None = None
+    retention: float | None = None
     retention_mean: float | None = None
     retention_std: float | None = None
     scale_mean: float | None = None
@@ -113,6 +115,9 @@ class Measurements:
         state (`TrainingState`): Parameters and gradients.
         rule (`LookaheadRule`): The update rule.
         real_steps (`RealSteps`, *optional*): Where real steps lead, to compare with.
+
+    Attributes:
+        retention (`float`, *optional*): ρ, of phantom steps.
     """
 
     SUMS = (
@@ -120,8 +125,9 @@ class Measurements:
         *("probes_squared", "lookahead_squared"),
     )
 
-    def __init__(self, state: TrainingState, rule: "LookaheadRule", real_steps: "RealSteps | None" = None):
+    def __init__(self, state: TrainingState, rule: LookaheadRule, real_steps: "RealSteps | None" = None):
         self.state, self.rule, self.real_steps = state, rule, real_steps
+        self.retention: float | None = None
         self.norms: list[float] = []  # of the gradients at θ0, θ1, … and θ̃
         self.totals = Totals(state)
 
@@ -129,41 +135,49 @@ class Measurements:
         """A gradient of this norm is about to be stepped."""
         self.norms.append(norm)
 
-    def extrapolation(
-        self,
-        part: Part,
-        displacement: torch.Tensor,
-        retention: torch.Tensor,
-        scale: torch.Tensor,
-        active: torch.Tensor,
-    ) -> None:
-        """A slice has been moved to θ̃."""
+    def probes(self, part: Part, displacement: torch.Tensor, *grads: torch.Tensor) -> None:
+        """A slice has moved by so much in the probes. Where these gradients, g0 and g1, don't scale it, the comparison
+        with real steps says what that would have been worth."""
+        self.totals.add(probes_squared=displacement.square().sum())
+        if self.real_steps is None:
+            return
+        linear = self.rule.lookahead_steps / self.rule.probes  # K over the number of probes
+        candidates = {"_linear": linear * displacement, "_two_step": displacement}
+        if grads:
+            _, scale, _ = retention_and_scale(*grads, self.rule.extrapolation)
+            candidates[SCALED] = scale * displacement
+        self.totals.add(**self.real_steps.compare(part, candidates))
+
+    def scale(self, retention: torch.Tensor, scale: torch.Tensor, active: torch.Tensor) -> None:
+        """The displacement of a slice is scaled."""
         centered = (retention - 1.0) * active  # since most ratios are close to 1
         self.totals.add(
             active=active.sum(),
             centered=centered.sum(),
             centered_squared=centered.square().sum(),
             scale=scale.sum(),
-            probes_squared=displacement.square().sum(),
-            lookahead_squared=(scale * displacement).square().sum(),
         )
-        self.totals.maximum(scale_max=torch.where(active.bool(), scale, -math.inf).max())
+        self.totals.maximum(scale_max=torch.where(active, scale, -math.inf).max())
+
+    def lookahead(self, part: Part, displacement: torch.Tensor) -> None:
+        """θK - θ0 of a slice is so much."""
+        self.totals.add(lookahead_squared=displacement.square().sum())
         if self.real_steps is not None:
-            self.totals.add(**self.real_steps.compare(part, displacement, scale, self.rule))
+            candidates = {"": displacement, "_reposition": self.rule.alpha * displacement}
+            self.totals.add(**self.real_steps.compare(part, candidates), **self.real_steps.moved(part))
 
     def correction(self, grad_0: list[torch.Tensor | None]) -> None:
         """g_slow is there."""
+        self.totals.add(slow_squared=self.state.squared_norm())
         present = [(g, first) for g, first in zip(self.state.gradients(), grad_0, strict=True) if g is not None]
-        for grad, _ in present:
-            if grad.numel():
-                self.totals.add(slow_squared=torch.linalg.vector_norm(grad).to(self.state.totals_dtype).square())
         for _, (grad, first) in aligned_slices([g for g, _ in present], [first for _, first in present]):
             first = first.to(grad.device, grad.dtype, non_blocking=True)
             self.totals.add(dot_0_slow=torch.sum(grad * first))
 
     def report(self) -> StepReport:
         """What was measured, over all ranks: one collective."""
-        errors = () if self.real_steps is None else RealSteps.SUMS
+        candidates = (*CANDIDATES, *([SCALED] if self.rule.phantom_steps else []))
+        errors = () if self.real_steps is None else RealSteps.sums_of(candidates)
         totals = self.totals.reduce((*self.SUMS, *errors), ("scale_max",))
         self.norms.append(math.sqrt(totals["slow_squared"]))
         report = StepReport(passes=len(self.norms))
@@ -177,10 +191,11 @@ class Measurements:
         report.displacement_ratio = _ratio(lookahead, probes)
         if report.displacement_ratio is not None:
             report.effective_multiplier = self.rule.alpha * report.displacement_ratio
-        if self.rule.extrapolation is not None:
+        report.retention = self.retention
+        if self.rule.scales:
             self._report_extrapolation(report, totals)
         if self.real_steps is not None:
-            report.diagnostics = self.real_steps.errors(totals, self.rule.alpha) | self.real_steps.noise
+            report.diagnostics = RealSteps.errors(totals, self.rule.alpha, candidates) | self.real_steps.noise
         return report
 
     def _report_extrapolation(self, report: StepReport, totals: dict[str, float]) -> None:
@@ -211,24 +226,26 @@ class RealSteps:
     displacements: list[torch.Tensor]
     noise: dict[str, float]
 
-    SUMS = ("true_squared", *(f"{kind}{suffix}" for suffix in CANDIDATES for kind in ("error", "dot", "squared")))
+    @staticmethod
+    def sums_of(candidates: Sequence[str]) -> tuple[str, ...]:
+        """What is added up for these suffixes: ‖true‖², and of each candidate c ‖c - true‖², c · true and ‖c‖²."""
+        return ("true_squared", *(f"{kind}{suffix}" for suffix in candidates for kind in ("error", "dot", "squared")))
 
-    def compare(
-        self, part: Part, displacement: torch.Tensor, scale: torch.Tensor, rule: "LookaheadRule"
-    ) -> dict[str, torch.Tensor]:
-        """The `SUMS` of a slice: ‖true‖², and of each candidate c ‖c - true‖², c · true and ‖c‖²."""
-        true = part.of(self.displacements)
-        linear = rule.lookahead_steps / rule.probes  # K over the number of probes
-        candidates = (scale * displacement, rule.alpha * scale * displacement, linear * displacement, displacement)
-        sums = {"true_squared": true.square().sum()}
-        for suffix, candidate in zip(CANDIDATES, candidates, strict=True):
+    def compare(self, part: Part, candidates: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The sums of a slice of candidates, by their suffixes; without the first."""
+        true, sums = part.of(self.displacements), {}
+        for suffix, candidate in candidates.items():
             sums[f"error{suffix}"] = (candidate - true).square().sum()
             sums[f"dot{suffix}"] = (candidate * true).sum()
             sums[f"squared{suffix}"] = candidate.square().sum()
         return sums
 
+    def moved(self, part: Part) -> dict[str, torch.Tensor]:
+        """The first of the sums."""
+        return {"true_squared": part.of(self.displacements).square().sum()}
+
     @staticmethod
-    def errors(totals: dict[str, float], alpha: float) -> dict[str, float]:
+    def errors(totals: dict[str, float], alpha: float, candidates: Sequence[str]) -> dict[str, float]:
         """The totals over the model as metrics: relative errors and cosines of each candidate.
 
         `true_abs_error` is ‖θK - θK_true‖, and `true_abs_error_reposition` its part that the reposition takes over, α
@@ -238,7 +255,7 @@ class RealSteps:
             return {}
         absolute = math.sqrt(totals["error"])
         errors = {"true_abs_error": absolute, "true_abs_error_reposition": alpha * absolute}
-        for suffix in CANDIDATES:
+        for suffix in candidates:
             errors[f"true_error{suffix}"] = math.sqrt(totals[f"error{suffix}"] / totals["true_squared"])
             if (squared := totals[f"squared{suffix}"]) > 0:
                 errors[f"true_cosine{suffix}"] = totals[f"dot{suffix}"] / math.sqrt(squared * totals["true_squared"])
@@ -291,13 +308,14 @@ def _repeat_and_step(
 
 def _noise(state: TrainingState, start: Origin, extrapolation: Extrapolation) -> dict[str, float]:
     totals = Totals(state)
-    for again, grad_0 in zip(state.gradients(), start.grad_0, strict=True):
+    for i, (again, grad_0) in enumerate(zip(state.gradients(), start.grad_0, strict=True)):
         if again is None or grad_0 is None:
             continue
-        retention, _, active = retention_and_scale(grad_0.float(), again.float(), extrapolation)
-        centered = retention - 1.0
         totals.add(dot=(again * grad_0).sum(), again=again.square().sum(), first=grad_0.square().sum())
-        totals.add(active=active.sum(), centered=centered.sum(), centered_squared=centered.square().sum())
+        if i < len(start.theta_0):  # it moves a parameter
+            retention, _, active = retention_and_scale(grad_0.float(), again.float(), extrapolation)
+            centered = retention - 1.0
+            totals.add(active=active.sum(), centered=centered.sum(), centered_squared=centered.square().sum())
     sums = totals.reduce(("dot", "again", "first", "active", "centered", "centered_squared"))
     if not (sums["active"] and sums["again"] and sums["first"]):
         return {}

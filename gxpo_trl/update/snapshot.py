@@ -1,9 +1,12 @@
 """Where an active step started, and the way back to it."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from .slices import Part, aligned_slices
 from .state import OptimizerSnapshot, TrainingState
 
 
@@ -22,7 +25,7 @@ class Origin:
     Attributes:
         theta_0 (`list[torch.Tensor]`): One copy a local shard.
         grad_0 (`list[torch.Tensor | None]`): g0 as pass 1 left it, before clipping.
-        optimizer (`OptimizerSnapshot`, *optional*): The optimizer's state, if it is to be restored.
+        optimizer (`OptimizerSnapshot`, *optional*): The optimizer's state, if it will be restored.
     """
 
     theta_0: list[torch.Tensor]
@@ -34,21 +37,51 @@ class Origin:
         return cls(
             theta_0=[keep(shard, on_host) for shard in state.parameters()],
             grad_0=[None if g is None else keep(g, on_host) for g in state.gradients()],
-            optimizer=state.snapshot_optimizer() if with_optimizer else None,
+            optimizer=state.snapshot_optimizer(on_host) if with_optimizer else None,
         )
 
-    def return_to(self, state: TrainingState, alone: bool = False) -> None:
-        """Restores θ0 and g0, and the optimizer's state if it was kept.
+    def moves(self, state: TrainingState) -> Iterator[tuple[Part, torch.Tensor, torch.Tensor]]:
+        """Slices of the parameters as they are now, which may be written, and of θ0 in fp32 at least."""
+        for part, (theta, theta_0) in aligned_slices(state.parameters(), self.theta_0):
+            dtype = torch.promote_types(theta.dtype, torch.float32)
+            yield part, theta, theta_0.to(theta.device, dtype, non_blocking=True)
+
+    def consumed(self, state: TrainingState, clip_0: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The slices that `moves` has, of g0 and of the gradient that is there now, as the optimizer consumed them.
+
+        Args:
+            state (`TrainingState`): With a gradient that is clipped.
+            clip_0 (`float`): What g0 was multiplied with when it was clipped.
+        """
+        count = len(self.theta_0)  # of the gradients, those that move a parameter
+        grads = self.grad_0[:count], itertools.islice(state.gradients(), count)
+        for _, (theta, grad_0, grad_1) in aligned_slices(state.parameters(), *grads):
+            dtype = torch.promote_types(theta.dtype, torch.float32)
+            grad_0, grad_1 = (grad.to(theta.device, dtype, non_blocking=True) for grad in (grad_0, grad_1))
+            yield grad_0 * clip_0, grad_1
+
+    def restore(self, state: TrainingState, alone: bool = False) -> None:
+        """Restores θ0, and the optimizer's state if it was kept.
 
         `alone` says that the other ranks may be anywhere, so that nothing may wait for them.
         """
-        shards = state.parameters()
-        for shard, theta_0 in zip(shards, self.theta_0, strict=True):
+        for shard, theta_0 in zip(state.parameters(), self.theta_0, strict=True):
             shard.copy_(theta_0)
         if state.publishes_alone or not alone:
             state.publish()
         if self.optimizer is not None:
             state.restore_optimizer(self.optimizer)
+
+    def return_to(self, state: TrainingState, alone: bool = False) -> None:
+        """Restores g0 too, as if pass 1 were just over. `alone` as above."""
+        self.restore(state, alone)
         state.clear_gradients()
-        grads = zip(self.grad_0, shards, strict=True)
-        state.set_gradients([None if g is None else g.to(shard.device, shard.dtype) for g, shard in grads])
+        state.set_gradients(self.grad_0)
+
+    def exchange(self, state: TrainingState) -> None:
+        """Replaces the present parameters by θ0, and keeps them; a second call reverses the first."""
+        for shard, theta_0 in zip(state.parameters(), self.theta_0, strict=True):
+            present = shard.clone()
+            shard.copy_(theta_0)
+            theta_0.copy_(present)
+        state.publish()

@@ -24,10 +24,11 @@ class TrainingState(Protocol):
     publishes_alone: bool
 
     def parameters(self) -> list[torch.Tensor]:
-        """The live local shards of the trainable parameters. Write them in place, then call `publish`."""
+        """The live local shards of the parameters that are stepped: of those of the model that require a gradient, the
+        ones that the optimizer holds. Write them in place, then call `publish`."""
 
     def coordinates(self) -> int:
-        """How many trainable coordinates the model has, over all ranks and without padding."""
+        """How many coordinates are stepped, over all ranks and without padding."""
 
     def publish(self) -> None:
         """Makes written parameters what the next forward pass reads."""
@@ -35,11 +36,13 @@ class TrainingState(Protocol):
     def gradients(self) -> Iterator[torch.Tensor | None]:
         """The local gradients in turn; `None` where no token of the pass reached the parameter.
 
-        Raw after a pass, clipped after `clip_gradients`, and still there after `step`.
+        Those of `parameters()` come first, in their order. Gradients of trainable parameters that the optimizer does
+        not hold come after them: they are clipped with the others, and move nothing. Raw after a pass, clipped after
+        `clip_gradients`, and still there after `step`.
         """
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
-        """Makes these the gradients, as if a pass had left them."""
+        """Makes these, which may be kept on another device, the gradients, as if a pass had left them."""
 
     def clear_gradients(self) -> None:
         """Drops the gradients. An optimizer step without gradients changes nothing."""
@@ -48,11 +51,12 @@ class TrainingState(Protocol):
         """Clips as the trainer does.
 
         Returns:
-            `(norm, factor)`: the norm before clipping, over all ranks, and what the gradients were multiplied with.
+            `(norm, factor)`: the norm before clipping, over all ranks and equal on each, and what the gradients were
+            multiplied with.
         """
 
-    def gradient_norm(self) -> float:
-        """The norm of the whole gradient over all ranks."""
+    def squared_norm(self) -> torch.Tensor:
+        """The squared norm of the local gradients, shape (), in `totals_dtype`."""
 
     def step(self) -> None:
         """One optimizer step of the local shards with the present gradients, without `publish`.
@@ -61,10 +65,14 @@ class TrainingState(Protocol):
         """
 
     def gather_over_shards(self, totals: torch.Tensor) -> torch.Tensor:
-        """Local totals, shape (n,), of all ranks that hold different shards: (ranks, n), in one collective."""
+        """Local totals, shape (n,), of all ranks that hold different shards: (shards, n), in one collective.
 
-    def snapshot_optimizer(self) -> OptimizerSnapshot:
-        """A copy of the optimizer's state and of its param-group settings."""
+        Equal on every rank. Where ranks hold copies, which should have the same totals, the largest of them count, and
+        what is not finite on one is not finite on any.
+        """
+
+    def snapshot_optimizer(self, on_host: bool = False) -> OptimizerSnapshot:
+        """A copy of the optimizer's state, next to it or in pinned host memory, and of its param-group settings."""
 
     def restore_optimizer(self, snapshot: OptimizerSnapshot) -> None:
         """Takes the optimizer back to a snapshot, in place; state that did not exist then is dropped."""

@@ -1,4 +1,4 @@
-"""The sections of a page, in their order. Each is made from runs and says what is missing."""
+"""The sections of a page, in their order. Each is made from runs and lists what is missing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from .diagnostics import diagnostics_section
 from .evaluations import evaluation_section
 from .extrapolations import next_section
 from .one_run import run_section
+from .pays import pays_section
 from .section import Section
 from .sweeps import sweep_section
 
@@ -17,12 +18,12 @@ from .sweeps import sweep_section
 def make_sections(
     runs: Sequence[Run], baseline: str | None = None, evaluations: Path = Path("out/eval")
 ) -> list[Section]:
-    """All sections that have something to say.
+    """All sections that have content.
 
     Args:
-        runs (`Sequence[Run]`): What they are about.
+        runs (`Sequence[Run]`): The runs.
         baseline (`str`, *optional*): Label of the arm that others are compared with; the first of GRPO if unset.
-        evaluations (`Path`): Output folder of `gxpo eval`, beside what is in the runs' own.
+        evaluations (`Path`): Output folder of `gxpo eval`, in addition to the runs' own folders.
 
     Raises:
         ValueError: If no arm has the baseline's label.
@@ -34,6 +35,7 @@ def make_sections(
         sweep_section(runs),
         diagnostics_section(runs),
         next_section(runs),
+        pays_section(runs, baseline),
         cost_section(runs),
     ]
     return [section for section in sections if not section.is_empty]

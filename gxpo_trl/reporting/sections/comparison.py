@@ -1,4 +1,4 @@
-"""Arms beside each other: accuracy, what was spent for it, and what can't be concluded."""
+"""Compares arms: accuracy, its cost, and what can't be concluded."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def comparison_section(runs: Sequence[Run], baseline: str | None) -> Section:
     arms, notes = group_arms(runs), []
     for run in runs:
         if not run.finished:
-            notes.append(f"{run.folder} has not come to its end: it is shown up to step {run.steps}.")
+            notes.append(f"{run.folder} has not ended: it is shown up to step {run.steps}.")
         if not run.points:
             notes.append(f"{run.folder} was never evaluated: set `eval_benchmarks` or `eval_strategy: steps`.")
         if not run.about:
@@ -25,12 +25,12 @@ def comparison_section(runs: Sequence[Run], baseline: str | None) -> Section:
             )
     single = [arm.label for arm in arms if len(arm.runs) == 1]
     if single and len(arms) > 1:
-        notes.append(f"A single seed, so that noise can't be told from an effect: {'; '.join(single)}.")
+        notes.append(f"A single seed, so noise can't be distinguished from an effect: {'; '.join(single)}.")
     rates = {run.settings.get("learning_rate") for run in runs} - {None}
     if len({arm.method for arm in arms}) > 1 and len(rates) == 1:
         notes.append(
-            "All arms have one learning rate, at which a lookahead moves further than GRPO does: a gain here may be "
-            "that of a larger step. Compare each method at its best, over several."
+            "All arms have one learning rate, at which a lookahead moves further than GRPO: a gain may come from "
+            "the larger step. Tune the learning rate of each method."
         )
     ends = {run.steps for run in runs if run.finished}
     if len(ends) > 1:
@@ -40,7 +40,7 @@ def comparison_section(runs: Sequence[Run], baseline: str | None) -> Section:
 
 
 def compare(runs: Sequence[Run], baseline_label: str | None = None) -> tuple[list[Table], list[Picture]]:
-    """All of the comparison.
+    """The tables and figures of the comparison.
 
     Raises:
         ValueError: If no arm has the baseline's label.

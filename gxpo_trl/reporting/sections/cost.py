@@ -1,4 +1,4 @@
-"""Where the time went, and the memory."""
+"""Time and memory."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .section import Section
 
 
 TIMES = ("generation_time", "reward_time", "update_time")
-FRACTIONS = ("token_fraction", "replay_token_fraction")
+FRACTIONS = ("token_fraction", "forward_only_token_fraction", "replay_token_fraction")
 
 
 def cost_section(runs: Sequence[Run]) -> Section:
@@ -28,10 +28,10 @@ def cost_section(runs: Sequence[Run]) -> Section:
         row += [number(statistics.fmean(tokens) / 1e6 if tokens else None, 2), *(number(f, 2) for f in fractions)]
         rows.append([*row, number(memory, 2)])
     columns = ["arm", "seconds a step", "generation", "rewards", "passes", "rest"]
-    columns += ["tokens (M)", "first pass", "replays", "GiB"]
+    columns += ["tokens (M)", "first pass", "forward only", "replays", "GiB"]
     note = (
         "Seconds a step of the first process; evaluations left out. Rest: the optimizer, logging, and saving. "
-        "First pass and replays: the tokens that are computed beside TRL's layout, padding included. GiB: what the "
-        "first GPU held at most."
+        "First pass, forward only and replays: tokens that are computed with a gradient, without one, and in each "
+        "later pass, as fractions of those in TRL's layout with padding. GiB: peak of the first GPU."
     )
     return Section("Cost", [], [Table("cost", "Where the time went", columns, rows, note)] if rows else [])

@@ -1,10 +1,10 @@
-"""What a step did: the log's metrics against the step, and their medians."""
+"""The log's metrics against the step, and their medians."""
 
 import statistics
 from collections.abc import Sequence
 
 from ..arms import Arm, group_arms
-from ..figures import metric_picture
+from ..figures import metric_picture, step_control_picture
 from ..runs import Run
 from ..tables import Table, number
 from .section import Section
@@ -12,8 +12,9 @@ from .section import Section
 
 METRICS = (  # file, title, unit, the metrics of the log with their names
     ("reward", "Reward of the rollouts.", "mean reward", {"reward": ""}),
-    ("retention", "Retention r of coordinates: how much of the gradient the first probe left.", "retention r",
-     {"lookahead/retention_mean": "mean", "lookahead/retention_std": "standard deviation"}),
+    ("retention", "Retention r of coordinates, or ρ of the model: the fraction of the gradient after the first probe.",
+     "retention", {"lookahead/retention_mean": "mean", "lookahead/retention_std": "standard deviation",
+                   "lookahead/retention": "of the model"}),
     ("scale", "Scale of the extrapolation, mean over coordinates.", "scale", {"lookahead/scale_mean": ""}),
     ("gate-z", "The gate's z-score.", "z", {"lookahead/gate_z": ""}),
     ("grad-norm", "Norms of the gradients of the passes of an active step.", "gradient norm",
@@ -25,17 +26,22 @@ METRICS = (  # file, title, unit, the metrics of the log with their names
     ("length", "Length of completions.", "tokens", {"completions/mean_length": ""}),
     ("groups", "Groups whose completions have one reward.", "fraction of groups", {"frac_reward_zero_std": ""}),
 )  # fmt: skip
+OF_PHANTOM_STEPS = ("lookahead/retention", "lookahead/true_error_scaled")
+"""Tables have a column for them where an arm has phantom steps."""
 
 
 def diagnostics_section(runs: Sequence[Run]) -> Section:
     arms = group_arms(runs)
     pictures = [metric_picture(arms, metrics, name, title, unit) for name, title, unit, metrics in METRICS]
+    pictures.append(step_control_picture(arms))
     tables = [_displacement_table(arms), _active_table(arms), _clipping_table(arms)]
     return Section("Diagnostics", [], [t for t in tables if t.rows], [p for p in pictures if p is not None])
 
 
 def _metric_table(arms: Sequence[Arm], metrics: dict[str, str], name: str, title: str, note: str) -> Table:
     """Medians over all logged steps of all seeds; an arm that logged none of the metrics has no row."""
+    unseen = {metric for metric in OF_PHANTOM_STEPS if not any(arm.values(metric) for arm in arms)}
+    metrics = {metric: label for metric, label in metrics.items() if metric not in unseen}
     rows = []
     for arm in arms:
         medians = [statistics.median(values) if (values := arm.values(metric)) else None for metric in metrics]
@@ -50,14 +56,15 @@ def _displacement_table(arms: Sequence[Arm]) -> Table:
         "lookahead/true_abs_error_reposition": "α times that",
         "lookahead/true_error": "relative",
         "lookahead/true_cosine": "cosine",
+        "lookahead/true_error_scaled": "relative, the paper's scale for phantom steps",
         "lookahead/true_error_linear": "relative, K/2 for the scale",
-        "lookahead/true_error_two_step": "relative, two steps alone",
+        "lookahead/true_error_two_step": "relative, only two steps",
         "lookahead/noise_cos": "cosine of g0 with itself",
         "lookahead/noise_retention_std": "noise of r",
     }
     note = (
-        "Medians over the steps with `lookahead_diagnostics_steps`. The paper's table gives absolute errors alone; "
-        "beside them stand errors relative to K real steps, what simpler rules would have missed by, and the noise."
+        "Medians over the steps with `lookahead_diagnostics_steps`. The paper's table has only absolute errors. "
+        "Added are errors relative to K real steps, the errors of simpler rules, and the noise."
     )
     return _metric_table(arms, metrics, "displacement", "Displacement, against K real steps (GXPO, table 6)", note)
 
@@ -68,6 +75,7 @@ def _active_table(arms: Sequence[Arm]) -> Table:
         "lookahead/grad_norm_slow": "‖g_slow‖",
         "lookahead/cos_0_slow": "cos(g0, g_slow)",
         "lookahead/retention_mean": "retention",
+        "lookahead/retention": "retention of the model",
         "lookahead/scale_mean": "scale",
         "lookahead/effective_multiplier": "effective multiplier",
         "lookahead/inactive_fraction": "inactive coordinates",

@@ -1,24 +1,28 @@
-"""What `gxpo eval` found out about the runs' models."""
+"""Results of `gxpo eval` for the runs' models."""
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...run_folder import RESULTS_NAME, EvaluationResults
+from ...run_folder import RESULTS_NAME, EvaluationResults, read_json
 from ..runs import Run
 from ..tables import MISSING, Table
 from .section import Section
 
 
 def evaluation_section(runs: Sequence[Run], folder: Path) -> Section:
-    """What `gxpo eval` found out about the runs' models: its results lie in the runs' folders, or in its own."""
-    rows = []
+    """Results of `gxpo eval` for the runs' models, from the runs' folders or from its own output folder."""
+    rows, notes = [], {}
     for run in runs:
         root = run.folder.resolve()
         own = run.folder.glob(f"*/**/{RESULTS_NAME}")
         for path in sorted({*own, *folder.glob(f"*/{RESULTS_NAME}")}):
-            found: EvaluationResults = json.loads(path.read_text())
-            model = Path(found["model"]).resolve()
+            try:
+                found: EvaluationResults = read_json(path, EvaluationResults)
+            except ValueError as error:
+                notes[path] = str(error)
+                continue
+            model = Path(os.path.realpath(found["model"]))
             if root not in (model, *model.parents):
                 continue
             place = "the end" if model == root else str(model.relative_to(root))
@@ -40,7 +44,6 @@ def evaluation_section(runs: Sequence[Run], folder: Path) -> Section:
                     ]
                 )
     columns = ["arm", "seed", "model", "benchmark", "problems", "scores", "undecided"]
-    note = "Each score with its 95 % bootstrap interval over problems, of one model: it knows nothing of other seeds."
-    return Section(
-        "Evaluations", [], [Table("evaluations", "What `gxpo eval` measured", columns, rows, note)] if rows else []
-    )
+    note = "Each score with its 95 % bootstrap interval over problems, of one model. It does not include other seeds."
+    tables = [Table("evaluations", "What `gxpo eval` measured", columns, rows, note)] if rows else []
+    return Section("Evaluations", [*notes.values()], tables)

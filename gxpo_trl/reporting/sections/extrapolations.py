@@ -1,9 +1,14 @@
 """NExt: how good each prediction would have been, and what the trajectory looked like."""
 
-import json
 from collections.abc import Sequence
 
-from ...run_folder import EXTRAPOLATED_FOLDER, EXTRAPOLATION_NAME, LOOP_FOLDERS, ExtrapolationReport
+from ...run_folder import (
+    EXTRAPOLATED_FOLDER,
+    EXTRAPOLATION_NAME,
+    LOOP_FOLDERS,
+    ExtrapolationReport,
+    read_extrapolation,
+)
 from ..figures import Picture
 from ..runs import Run
 from ..statistics import icer
@@ -13,14 +18,18 @@ from .section import Section
 
 
 def next_section(runs: Sequence[Run]) -> Section:
-    """What `gxpo extrapolate` left in the runs' folders, or beside them in a loop."""
+    """Results of `gxpo extrapolate` in the runs' folders, or next to them in a loop."""
     section = Section("NExt")
     for run in runs:
         places = [run.folder, run.folder.parent] if run.folder.name in LOOP_FOLDERS else [run.folder]
         reports = f"{EXTRAPOLATED_FOLDER}/**/{EXTRAPOLATION_NAME}"
-        found: dict[tuple, list[ExtrapolationReport]] = {}  # what differs in α alone was predicted once
+        found: dict[tuple, list[ExtrapolationReport]] = {}  # results that differ only in α come from one prediction
         for path in sorted({path for place in places for path in place.glob(reports)}):
-            result: ExtrapolationReport = json.loads(path.read_text())
+            try:
+                result = read_extrapolation(path)
+            except ValueError as error:
+                section.notes.append(str(error))
+                continue
             found.setdefault((result["method"], result["steps"][-1], result["steps_ahead"]), []).append(result)
         slug = str(run.folder).strip("./").replace("/", "-")
         section.tables.extend(_prediction_table(run, results, slug) for results in found.values())
@@ -39,7 +48,7 @@ def _prediction_table(run: Run, results: Sequence[ExtrapolationReport], slug: st
     ]
     title = f"{run.folder}, steps {held_out['from_step']} to {held_out['to_step']} as they would have been predicted"
     alphas = ", ".join(f"{result['alpha']:g}" for result in results)
-    note = f"An error of 1 is that of no prediction. Written by `{first['method']}` with α = {alphas}."
+    note = f"An error of 1 is as good as no prediction. Written by `{first['method']}` with α = {alphas}."
     return Table(f"next-{slug}-{first['method']}", title, ["method", "error", "cosine"], rows, note)
 
 

@@ -1,11 +1,13 @@
-"""A single run: its settings, what it ran on, and completions early and late."""
+"""A single run: its settings, its environment, and completions early and late."""
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pyarrow.parquet
 
-from ...run_folder import completion_files
+from ...run_folder import completion_files, open_file, printable
 from ..runs import Run
 from ..tables import Table
 from .section import Section
@@ -26,7 +28,10 @@ def run_section(run: Run) -> Section:
     files = completion_files(run.folder)
     if files:
         for title, path in (("Early", files[0]), ("Late", files[-1]))[: len(files)]:
-            section.samples.extend(_samples(path, title))
+            try:
+                section.samples.extend(_samples(path, title))
+            except ValueError as error:
+                section.notes.append(str(error))
     else:
         section.notes.append("No completions were kept: `log_completions: true` keeps them.")
     return section
@@ -41,8 +46,7 @@ def _text(value) -> str:
 
 
 def _samples(path: Path, when: str, count: int = 3) -> list[dict[str, str]]:
-    rows = pyarrow.parquet.read_table(path).slice(0, count).to_pylist()
-    samples = []
+    rows, samples = _first_rows(path, count), []
     for row in rows:
         numbers = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
         scores = [f"{name} {value:g}" for name, value in numbers.items()]
@@ -52,6 +56,20 @@ def _samples(path: Path, when: str, count: int = 3) -> list[dict[str, str]]:
     return samples
 
 
+def _first_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    with open_file(path) as file:
+        try:
+            rows = next(pyarrow.parquet.ParquetFile(file).iter_batches(count), None)
+            rows = [] if rows is None else rows.to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path} is not a complete parquet file: {error}") from error
+    for name in ("step", "prompt", "completion"):
+        if rows and name not in rows[0]:
+            raise ValueError(f"{path} has no column `{name}`.")
+    return rows
+
+
 def _message(value) -> str:
     """A text, or the last of a conversation's messages."""
-    return value if isinstance(value, str) else str(value[-1]["content"])
+    is_conversation = isinstance(value, list) and value and isinstance(value[-1], dict)
+    return printable(str(value[-1].get("content") if is_conversation else value))

@@ -1,4 +1,4 @@
-"""What a section of the page is."""
+"""A section of the page."""
 
 from dataclasses import dataclass, field
 
@@ -8,11 +8,11 @@ from ..tables import Table
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is under it.
+    """A heading and its content.
 
     Attributes:
         title (`str`): The heading.
-        notes (`list[str]`): What is missing, and other sentences.
+        notes (`list[str]`): Sentences, such as what is missing.
         tables (`list[Table]`), pictures (`list[Picture]`): In order.
         samples (`list[dict[str, str]]`): Completions, with `title`, `prompt`, `completion` and `score`.
     """

@@ -1,4 +1,4 @@
-"""What a setting does: a table of the values it had, and a map of each pair of settings."""
+"""Sweeps of settings: a table of the values, and a map for each pair of settings."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,11 +15,12 @@ SWEPT = ("lookahead_steps", "reposition_alpha", "gate_threshold", "learning_rate
 
 
 def sweep_section(runs: Sequence[Run]) -> Section:
-    """K, α, τ and the learning rate, of each method that was run with several (GXPO, figure 4 and table 5)."""
+    """K, α, τ and the learning rate of each method that was run with several values (GXPO, figure 4 and table 5)."""
     section = Section("Sweeps")
     for method in dict.fromkeys(run.method for run in runs):
         arms = [arm for arm in group_arms(runs) if arm.method == method and arm.runs[0].settings]
         varied = [n for n in SWEPT if len({arm.runs[0].settings.get(n) for arm in arms} - {None}) > 1]
+        arms = [arm for arm in arms if all(arm.runs[0].settings.get(name) is not None for name in varied)]
         for benchmark in benchmarks_of([run for arm in arms for run in arm.runs]):
             slug = f"{method.lower()}-sweep-{benchmark.replace(' ', '-')}"
             if varied:

@@ -1,0 +1,243 @@
+"""What a run comes to against its learning rate: with step control, without, and with what a user would try first.
+
+    python benchmarks/rates.py                          # all parts, two runs at a time: hours
+    python benchmarks/rates.py --parts full --seeds 2   # less of it
+    python benchmarks/rates.py --quick --results DIR    # minutes, to see that it runs
+    python benchmarks/rates.py --draw                   # trains nothing: tables and figure from the committed JSON
+
+Each part is a regime: full fine-tuning, LoRA, longer problems, batches of 32 and 512 completions, bf16, a long run.
+In each, arms are trained at learning rates up to a factor of 2,000 apart, on the same prompts seed by seed. Figures
+are the mean held-out pass@1 over a run (AUC) and at its end (final), as means over seeds with 95 % intervals.
+
+`results/rates/PART.json` has every run that was made, and what it has is not made again, so that a part can be begun
+on one day and continued on another; what has no JSON yet is looked for in `--out`. Prodigy and schedule-free need
+`pip install prodigyopt schedulefree`, and are left out without it.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from common import RESULTS, describe_machine
+from compare_rules import GRPO, GXPO, HELD_OUT, LORA, THREE_ITERATIONS, Arm, Bench, Part, gxpo, make_tasks
+from matplotlib.figure import Figure
+from training import Settings, start_worker, train_run
+
+from gxpo_trl.reporting.runs import load_run
+from gxpo_trl.reporting.statistics import Mean, area, final, mean_of
+from gxpo_trl.scripts.demo import quieten
+
+
+CONTROL = {"step_control": "cosine"}
+TWO_PASSES = gxpo("two passes, controlled", steps=1, **CONTROL)
+THREE_PASSES = gxpo("three passes, controlled", steps=2, **CONTROL)
+EIGHT_MICRO_BATCHES = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
+CHECK = Arm("check", {"update_rule": "check", **EIGHT_MICRO_BATCHES})
+RIVALS = (
+    Arm("linear decay", {"lr_scheduler_type": "linear"}),
+    Arm("adaptive KL", {"num_iterations": 2}, ("adaptive KL",)),
+    Arm("hypergradient", {}, ("hypergradient",)),
+    Arm("schedule-free", {}, ("schedule-free",)),
+)
+PRODIGY = Arm("Prodigy", {}, ("prodigy",))
+PACKAGES = {"schedule-free": "schedulefree", PRODIGY.label: "prodigyopt"}
+"""What an arm needs that the project does not install."""
+ARMS = (GRPO, THREE_ITERATIONS, TWO_PASSES, THREE_PASSES, CHECK)
+COLORS = {
+    **{"GRPO": "#888888", THREE_ITERATIONS.label: "#4c78a8", GXPO.label: "#72b7b2"},
+    **{TWO_PASSES.label: "#d62728", THREE_PASSES.label: "#ff9d3b", CHECK.label: "#9467bd"},
+    **{"adaptive KL": "#2ca02c", "hypergradient": "#8c564b"},
+}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One part.
+
+    Attributes:
+        part (`Part`): Its arms, learning rates and settings, and how long a run is.
+        more (`tuple[tuple[Arm, float], ...]`): Further runs, of an arm at a learning rate.
+        changes (`dict[str, Settings]`): Settings of an arm, by its label, that are others here.
+    """
+
+    part: Part
+    more: tuple[tuple[Arm, float], ...] = ()
+    changes: dict[str, Settings] = field(default_factory=dict)
+
+
+FULL = (1e-5, 5e-5, 2e-4, 4e-4, 8e-4, 5e-3, 2e-2)
+SMALL = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
+LARGE = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16}
+REGIMES = (
+    Regime(
+        Part("full", "Full fine-tuning, 128 completions", (*ARMS, GXPO, *RIVALS), FULL, seeds=8),
+        more=((PRODIGY, 1.0),),
+    ),
+    Regime(Part("lora", "LoRA of rank 8", ARMS, (5e-5, 1e-3, 4e-3, 1e-1), LORA, seeds=4)),
+    Regime(
+        Part("small", "32 completions", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), SMALL, seeds=4, batches=96, every=12),
+        changes={CHECK.label: {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}},
+    ),
+    Regime(
+        Part("large", "512 completions", ARMS, (1e-5, 4e-4, 8e-4, 2e-2), LARGE, seeds=4, batches=24, every=3),
+        changes={CHECK.label: {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16}},
+    ),
+    Regime(Part("harder", "Longer problems", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), {"max_completion_length": 48}, seeds=4)),
+    Regime(Part("bf16", "bf16", ARMS, (1e-5, 4e-4, 2e-2), {"bf16": True}, seeds=4)),
+    Regime(Part("long", "300 batches", ARMS, (4e-4, 8e-4), seeds=2, batches=300, every=30)),
+)
+
+
+def key(run: dict) -> tuple[str, float, int]:
+    return run["arm"], run["learning_rate"], run["seed"]
+
+
+def measure(bench: Bench, regime: Regime, seeds: int, arms: set[str], path: Path) -> dict:
+    """Trains what `path` does not have of these arms, and writes each run there as soon as it is there."""
+    part = regime.part
+    result = json.loads(path.read_text()) if path.is_file() else {"batches": part.batches, "runs": []}
+    there, jobs = {key(run) for run in result["runs"]}, {}
+    for seed in range(seeds):
+        for arm, rate in (*((arm, rate) for rate in part.learning_rates for arm in part.arms), *regime.more):
+            if (arm.label, rate, seed) in there or arm.label not in arms:
+                continue
+            folder = bench.folder / part.name / f"{arm.label}, lr {rate:g}".replace(" ", "_") / f"seed-{seed}"
+            settings = bench.settings(part, arm, rate, seed) | regime.changes.get(arm.label, {})
+            jobs[bench.pool.submit(train_run, folder, settings, arm.hooks)] = (arm.label, rate, seed)
+    machine = describe_machine(threads=1)
+    for job in as_completed(jobs):
+        label, rate, seed = jobs[job]
+        run = load_run(job.result(), label)
+        points = run.points[HELD_OUT]
+        row = {
+            **{"arm": label, "learning_rate": rate, "seed": seed, "auc": area(points), "final": final(points)},
+            "curve": [[p.rollouts, p.value, p.backward_passes] for p in points],
+            "cpu_seconds": points[-1].hours * 3600,
+            "revision": machine["revision"],
+        }
+        multipliers = run.series("lookahead/step_multiplier")[1]
+        if multipliers:
+            taken_back = run.series("lookahead/steps_taken_back")[1]
+            row |= {"multiplier": multipliers[:: max(len(multipliers) // 8, 1)], "taken_back": taken_back[-1]}
+        result["runs"].append(row)
+        result |= machine
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"  {label}, lr {rate:g}, seed {seed}: AUC {row['auc']:.3f}, final {row['final']:.3f}", flush=True)
+    return result
+
+
+def cells(result: dict) -> Iterator[tuple[str, float, list[dict]]]:
+    """Arm, learning rate, and the runs of both, in the order in which arms came first."""
+    runs = sorted(result["runs"], key=lambda run: run["seed"])
+    for arm in dict.fromkeys(arm.label for regime in REGIMES for arm in (*regime.part.arms, PRODIGY)):
+        for rate in sorted({run["learning_rate"] for run in runs if run["arm"] == arm}):
+            yield arm, rate, [run for run in runs if (run["arm"], run["learning_rate"]) == (arm, rate)]
+
+
+def table(regime: Regime, result: dict) -> str:
+    """AUC / final by arm and learning rate, with the number of seeds, passes and CPU seconds."""
+    found = {(arm, rate): runs for arm, rate, runs in cells(result)}
+    rates = sorted({rate for arm, rate in found if arm != PRODIGY.label})
+    lines = [f"| {' | '.join(['arm', *(f'{rate:g}' for rate in rates), 'passes', 'CPU s', 'seeds'])} |"]
+    lines.append("|---" * (len(rates) + 4) + "|")
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        runs = [run for (label, _), those in found.items() if label == arm for run in those]
+        shown = [
+            "{:.2f} / {:.2f}".format(*(statistics.fmean(run[name] for run in those) for name in ("auc", "final")))
+            if (those := found.get((arm, rate)))
+            else ""
+            for rate in (rates if arm != PRODIGY.label else [1.0] * len(rates))
+        ]
+        passes = statistics.fmean(run["curve"][-1][2] for run in runs)
+        seconds = statistics.median(run["cpu_seconds"] for run in runs)
+        seeds = sorted({len(those) for (label, _), those in found.items() if label == arm})
+        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        lines.append(f"| {' | '.join([arm, *shown, f'{passes:.0f}', f'{seconds:.0f}', count])} |")
+    return "\n".join(lines)
+
+
+def draw(results: Path) -> Path | None:
+    """AUC against the learning rate, one panel a part, with 95 % intervals over seeds."""
+    there = [regime for regime in REGIMES if (results / f"{regime.part.name}.json").is_file()]
+    if not there:
+        return None
+    columns = min(3, len(there))
+    count = -(-len(there) // columns)
+    figure = Figure(figsize=(3.3 * columns + 2.6 * (columns == 1), 2.7 * count + 1), layout="constrained")
+    panels = figure.subplots(count, columns, squeeze=False, sharey=True).flatten()
+    for axes, regime in zip(panels, there, strict=False):
+        found = list(cells(json.loads((results / f"{regime.part.name}.json").read_text())))
+        for arm, color in COLORS.items():
+            curve = [(rate, mean_of([run["auc"] for run in runs])) for label, rate, runs in found if label == arm]
+            if curve:
+                _draw_curve(axes, curve, arm, color)
+        axes.set(xscale="log", ylim=(0, 1))
+        axes.set_xlabel("learning rate", fontsize=9)
+        axes.set_title(regime.part.title, loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    for axes in panels[len(there) :]:
+        axes.set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.supylabel("mean held-out pass@1 over the run", fontsize=9)
+    figure.savefig(path := results / "rates.png", dpi=160)
+    return path
+
+
+def _draw_curve(axes, curve: list[tuple[float, Mean]], label: str, color: str) -> None:
+    rates, means = zip(*curve, strict=True)
+    axes.plot(rates, [mean.value for mean in means], marker="o", markersize=3, color=color, label=label, linewidth=1.4)
+    if all(mean.low is not None for mean in means):
+        low, high = ([getattr(mean, name) for mean in means] for name in ("low", "high"))
+        axes.fill_between(rates, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [regime.part.name for regime in REGIMES]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names)
+    labels = list(dict.fromkeys(arm.label for regime in REGIMES for arm in (*regime.part.arms, PRODIGY)))
+    parser.add_argument("--arms", nargs="+", choices=labels, default=labels, metavar="LABEL", help=", ".join(labels))
+    parser.add_argument("--seeds", type=int, help="at most so many; each part has a number of its own")
+    parser.add_argument("--quick", action="store_true", help="one part, two rates, one seed, few batches")
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/rates"), help="where runs are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS / "rates")
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    regimes = [regime for regime in REGIMES if regime.part.name in options.parts]
+    if options.quick:
+        part = replace(REGIMES[0].part, learning_rates=(1e-5, 4e-4), seeds=1, batches=6, every=3)
+        regimes = [Regime(part)]
+    arms = set(options.arms)
+    for label, package in PACKAGES.items():
+        if label in arms and importlib.util.find_spec(package) is None and not options.draw:
+            arms.remove(label)
+            print(f"{label} is left out: `pip install {package}` first.")
+    if not options.draw:
+        quieten()
+        folder = options.out.resolve()
+        make_tasks(folder, harder="harder" in options.parts and not options.quick)
+        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+            bench = Bench(folder, pool)
+            for regime in regimes:
+                print(f"\n{regime.part.name}", flush=True)
+                seeds = min(options.seeds or regime.part.seeds, regime.part.seeds)
+                measure(bench, regime, seeds, arms, options.results / f"{regime.part.name}.json")
+    for regime in regimes:
+        if (path := options.results / f"{regime.part.name}.json").is_file():
+            print(f"\n{regime.part.title}\n\n{table(regime, json.loads(path.read_text()))}")
+    if figure := draw(options.results):
+        print(f"\ndrawn in {figure}")
+
+
+if __name__ == "__main__":
+    main()

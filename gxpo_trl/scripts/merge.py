@@ -1,0 +1,61 @@
+"""Merges an adapter into its base model, and writes a model that needs neither.
+
+    gxpo merge out/run --output_dir out/run-merged
+    gxpo merge out/run/checkpoint-200 --output_dir out/merged --base_model models/Qwen2.5-1.5B
+
+Weights are added in fp32 and rounded once, to the precision of the base model's. The tokenizer is the run's, or else
+the base model's.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from ..run_folder import TOKENIZER_CONFIG, partial_path
+from ..trajectory.merging import load_merged
+
+
+def merge(adapter: Path, folder: Path, base: str | None = None) -> None:
+    """Writes the merged model. The folder appears when it is complete.
+
+    Raises:
+        ValueError: If there is no adapter, it can't be merged, or the output folder exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already. Choose another `--output_dir`, or move it away.")
+    model = load_merged(adapter, base)
+    places = [place for place in (adapter, adapter.resolve().parent) if (place / TOKENIZER_CONFIG).is_file()]
+    tokenizer = AutoTokenizer.from_pretrained(places[0] if places else model.name_or_path)
+    partial = partial_path(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("adapter", type=Path, help="the folder of an adapter: a run, a checkpoint, an extrapolation")
+    parser.add_argument(
+        "--output_dir", "--output-dir", type=Path, required=True, help="a folder that does not exist yet"
+    )
+    parser.add_argument("--base_model", "--base-model", help="where the base model is, if that has changed")
+    options = parser.parse_args(arguments)
+    try:
+        merge(options.adapter, options.output_dir, options.base_model)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(options.output_dir)
+
+
+if __name__ == "__main__":
+    main()

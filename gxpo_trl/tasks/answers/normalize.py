@@ -1,0 +1,120 @@
+r"""LaTeX with one spelling for each of the things that it spells in several ways, and for units."""
+
+import re
+import unicodedata
+
+from .values import FUNCTIONS
+
+
+_SAME = {
+    name: same + " " * same[-1:].isalpha()
+    for same, names in {
+        "": r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \limits \underline \mathop \ensuremath **",
+        " ": r"~ \, \; \: \! \quad \qquad \displaystyle \textstyle \large \Large \rm \bf \it \( \) \[ \]",
+        r"\text": r"\textrm \textbf \textit \textsf \textnormal \textup \mathrm \mathbf \mathit \mathsf \mathtt \mbox "
+        r"\hbox \bm \boldsymbol \operatorname \boxed \fbox",
+        r"\frac": r"\dfrac \tfrac \cfrac", r"\cdot": "· ⋅ ∙ ∗", r"\times": "×", r"\div": "÷", "/": "⁄", "-": "− – —",
+        r"\le": r"\leq \leqslant <= ≤", r"\ge": r"\geq \geqslant >= ≥", "<": r"\lt", ">": r"\gt",
+        r"\ne": r"\neq != ≠", r"\approx": r"\sim ≈", r"\in": "∈", r"\cup": "∪", r"\emptyset": r"\varnothing ∅",
+        r"\dots": r"\ldots \cdots", "i": r"\imath", r"\epsilon": r"\varepsilon", r"\phi": r"\varphi", r"\vee": r"\lor",
+        ":": r"\mid \colon", "'": "′ ’", r"\pm": "±", r"\sqrt": "√", r"\infty": r"∞ \infinity", r"\{": r"\lbrace",
+        r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle", r"\degree": r"° \degrees \deg", r"\mod": r"\pmod \bmod",
+        r"\mathbb{R}": r"ℝ \R", r"\lfloor": "⌊", r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
+        r"\unit{dollar}": r"\$ \textdollar", r"\unit{euro}": "€", r"\unit{pound}": "£", r"\unit{yen}": "¥",
+    }.items() for name in names.split()
+} | {
+    "\\ ": " ", **{letter: rf"^{{{plain}}}" for letter, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True)},
+    **{letter: rf"_{{{plain}}}" for letter, plain in zip("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n", strict=True)},
+    **{letter: f" {plain} " for letter, plain in zip("½⅓⅔¼¾⅕", "1/2 1/3 2/3 1/4 3/4 1/5".split(), strict=True)},
+    **{letter: rf"\{name} " for letter, name in zip("αβγδεθλμµπρσφωΔΩ", "alpha beta gamma delta epsilon theta lambda "
+       "mu mu pi rho sigma phi omega Delta Omega".split(), strict=True)},
+}  # fmt: skip
+_WORDS = {
+    **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())},
+    **dict.fromkeys(("st", "nd", "rd", "th"), ""), **{name: rf"\{name}" for name in FUNCTIONS}, "to": ":", "i": "i",
+    "dozen": r"\times 12", "hundred": r"\times 100", "thousand": r"\times 10^3", "million": r"\times 10^6", "e": "e",
+    "billion": r"\times 10^9", "and": ", ", "minus": "-", "negative": "-", "infinity": r"\infty", "pi": r"\pi",
+}  # fmt: skip
+_UNITS = {
+    alias: aliases.split()[0] for aliases in (
+        "m meter metre", "g gram", "l L liter litre", "s sec second", "h hr hour", "min minute", "day d", "year yr",
+        "in inch inche", "ft foot feet", "yd yard", "mi mile", "lb pound", "oz ounce", "dollar usd buck", "euro eur",
+        "degree deg", "percent percentage", "rad radian", "N newton", "J joule", "W watt", "V volt", "Hz hertz",
+        "Pa pascal", "K kelvin", "Ω ohm", "Å angstrom", "mol mole", "C celsius", "F fahrenheit", "people person",
+        "erg", "eV", "cent", "yen", "week", "month", "unit", "men", "women", "children",
+    ) for alias in aliases.split()
+}  # fmt: skip
+_PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "micro": "µ", "nano": "n", "mega": "M"}
+_PREFIXES |= {short: short for short in _PREFIXES.values()}
+_UNITS = {name + alias: short + unit for name, short in _PREFIXES.items() for alias, unit in _UNITS.items()} | _UNITS
+_NO_NOUN = "times plus minus thirds quarters halves hundreds thousands millions".split()
+_REWRITES = [
+    # A backslash that was escaped, thousands, characters and commands
+    (r"\s", " "), (r"\\\\(?=[a-zA-Z])(?!.*\\end)", r"\\"),
+    (r"(?<=\d)(?:\{,\}|,?\\[,;:! ]\s*,?|['~\u2009\u202f\xa0]|(?<!\d{4}) )(?=\d{3}(?!\d))", ""),
+    (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
+    (r"\\[a-zA-Z]+|\\.|[<>!]=|~|\*\*|[^\0-\x7f]", lambda m: _SAME.get(m[0], unicodedata.normalize("NFKC", m[0]))),
+    (r"\^\{([^{}]*)\}\^\{", r"^{\1"), (r"\}_\{\}", "}"),  # 10⁻⁵, letter by letter
+    (r"(?<!\\)\$|\\(?:text)?color\s*\{\w*\}", " "), (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
+    (r"\^\s*\{?\s*(?:\\degree|\\circ)\s*\}?|\^o\b", r"\\degree "), (r"\\?%", r"\\% "),
+    # Numbers: 3., 1e5, 0.1\overline{6} as 0.1 + 6/90, \frac12, mixed ones
+    (r"(?<=\d)\.(?![\d.\\])", ""), (r"(?<=\d)[eE]([+-]?\d+)(?![\d.])", r"\\times 10^{\1}"),
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}",
+     lambda m: rf"({m[1]}.{m[2]}0+\frac{{{m[3]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}})"),
+    (r"\\(frac|sqrt)\s*(\d|\\[a-zA-Z]+)(?!\s*\[)", r"\\\1{\2}"), (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"(?<![\w.^_}\\])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|(?<=\s)(\d+)\s*/\s*(\d+)(?!\d))",
+     lambda m: f"({m[1]}+\\frac{{{m[2] or m[4]}}}{{{m[3] or m[5]}}})"),
+    # Words, units, bases; then forms
+    (rf"(?:np\.)?(?<![a-zA-Z\\])({'|'.join([*FUNCTIONS, 'pi', 'theta', 'alpha', 'beta'])})(?![a-z])", r"\\\1"),
+    (r"\\text\s*\{\s*\(?or\b([^{}]*?)\)?\s*\}", r" \\vee \1"), (r"\\mu\s*\\text\s*\{", r"\\text{µ"),
+    (r"\(?\\text\s*\{\s*\(?(?:in )?base (\w+)\)?\s*\}", r"_{\\text{\1}}"),
+    (r"^\s*\\text\s*\{\s*(USD|EUR)\s*\}(?=\s*\d)", r"\\unit{\1}"), (r"\\degree\s*([CF])\b", r"\\degree\\unit{\1}"),
+    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}|(?<=[\d)} ])(?<!\\)((?:[a-zA-Z]{4,}|[ckm]m|[km]g|ft|ml|mi|hr|sq|lb|oz|min"
+     r"|men|mph)\b(?:[ /]+[a-zA-Z]{2,})*\.?(?![(']))", lambda m: _word(m)),
+    (r"\^\s*\{\s*\}", ""), (r"(?<=\d)\s*_\s*\{?\s*(\d+)\s*\}?", r"\\unit{base\1}"),
+    (r",?(?<![a-zA-Z\\])\s*(?:and|(or))(?![a-zA-Z])\s*", lambda m: r" \vee " if m[1] else ", "),
+    (r"\\begin\s*\{cases\}(.*)\\end\s*\{cases\}", lambda m: m[1].replace(r"\\", ",")),
+    (r"\\begin\{(?:\w*matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*\\\\.*?)\\end\{\w+\}",
+     lambda m: "[" + ",".join(f"[{row.replace('&', ',')}]" for row in m[1].split(r"\\") if row.strip()) + "]"),
+    (r"\\\\\s*$", ""), (r"^\s*([a-zA-Z]?)\s*\\approx", r"\1="), (r"\\approx.*", ""),
+    (r"\|([^|]+)\|", r"\\lvert \1\\rvert "), (r"\\\{\s*\\\}", r"\\emptyset"), (r"^\](.*)\[$", r"(\1)"),
+    (r"\{?([^{}]{0,99})\\(over|choose)(?![a-z])([^{}]{0,99})\}?", r"\\\2{\1}{\3}"), (r"\\over\{", r"\\frac{"),
+    (r"\\(?:binom|choose)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\\frac{(\1)!}{(\2)!(\1-(\2))!}"),
+    (r"^(?:\w \\in )?(?:\\mathbb\{R\}|(?:\\text\{)?all real numbers\}?)$", r"(-\\infty,\\infty)"),
+    (r"^\s*(?:\w\s*\\ne(?![a-z])|\\mathbb\{R\}\s*\\setminus\s*\\\{)([^,\\]*)(?:\\\})?$",
+     r"(-\\infty,\1)\\cup(\1,\\infty)"),
+    (r"^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\}\s*)?[:|](.*)\\\}$", r"\1"), (r"(?<=\d)\s*\\Omega", r"\\unit{Ω}"),
+    (r"^\\lvert\s*(\w)\s*\\rvert\s*(<|\\le\b)(.*)", r"-(\3)\2 \1\2\3"),
+    (r"^\s*([A-Za-z]{3}[A-Za-z ]*)$", r"\\text{\1}"), (r"\s+", " "), (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
+]  # fmt: skip
+
+
+def normalize(text: str) -> str:
+    r"""One spelling for an answer: `\frac{5}{9}` for `$\dfrac 59$`, `\sqrt{2}` for `√2`, `10080` for `10{,}080`."""
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
+    return text.strip(" .,;:")
+
+
+def _word(found: re.Match) -> str:
+    r"""What a text in LaTeX means, or a word in a formula. After a number it is units: `\unit{m}/\unit{s}`."""
+    text = (found[1] if found[2] is None else found[2]).strip(" ,")
+    if text.lower() in _WORDS or "answer" in text.lower():
+        return _WORDS.get(text.lower(), "") + " "
+    units = _units(text) if re.search(r"[\w)}!\]{]\s*$", found.string[: found.start()]) else None
+    return units or (rf"\text{{{text}}}" if any(map(str.isalpha, text)) else f" {text} ")
+
+
+def _units(text: str) -> str | None:
+    """`None` where a word may be none. A plural is, and one word before a unit is dropped: 6 distinct values."""
+    text = re.sub(r"\bper\b", "/", text).replace("mph", "mi/h").replace("kph", "km/h")
+    text = re.sub(r"\b(sq|cu)[a-z]*\.? (\w+)", lambda m: f"{m[2]}^{2 if m[1] == 'sq' else 3}", text)
+    units = []
+    for word in re.findall(r"[^\W\d_]+", text):
+        plural = word.lower() if len(word) > 3 and word.endswith("s") and word.lower() not in _NO_NOUN else ""
+        forms = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
+        units.append(next((_UNITS[form] for form in forms if form in _UNITS), plural))
+    if not units or not units[-1] or units.count("") > 1 or re.search(r"(?<![\^{-])\d", text):
+        return None
+    spelled = iter({"degree": r"\degree ", "percent": r"\% ", "": ""}.get(name, rf"\unit{{{name}}}") for name in units)
+    return re.sub(r"[^\W\d_]+", lambda _: next(spelled), text)

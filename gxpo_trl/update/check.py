@@ -1,0 +1,48 @@
+"""*check*: whether a step that has been taken was too long, by one micro-batch of its rollouts.
+
+The micro-batch's gradient where the step led is compared with that where it began. Nothing is taken back: the step
+control makes the next steps longer or shorter.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from .algorithm import Replay, one_pass
+from .measurements import StepReport, Totals
+from .slices import aligned_slices
+from .state import TrainingState
+
+
+@torch.no_grad()
+def check_step(state: TrainingState, replay: Replay, at_theta_0: Callable[[], AbstractContextManager]) -> StepReport:
+    """Compares the gradients of a micro-batch at both ends of a step. Leaves none.
+
+    Args:
+        state (`TrainingState`): At θ1, where the step led.
+        replay (`Replay`): A pass over the micro-batch.
+        at_theta_0 (`Callable[[], AbstractContextManager]`): Has the state at θ0 meanwhile.
+
+    Returns:
+        `StepReport`: `grad_norm_0` at θ0, `grad_norm_slow` at θ1 and their cosine, equal on every rank. One of them
+            that is not finite is told as a lookahead step tells it: as a fall-back after so many passes.
+    """
+    one_pass(state, replay)
+    after = [None if g is None else g.clone() for g in state.gradients()]
+    totals = Totals(state)
+    totals.add(after_squared=state.squared_norm())
+    with at_theta_0():
+        one_pass(state, replay)
+        totals.add(before_squared=state.squared_norm())
+        present = [(g, other) for g, other in zip(state.gradients(), after, strict=True) if g is not None]
+        for _, (before, other) in aligned_slices([g for g, _ in present], [other for _, other in present]):
+            totals.add(dot=torch.sum(before * other))
+        sums = totals.reduce(("before_squared", "after_squared", "dot"))
+    state.clear_gradients()
+    before, after = math.sqrt(sums["before_squared"]), math.sqrt(sums["after_squared"])
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return StepReport(passes=2 if math.isfinite(before) else 1, fell_back=True)
+    cosine = sums["dot"] / (before * after) if before * after > 0 else None
+    return StepReport(passes=1, grad_norm_0=before, grad_norm_slow=after, cos_0_slow=cosine)

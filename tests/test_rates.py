@@ -1,0 +1,30 @@
+"""The comparison over learning rates, in small: it replaces parts of other libraries, and would not see them go."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "rates.py"
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_and_drawn(tmp_path):
+    arms = ["GRPO", "two passes, controlled", "check", "adaptive KL", "hypergradient"]
+    command = [sys.executable, str(SCRIPT), "--quick", "--arms", *arms, "--out", str(tmp_path / "runs")]
+    command += ["--results", str(tmp_path / "results")]
+    first = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result = json.loads((tmp_path / "results" / "full.json").read_text())
+    runs = {(run["arm"], run["learning_rate"]): run for run in result["runs"]}
+    assert len(runs) == len(result["runs"]) == 2 * len(arms)
+    for rate in (1e-5, 4e-4):
+        finals = [runs[arm, rate]["curve"] for arm in arms]
+        assert all(a != b for i, a in enumerate(finals) for b in finals[:i])  # each does something of its own
+        assert len({curve[-1][0] for curve in finals}) == 1  # the same rollouts
+    assert runs["two passes, controlled", 1e-5]["multiplier"][0] == 1 / 16
+    assert (tmp_path / "results" / "rates.png").is_file() and "| GRPO | " in first
+    again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "seed" in first and "seed 0" not in again

@@ -1,0 +1,619 @@
+"""The multiplier of the learning rate: how it is chosen, that every step is one at M times the rate, and that nobody
+else sees it."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from helpers import (
+    AS_TRL,
+    METHOD,
+    ON_CPU,
+    RisingGate,
+    assert_equal_parameters,
+    half_without_spread,
+    logged,
+    make_trainer,
+    our_metrics,
+    parameters,
+    train,
+)
+from test_broken_off import saved_weights
+from transformers import TrainerCallback
+from transformers.optimization import Adafactor
+
+from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer, SFPOConfig
+from gxpo_trl.engines.rates import ScaledRates
+from gxpo_trl.rollout.window import RolloutWindow
+from gxpo_trl.run_folder import LOOKAHEAD_STATE_NAME
+from gxpo_trl.trainer.checkpoints import find_fault
+from gxpo_trl.update.measurements import StepReport
+from gxpo_trl.update.step_control import FIRST, LEAST, MOST, TAKE_BACK_BELOW, StepControl, agreement
+
+
+TWO_PASSES = {"lookahead_steps": 1, "gate_signal": "never"}
+COSINE = {"step_control": "cosine"}
+FIXED = COSINE | {"step_control_gain": 0.0}
+M = 0.3
+
+
+def taken(control: StepControl, *cosines: float | None) -> float:
+    """M after steps with these cosines."""
+    for cosine in cosines:
+        control.judge(cosine)
+        control.advance()
+    return control.multiplier
+
+
+# ---- How it is chosen
+
+
+def test_it_starts_low_and_grows_with_the_cosine():
+    control = StepControl.from_low(0.6, 0.5)
+    assert control.multiplier == FIRST == 1 / 16
+    assert taken(control, 1.0000001, 1.0, math.cos(0.1)) == pytest.approx(FIRST * 8**3)  # rounded above 1, at most
+    assert taken(control, 0.8) == pytest.approx(FIRST * 8**3 * math.acos(0.6) / math.acos(0.8))
+    assert control.starting
+
+
+def test_the_start_leads_to_the_target_where_the_angle_grows_with_the_step():
+    control, angle = StepControl.from_low(0.6, 0.5), 0.02  # of a step at M = 1/16
+    for _ in range(3):
+        taken(control, math.cos(angle * control.multiplier / FIRST))
+    assert math.cos(angle * control.multiplier / FIRST) == pytest.approx(0.6)
+
+
+def test_the_start_is_over_for_good_when_the_cosine_is_once_below_the_target():
+    control = StepControl.from_low(0.6, 0.5)
+    taken(control, 0.59)
+    assert not control.starting
+    before = control.multiplier
+    assert taken(control, 1.0) == pytest.approx(before * math.exp(0.5 * 0.4))
+
+
+@pytest.mark.parametrize("cosine", [-0.1, 0.0, 0.4, 0.6, 1.0])
+def test_it_follows_the_distance_to_the_target(cosine):
+    assert taken(StepControl(0.4, 0.5, 2.0), cosine) == pytest.approx(2.0 * math.exp(0.5 * (cosine - 0.4)))
+
+
+def test_the_step_under_way_is_taken_with_the_multiplier_it_began_with():
+    control = StepControl(0.4, 0.5, 2.0)
+    assert not control.judge(1.0)
+    assert control.multiplier == 2.0
+    control.forget_step()  # it was broken off
+    control.advance()
+    assert control.multiplier == 2.0
+
+
+@pytest.mark.parametrize("cosine", [-0.11, -1.0, -math.inf])
+def test_a_step_that_went_too_far_is_taken_back_at_once_and_ends_the_start(cosine):
+    control = StepControl.from_low(0.6, 0.5)
+    assert control.judge(cosine)
+    assert control.multiplier == FIRST / 4
+    control.advance()
+    assert (control.multiplier, control.steps_taken_back, control.starting) == (FIRST / 4, 1, False)
+
+
+def test_a_step_that_says_nothing_changes_nothing():
+    control = StepControl.from_low(0.6, 0.5)
+    assert not control.judge(None)
+    assert taken(control, None) == FIRST and control.starting
+
+
+def test_without_gain_nothing_changes():
+    control = StepControl.from_low(0.6, 0.0)
+    assert [control.judge(cosine) for cosine in (1.0, 0.0, -1.0, -math.inf)] == [False] * 4
+    assert (control.multiplier, control.starting, control.steps_taken_back) == (1.0, False, 0)
+
+
+def test_it_stays_within_its_bounds():
+    assert taken(StepControl(0.6, 0.5, 4000.0), *[1.0] * 9) == MOST
+    control = StepControl(0.6, 0.5, 1 / 4000)
+    assert control.judge(-1.0) and control.multiplier == LEAST and control.is_at_bound
+
+
+@pytest.mark.parametrize(
+    "report, expected",
+    [
+        (StepReport(2, grad_norm_0=1.0, grad_norm_slow=2.0, cos_0_slow=0.3), 0.3),
+        (StepReport(2, grad_norm_0=1.0, grad_norm_slow=0.0), -math.inf),  # every token is clipped, say
+        (StepReport(2, grad_norm_0=0.0, grad_norm_slow=1.0), None),
+        (StepReport(2, grad_norm_0=0.0, grad_norm_slow=0.0), None),
+        (StepReport(2, fell_back=True), -math.inf),
+        (StepReport(1, fell_back=True), None),  # g0 itself was not finite: no fault of the step's length
+    ],
+)
+def test_what_a_step_is_judged_by(report, expected):
+    assert agreement(report) == expected
+
+
+def test_its_state_goes_through_json():
+    control = StepControl.from_low(0.6, 0.5)
+    taken(control, 1.0, 0.7, -0.5, 0.2)
+    other = StepControl.from_low(0.6, 0.5)
+    other.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    assert other == control
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"multiplier": 0.0},
+        {"multiplier": math.nan},
+        {"multiplier": "1"},
+        {"multiplier": 5000.0},
+        {"starting": 1},
+        {"steps_taken_back": -1},
+        {"steps_taken_back": 0.5},
+    ],
+    ids=str,
+)
+def test_a_state_that_is_none_is_refused(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=name):
+        StepControl(0.6).load_state_dict(StepControl(0.6).state_dict() | change)
+    with pytest.raises(ValueError, match=name):
+        StepControl(0.6).load_state_dict({k: v for k, v in StepControl(0.6).state_dict().items() if k != name})
+
+
+# ---- Settings
+
+
+def config(folder, config_class=GXPOConfig, **settings):
+    return config_class(str(folder), **ON_CPU, **COSINE, **settings)
+
+
+@pytest.mark.parametrize(
+    "config_class, settings, target",
+    [
+        (GXPOConfig, {"lookahead_steps": 1}, 0.6),
+        (GXPOConfig, {"lookahead_steps": 5}, 0.4),
+        (GXPOConfig, {"lookahead_steps": 5, "extrapolation": "optimizer"}, 0.25),
+        (GXPOConfig, {"lookahead_steps": 3, "extrapolation": "optimizer"}, 1 / 3),
+        (SFPOConfig, {"lookahead_steps": 3}, 0.3),
+        (GXPOConfig, {"step_control_target": 0.2}, 0.2),
+    ],
+)
+def test_the_target_is_by_passes_and_phantom_steps(tmp_path, config_class, settings, target):
+    control = config(tmp_path, config_class, **settings).control()
+    assert (control.target, control.gain, control.multiplier) == (pytest.approx(target), 0.5, FIRST)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"update_rule": "grpo"}, "`update_rule: check`"),
+        ({"update_rule": "grpo"}, "`lookahead_steps: 1`"),
+        ({"update_rule": "check", "gradient_accumulation_steps": 1}, "`gradient_accumulation_steps`"),
+        ({"step_control": "kl"}, "`step_control`"),
+        ({"step_control_target": 1.0}, "`step_control_target`"),
+        ({"step_control_target": -0.1}, "`step_control_target`"),
+        ({"step_control_target": math.nan}, "`step_control_target`"),
+        ({"step_control_gain": -0.1}, "`step_control_gain`"),
+        ({"step_control_gain": math.inf}, "`step_control_gain`"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        LookaheadConfig(str(tmp_path), **{**ON_CPU, **COSINE, **settings})
+
+
+def test_an_optimizer_that_makes_its_own_rate_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, **TWO_PASSES, **COSINE)
+    optimizer = Adafactor(trainer.model.parameters(), relative_step=True, lr=None)
+    with pytest.raises(ValueError, match="relative_step"):
+        make_trainer(tmp_path, model=trainer.model, optimizers=(optimizer, None), **TWO_PASSES, **COSINE)
+
+
+def test_two_passes_are_one_probe_and_a_correction(tmp_path):
+    """The same as SFPO with one fast step and no way back."""
+    settings = {**METHOD, "gate_signal": "never", "lookahead_steps": 1}
+    gxpo = train(tmp_path, GXPOTrainer, **settings)
+    sfpo = train(tmp_path, config_class=SFPOConfig, reposition_alpha=1.0, **settings)
+    assert_equal_parameters(gxpo, sfpo)
+    assert gxpo.backward_passes == 2 * 3
+    assert not any("retention" in name or "scale" in name for entry in gxpo.state.log_history for name in entry)
+
+
+# ---- Every step is one at M times the rate
+
+
+class Fixed(TrainerCallback):
+    """Sets M before the first step, and after the steps whose numbers are given."""
+
+    def __init__(self, multiplier: float | None = None, **after: float):
+        self.multiplier, self.after = multiplier, {int(name.strip("step")): value for name, value in after.items()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.multiplier is not None:
+            self.trainer.lookahead.control.multiplier = self.multiplier
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.after:
+            self.trainer.lookahead.control.multiplier = self.after[state.global_step]
+
+
+def train_fixed(folder, *args, fixed: Fixed, **settings):
+    fixed.trainer = make_trainer(folder, *args, callbacks=[fixed], **settings)
+    fixed.trainer.train()
+    return fixed.trainer
+
+
+class PoisonedTrainer(LookaheadTrainer):
+    """The last pass of the second step is not finite."""
+
+    calls = 0
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.calls += self.state.global_step == 1
+        return loss * math.nan if self.calls == 3 else loss
+
+
+class RisingGateTrainer(RisingGate, LookaheadTrainer):
+    pass
+
+
+def worthless(completions, **kwargs) -> list[float]:
+    return [1.0] * len(completions)
+
+
+class WorthlessInTheMiddle:
+    """The second batch has no advantage."""
+
+    def __init__(self):
+        self.batches, self.__name__ = 0, "worthless_in_the_middle"
+
+    def __call__(self, completions, **kwargs):
+        self.batches += 1
+        return worthless(completions) if self.batches == 2 else [float(len(c[0]["content"])) for c in completions]
+
+
+KINDS = {
+    "two passes": (LookaheadTrainer, TWO_PASSES),
+    "gxpo": (LookaheadTrainer, {"gate_signal": "never"}),
+    "sfpo": (LookaheadTrainer, {"update_rule": "sfpo", "lookahead_steps": 3, "gate_signal": "never"}),
+    "phantom steps": (LookaheadTrainer, {"extrapolation": "optimizer", "gate_signal": "never"}),
+    "rollback": (LookaheadTrainer, {"rule": {"rollback": True}, "gate_signal": "never"}),
+    "no advantage": (LookaheadTrainer, {**TWO_PASSES, "reward": WorthlessInTheMiddle}),
+    "a fall-back": (PoisonedTrainer, {**TWO_PASSES, **AS_TRL}),
+    "after the gate": (RisingGateTrainer, {"lookahead_steps": 1, "gate_warmup_steps": 0}),
+    "a budget": (LookaheadTrainer, {"lookahead_steps": 1, "max_active_steps": 1}),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "phantom steps" else []) for kind in KINDS]
+)
+def test_every_step_is_one_at_m_times_the_rate(tmp_path, kind):
+    """Bit for bit, decay and momentum included; two param groups, and a rate that changes."""
+    trainer_class, settings = KINDS[kind]
+    common = {**METHOD, "weight_decay": 0.1, "max_steps": 4, "lr_scheduler_type": "constant"} | settings
+
+    def run(fixed=None, **more):
+        reward = common["reward"]() if "reward" in common else None
+        arguments = {**common, **more, "reward": reward}
+        if fixed is None:
+            return train(tmp_path, trainer_class, **arguments)
+        return train_fixed(tmp_path, trainer_class, fixed=fixed, **arguments)
+
+    controlled = run(Fixed(M), **FIXED)
+    plain = run(learning_rate=M * METHOD["learning_rate"])
+    assert_equal_parameters(controlled, plain)
+    assert logged(controlled, "lookahead/step_multiplier") == [M] * 4
+    assert logged(controlled, "lookahead/active") == logged(plain, "lookahead/active")
+    if kind in ("no advantage", "after the gate", "a budget"):
+        assert 0.0 in logged(controlled, "lookahead/active")
+    if kind == "a fall-back":
+        assert controlled.lookahead.fallbacks == 1
+    different = run(learning_rate=METHOD["learning_rate"])
+    with pytest.raises(AssertionError):
+        assert_equal_parameters(controlled, different)
+
+
+def test_without_gain_nothing_changes_in_training(tmp_path):
+    settings = {**METHOD, **TWO_PASSES}
+    assert_equal_parameters(train(tmp_path, **settings, **FIXED), train(tmp_path, **settings))
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
+def test_with_other_optimizers_too(tmp_path, optim):
+    settings = {**METHOD, **TWO_PASSES, "optim": optim}
+    controlled = train_fixed(tmp_path, fixed=Fixed(M), **settings, **FIXED)
+    assert_equal_parameters(controlled, train(tmp_path, **{**settings, "learning_rate": M * METHOD["learning_rate"]}))
+
+
+def test_the_schedule_is_multiplied(tmp_path):
+    """M is 1, 0.3, 1: at 1 as the schedule says."""
+    settings = {**METHOD, **TWO_PASSES, "lr_scheduler_type": "linear", "max_steps": 3}
+    controlled = train_fixed(tmp_path, fixed=Fixed(step1=M, step2=1.0), **settings, **FIXED)
+    plain = train(tmp_path, **settings)
+    assert logged(controlled, "learning_rate") == logged(plain, "learning_rate")
+    assert logged(controlled, "lookahead/step_multiplier") == [1.0, M, 1.0]
+    with pytest.raises(AssertionError):
+        assert_equal_parameters(controlled, plain)
+
+
+# ---- Nobody else sees it
+
+
+class Watching(TrainerCallback):
+    """Looks at the rates whenever the training loop calls."""
+
+    def __init__(self):
+        self.seen = []
+
+    def look(self, args, state, control, optimizer=None, **kwargs):
+        self.seen += [group["lr"] for group in optimizer.param_groups]
+
+    on_step_begin = on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_step_end = on_save = look
+
+
+class Stepping(torch.optim.AdamW):
+    """Notes the rates that it steps with, and may fail."""
+
+    fails_at = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stepped_with = []
+
+    def step(self, closure=None):
+        self.stepped_with.append(float(self.param_groups[0]["lr"]))
+        if len(self.stepped_with) == self.fails_at:
+            raise ZeroDivisionError
+        return super().step(closure)  # whose hooks are the same as this one's
+
+
+def test_rates_are_the_schedules_between_steps(tmp_path):
+    watching = Watching()
+    trainer = make_trainer(
+        tmp_path, callbacks=[watching], save_strategy="steps", save_steps=1, **METHOD, **TWO_PASSES, **COSINE
+    )
+    trainer.train()
+    assert set(watching.seen) == {METHOD["learning_rate"]}
+    assert set(logged(trainer, "learning_rate")) == {METHOD["learning_rate"]}
+    for step in (1, 2, 3):
+        saved = torch.load(tmp_path / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
+        assert {group["lr"] for group in saved["param_groups"]} == {METHOD["learning_rate"]}
+    assert logged(trainer, "lookahead/step_multiplier")[0] == FIRST
+
+
+@pytest.mark.parametrize("fails_at", [None, 3, 4])  # a probe, and the training loop's own step
+def test_rates_are_put_back_when_a_step_fails(tmp_path, fails_at):
+    model = make_trainer(tmp_path).model
+    optimizer = Stepping(model.parameters(), lr=1e-3)
+    optimizer.fails_at = fails_at
+    trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None), max_steps=2, **TWO_PASSES, **FIXED)
+    trainer.lookahead.control.multiplier = M
+    if fails_at is not None:
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        assert optimizer.param_groups[0]["lr"] == 1e-3
+        optimizer.fails_at = None
+        optimizer.stepped_with.clear()
+    trainer.train()
+    assert optimizer.stepped_with == [M * 1e-3] * len(optimizer.stepped_with) and len(optimizer.stepped_with) == 4
+    optimizer.step()  # the training loop is over
+    assert optimizer.stepped_with[-1] == 1e-3
+
+
+def test_a_rate_that_is_a_tensor_is_scaled_in_place():
+    weight = torch.nn.Parameter(torch.ones(3))
+    rate = torch.tensor(0.1)
+    optimizer = Stepping([weight], lr=rate, foreach=False)
+    rates = ScaledRates(optimizer, lambda: 0.5)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.stepped_with == [pytest.approx(0.05)]
+    assert optimizer.param_groups[0]["lr"] is rate and rate == torch.tensor(0.1)
+    rates.release()
+
+
+# ---- Taking back
+
+
+FAR = 1.0  # at a learning rate of 1e-3; much farther, and gradients have nothing to do with each other
+
+
+def optimizer_state(trainer) -> list[torch.Tensor]:
+    state = trainer.optimizer.state_dict()["state"]
+    return [value for key in sorted(state) for value in state[key].values()]
+
+
+@pytest.mark.parametrize(
+    "settings, below",
+    [
+        (TWO_PASSES, TAKE_BACK_BELOW),
+        ({"snapshot_device": "cpu", **TWO_PASSES}, TAKE_BACK_BELOW),
+        ({"gate_signal": "never"}, 1.0),  # every step
+    ],
+    ids=["two passes", "copies on the host", "three passes"],
+)
+def test_a_step_taken_back_is_the_plain_one_at_a_quarter(tmp_path, monkeypatch, settings, below):
+    """From θ0 and the optimizer's state there."""
+    monkeypatch.setattr("gxpo_trl.update.step_control.TAKE_BACK_BELOW", below)
+    common = {**METHOD, "max_steps": 2, "learning_rate": 1e-3, **COSINE, **settings}
+    back = train_fixed(tmp_path, fixed=Fixed(step1=FAR), **common)
+    plain = train_fixed(tmp_path, fixed=Fixed(step1=FAR / 4), max_active_steps=1, **common)
+    assert logged(back, "lookahead/steps_taken_back") == [float(below == 1.0), 1.0 + (below == 1.0)]
+    assert logged(back, "lookahead/cos_0_slow")[1] < below
+    assert logged(back, "lookahead/active") == [1.0, 1.0] and logged(plain, "lookahead/active") == [1.0, 0.0]
+    assert_equal_parameters(back, plain)
+    assert all(torch.equal(a, b) for a, b in zip(optimizer_state(back), optimizer_state(plain), strict=True))
+    assert back.lookahead.control.multiplier == FAR / 4 == logged(back, "lookahead/step_multiplier")[1]
+
+
+def test_a_step_that_is_not_finite_is_taken_back(tmp_path):
+    settings = {**METHOD, **TWO_PASSES, **AS_TRL, **COSINE}
+    trainer = train_fixed(tmp_path, PoisonedTrainer, fixed=Fixed(step1=2.0), max_steps=2, **settings)
+    assert (trainer.lookahead.fallbacks, trainer.lookahead.control.steps_taken_back) == (1, 1)
+    assert trainer.lookahead.control.multiplier == 0.5
+    plain = train_fixed(tmp_path, fixed=Fixed(step1=0.5), max_steps=2, max_active_steps=1, **settings)
+    assert_equal_parameters(trainer, plain)
+
+
+def test_the_gate_does_not_see_a_step_taken_back(tmp_path):
+    settings = {**METHOD, **COSINE, "lookahead_steps": 1, "learning_rate": 1e-3, "max_steps": 3}
+    trainer = train_fixed(tmp_path, fixed=Fixed(step1=FAR, step2=FIRST), **settings)
+    assert logged(trainer, "lookahead/steps_taken_back") == [0, 1, 1]
+    assert (trainer.lookahead.gate.observed, trainer.lookahead.gate.active_steps) == (2, 3)
+
+
+def test_a_bound_is_warned_of_each_time_it_is_come_to(tmp_path, caplog):
+    settings = {**METHOD, **COSINE, **TWO_PASSES, "learning_rate": 1e-9, "max_steps": 5}
+    with caplog.at_level(logging.WARNING, logger="gxpo_trl"):
+        train_fixed(tmp_path, fixed=Fixed(step1=4000.0, step3=4000.0), **settings)
+    said = [record.getMessage() for record in caplog.records if "multiplier" in record.getMessage()]
+    assert len(said) == 2 and "Step 2: " in said[0] and "Step 4: " in said[1]
+
+
+# ---- check
+
+
+CHECK = {"update_rule": "check", "gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}
+
+
+def test_it_has_a_target_of_its_own(tmp_path):
+    config = LookaheadConfig(str(tmp_path), **ON_CPU, update_rule="check", gradient_accumulation_steps=2)
+    control = config.control()
+    assert (control.target, control.multiplier, control.starting) == (0.7, FIRST, True)
+    assert config.step_control == "cosine" and config.lookahead_rule() is None
+
+
+@pytest.mark.parametrize("settings", [{}, AS_TRL, {"beta": 0.1}], ids=str)
+def test_without_gain_it_is_the_plain_rule(tmp_path, settings):
+    """Bit for bit, rollouts that are sampled too; two micro-batches of four more are computed in a step."""
+    common = {**METHOD, **CHECK, **settings, "scripted": False, "reward": half_without_spread}
+    checked = train(tmp_path, **common, step_control_gain=0.0)
+    plain = train(tmp_path, **{**common, "update_rule": "grpo"})
+    assert_equal_parameters(checked, plain)
+    assert 3 < checked.backward_passes <= 3 * 1.5
+    ours, theirs = (
+        [{k: v for k, v in e.items() if "time" not in k and not k.startswith(("lookahead/", "train_"))} for e in log]
+        for log in (checked.state.log_history, plain.state.log_history)
+    )
+    assert ours == theirs
+
+
+def test_each_step_is_checked_by_the_cosine_of_a_micro_batch(tmp_path):
+    """Against the gradients of one micro-batch at the weights before and after the step, computed by hand."""
+
+    class Keeping(LookaheadTrainer):
+        inputs, ends = None, ()
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.inputs = inputs
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = make_trainer(tmp_path, Keeping, max_steps=1, step_control_gain=0.0, **METHOD, **CHECK, **AS_TRL)
+    before = parameters(trainer)
+    trainer.train()
+    after, gradients = parameters(trainer), []
+    for end in (before, after):
+        trainer.model.load_state_dict(end, strict=False)
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, trainer.inputs, num_items_in_batch=None).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    cosine = torch.cosine_similarity(*gradients, dim=0).item()
+    assert logged(trainer, "lookahead/cos_check") == [pytest.approx(cosine, rel=1e-4)] and cosine < 0.999
+
+
+def test_its_multiplier_follows_the_cosine_and_is_in_every_step(tmp_path):
+    trainer = train(tmp_path, **METHOD, **CHECK, max_steps=4)
+    multipliers, cosines = logged(trainer, "lookahead/step_multiplier"), logged(trainer, "lookahead/cos_check")
+    control = StepControl.from_low(0.7, 0.5)
+    assert multipliers == [pytest.approx(m) for m in (FIRST, *(taken(control, cosine) for cosine in cosines[:3]))]
+    assert len(set(multipliers)) == 4
+    fixed = train_fixed(tmp_path, fixed=Fixed(M), **METHOD, **CHECK, step_control_gain=0.0)
+    grpo = {**METHOD, **CHECK, "update_rule": "grpo", "learning_rate": M * METHOD["learning_rate"]}
+    assert_equal_parameters(fixed, train(tmp_path, **grpo))
+
+
+def test_each_micro_batch_has_its_turn(tmp_path, monkeypatch):
+    """Rows are sorted by length: one place among them would be checked on long completions only."""
+    replay_one, indices = RolloutWindow.replay_one, []
+
+    def recorded(window, index):
+        indices.append(index)
+        return replay_one(window, index)
+
+    monkeypatch.setattr(RolloutWindow, "replay_one", recorded)
+    train(tmp_path, **CHECK, max_steps=5)
+    assert indices == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]  # of four, at both ends of each step
+
+
+def test_a_step_without_advantage_is_not_checked(tmp_path):
+    trainer = train(tmp_path, **METHOD, **CHECK, reward=worthless)
+    assert trainer.backward_passes == 3 and not logged(trainer, "lookahead/cos_check")
+    assert logged(trainer, "lookahead/step_multiplier") == [FIRST] * 3
+
+
+@pytest.mark.parametrize("call", [5, 6])  # the replay at the end of the first step, and at its beginning
+def test_a_check_that_fails_leaves_the_step_taken(tmp_path, call):
+    """Saved in the middle or afterwards, the weights are those that the step led to."""
+
+    class Failing(LookaheadTrainer):
+        calls, saved = 0, None
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == call:
+                self.saved = saved_weights(self, f"{self.args.output_dir}/saved")
+                raise ZeroDivisionError
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(tmp_path, Failing, step_control_gain=0.0, **METHOD, **CHECK, **AS_TRL)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    one = train(tmp_path, **{**METHOD, **CHECK, **AS_TRL, "update_rule": "grpo", "max_steps": 1})
+    assert_equal_parameters(trainer, one)
+    assert all(torch.equal(trainer.saved[name], p) for name, p in parameters(one).items())
+
+
+def test_its_passes_go_through_a_checkpoint(tmp_path):
+    settings = {**METHOD, **CHECK, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    whole = train(tmp_path, **settings)
+    resumed = train(tmp_path, **settings, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.backward_passes == whole.backward_passes == 4.5
+    assert resumed.lookahead.control == whole.lookahead.control
+    assert_equal_parameters(resumed, whole)
+
+
+# ---- Checkpoints
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+    """From a checkpoint in the start, and from one after a step was taken back."""
+    settings = {**METHOD, **TWO_PASSES, **COSINE, "max_steps": 7, "save_strategy": "steps", "save_steps": 1}
+    fixed = Fixed(step3=3.0)
+    whole = train_fixed(tmp_path / "whole", fixed=fixed, **settings)
+    assert logged(whole, "lookahead/step_control_start") == [1, 0, 0, 0, 0, 0, 0]
+    assert logged(whole, "lookahead/steps_taken_back") == [0, 0, 0, 0, 0, 1, 1]
+    for step in (1, 6):
+        fixed.trainer = resumed = make_trainer(tmp_path / f"from-{step}", callbacks=[fixed], **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_equal_parameters(resumed, whole)
+        assert our_metrics(resumed.state.log_history) == our_metrics(whole.state.log_history)
+        assert resumed.lookahead.control == whole.lookahead.control
+
+
+def test_a_checkpoint_whose_control_makes_no_sense_is_not_whole(tmp_path):
+    train(tmp_path, **TWO_PASSES, **COSINE, max_steps=1, save_strategy="steps", save_steps=1)
+    path = tmp_path / "checkpoint-1" / LOOKAHEAD_STATE_NAME
+    assert find_fault(path.parent) is None
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"step_control": state["step_control"] | {"multiplier": -1}}))
+    assert "multiplier" in find_fault(path.parent)
+
+
+def test_a_control_that_the_checkpoint_does_not_know_starts_afresh(tmp_path, caplog):
+    settings = {**TWO_PASSES, "save_strategy": "steps", "save_steps": 1}
+    train(tmp_path, **settings, max_steps=1)
+    with caplog.at_level(logging.WARNING, logger="gxpo_trl"):
+        resumed = train(tmp_path, **settings, **COSINE, max_steps=2, resume_from_checkpoint=True)
+    assert logged(resumed, "lookahead/step_multiplier") == [FIRST]
+    assert any("step_control" in record.getMessage() for record in caplog.records)
