@@ -8,7 +8,8 @@
 All arms of a part start from one warm start and see the same prompts, seed by seed, and as many rollouts. A lookahead
 moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal`
 has every rule and variant at one learning rate, next to GRPO at multiples of it, and `tuned` has each at its own best,
-found on other seeds with equal budget. `lora`, `decay` and `harder` are `tuned` with adapters, with a learning rate
+found on other seeds with equal budget. `onepass` is `tuned` with what costs no further pass: AdamW with another β1,
+other optimizers, and smaller minibatches. `lora`, `decay` and `harder` are `tuned` with adapters, with a learning rate
 that falls to 0, and with longer problems; `precision` measures the noise under the retention ratio and the true error
 of the lookahead, `next` what NExt adds.
 
@@ -64,11 +65,15 @@ class Arm:
         label (`str`): What tables and figures call it.
         settings (`Settings`): Where its recipe differs from that of GRPO.
         hooks (`tuple[str, ...]`): Of `training.HOOKS`.
+        rate_factor (`float`): Its learning rates are those of a part times this.
+        steps_per_batch (`int`): How many steps, as TRL counts them, it takes on a batch of rollouts.
     """
 
     label: str
     settings: Settings = field(default_factory=dict)
     hooks: tuple[str, ...] = ()
+    rate_factor: float = 1.0
+    steps_per_batch: int = 1
 
 
 def gxpo(label: str, steps: int = 5, alpha: float = 1.0, **settings: Any) -> Arm:
@@ -83,8 +88,8 @@ def sfpo(steps: int) -> Arm:
 
 
 GRPO = Arm("GRPO")
-TWO_ITERATIONS = Arm("GRPO, 2 iterations", {"num_iterations": 2})
-THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3})
+TWO_ITERATIONS = Arm("GRPO, 2 iterations", {"num_iterations": 2}, steps_per_batch=2)
+THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3}, steps_per_batch=3)
 GXPO = gxpo("GXPO K 5 α 1")
 TWO_PROBES = gxpo("scale 1, α 1", scale_max=1.0)
 LINEAR = replace(gxpo("scale K/2, K 5 α 1"), hooks=("scale K/2",))
@@ -107,12 +112,28 @@ TUNED = (
     *(GRPO, THREE_ITERATIONS, sfpo(3), gxpo("GXPO K 5 α 0.5", alpha=0.5), GXPO),
     *(gxpo("GXPO K 10 α 1", steps=10), LINEAR, ROLLBACK, PER_MATRIX, FASTER_ADAM, FASTER_ROLLBACK),
 )
-QUICK = (GRPO, THREE_ITERATIONS, GXPO, LINEAR, ROLLBACK, PER_MATRIX)
+NADAM = Arm("GRPO, NAdamW", hooks=("nadamw",))
+MOMENTUM = Arm("GRPO, SGD with momentum", hooks=("sgd with momentum",), rate_factor=1000)
+"""Its learning rate is another quantity than AdamW's: the length of a step over the clipped gradient's."""
+
+
+def minibatches(count: int) -> Arm:
+    """GRPO of as many optimizer steps a batch of rollouts, each on rows of its own: one pass over each row."""
+    settings = {"gradient_accumulation_steps": 4 // count, "steps_per_generation": 4}
+    return Arm(f"GRPO, {count} disjoint minibatches", settings, steps_per_batch=count)
+
+
+ONE_PASS = (
+    *(GRPO, *(Arm(f"GRPO, AdamW β1 {beta}", {"adam_beta1": beta}) for beta in (0.0, 0.5, 0.73))),
+    *(NADAM, MOMENTUM, minibatches(2), minibatches(4)),
+)
+"""What a user can change for nothing."""
+QUICK = (GRPO, THREE_ITERATIONS, GXPO, LINEAR, ROLLBACK, PER_MATRIX, NADAM, MOMENTUM, ONE_PASS[-1])
 """What `--quick` runs of them: each way of making a run once."""
 FIRST_STEPS = gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12)
 SCHEDULED = (GATED, FIRST_STEPS)
 """At the learning rate found for `GXPO`: when to stop looking ahead."""
-ON_PAGES = [arm.label for arm in (GRPO, THREE_ITERATIONS, sfpo(3), GXPO, LINEAR, ROLLBACK, GATED, FIRST_STEPS)]
+ON_PAGES = [arm.label for arm in (*ONE_PASS, THREE_ITERATIONS, sfpo(3), GXPO, LINEAR, ROLLBACK, GATED, FIRST_STEPS)]
 """Pages are of these arms: the curves of all twenty could not be told apart."""
 LORA = {
     **{"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
@@ -151,6 +172,7 @@ RATES = (1e-4, 2e-4, 4e-4)
 FALLING, LONGER = {"lr_scheduler_type": "linear"}, {"max_completion_length": 48}
 PARTS = (
     Part("tuned", "Full fine-tuning, constant learning rate", TUNED, (5e-5, *RATES)),
+    Part("onepass", "One pass over a batch", ONE_PASS, RATES),
     Part("equal", "One learning rate for all", EQUAL, (3e-5,), batches=36),
     Part("lora", "LoRA of rank 8", (GRPO, sfpo(3), GXPO), (5e-4, 1e-3, 2e-3, 4e-3), LORA),
     Part("decay", "A learning rate that falls to 0", (GRPO, GXPO, FIRST_STEPS), (*RATES, 8e-4), FALLING),
@@ -196,14 +218,13 @@ class Bench:
 
     def settings(self, part: Part, arm: Arm, rate: float, seed: int) -> Settings:
         """Where a run's recipe differs from `recipes/tiny/grpo.yaml`."""
-        iterations = arm.settings.get("num_iterations", 1)  # TRL counts optimizer steps
         task = self.folder / ("task-harder" if part.name == "harder" else "task")
         return {
             "dataset_name": task / "data",
             "model_name_or_path": task / "model" if part.name == "harder" else EMBEDDED_MODEL,
-            "max_steps": part.batches * iterations,
+            "max_steps": part.batches * arm.steps_per_batch,
             "eval_strategy": "no",
-            "eval_steps": part.every * iterations,
+            "eval_steps": part.every * arm.steps_per_batch,
             "eval_benchmarks": HELD_OUT,
             "eval_samples": SAMPLES,
             "per_device_eval_batch_size": HELD_OUT_PROBLEMS * SAMPLES,
@@ -240,7 +261,7 @@ def tune(bench: Bench, part: Part) -> tuple[list[tuple[Arm, float]], dict[str, d
     """
     tried: dict[str, dict[float, float]] = {arm.label: {} for arm in part.arms}
     factor = part.learning_rates[1] / part.learning_rates[0]
-    missing = [(arm, rate) for arm in part.arms for rate in part.learning_rates]
+    missing = [(arm, float(f"{arm.rate_factor * rate:.3g}")) for arm in part.arms for rate in part.learning_rates]
     while missing:
         for (label, rate), runs in bench.train(part, missing, TUNING_SEEDS).items():
             tried[label][rate] = statistics.fmean(area(run.points[HELD_OUT]) for run in runs)
@@ -429,7 +450,7 @@ def draw_page(results: Path, part: Part) -> Path:
 def runs_of(row: dict, part: Part, arm: Arm, batches: int) -> list[Run]:
     """The runs of an arm as far as its row in the JSON has them: seeds, curves, and where the gates shut off."""
     settings = {"update_rule": "grpo", "learning_rate": row["learning_rate"], **part.settings, **arm.settings}
-    steps = batches * settings.get("num_iterations", 1)
+    steps = batches * arm.steps_per_batch
     shutoffs = row["shutoff_steps"] if len(row["shutoff_steps"]) == len(row["runs"]) else [None] * len(row["runs"])
     found = []
     for of_seed, shutoff in zip(row["runs"], shutoffs, strict=True):
@@ -499,7 +520,7 @@ def measure_parts(options: argparse.Namespace, folder: Path, results: Path) -> N
         for part in [part for part in PARTS if part.name in options.parts]:
             if options.quick:
                 rates = part.learning_rates[1:3] or part.learning_rates
-                arms = tuple(arm for arm in part.arms if arm in QUICK or part.name != "tuned")
+                arms = tuple(arm for arm in part.arms if arm in QUICK or part.name not in ("tuned", "onepass"))
                 part = replace(part, arms=arms, learning_rates=rates, extends=False, seeds=2, batches=4, every=2)
             print(f"\n{part.name}", flush=True)
             runs, about = run_part(bench, part)

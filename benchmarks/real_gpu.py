@@ -78,9 +78,11 @@ class Bench:
     ends: float | None = None
 
     def settings(self, arm: Arm, rate: float, seed: int) -> Settings:
-        iterations = arm.settings.get("num_iterations", 1)  # TRL counts optimizer steps
         settings: Settings = {"per_device_train_batch_size": 32, "learning_rate": rate, "seed": seed, **arm.settings}
-        settings |= {"max_steps": self.steps * iterations, "eval_steps": max(self.steps // 5, 1) * iterations}
+        settings |= {
+            "max_steps": self.steps * arm.steps_per_batch,
+            "eval_steps": max(self.steps // 5, 1) * arm.steps_per_batch,
+        }
         settings |= {"eval_on_start": False, "dataset_name": str(self.data / "train.jsonl")}
         settings |= {"eval_benchmarks": [str(self.data / "test.jsonl")], "eval_samples": 2}
         if not self.small:
@@ -99,7 +101,7 @@ class Bench:
             train_run(place, self.settings(arm, rate, seed), arm.hooks, recipe=RECIPE)
         whole = time.perf_counter() - started
         run = load_run(place, arm.label)
-        batches = run.steps // arm.settings.get("num_iterations", 1)
+        batches = run.steps // arm.steps_per_batch
         curve = self._curve(run, batches)
         times = {name: sum(run.series(f"lookahead/{name}_time")[1]) for name in ("generation", "reward")}
         times["update"] = run.seconds - sum(times.values())

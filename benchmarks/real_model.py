@@ -51,7 +51,7 @@ COMMON = {"per_device_train_batch_size": 32, "eval_samples": 2}
 
 GRPO = Arm("GRPO")
 STOCK = Arm("GRPO (TRL)", hooks=("trainer of TRL",))
-THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3})
+THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3}, steps_per_batch=3)
 GXPO = Arm("GXPO", {"update_rule": "gxpo", "lookahead_steps": 5, "reposition_alpha": 0.5, "gate_signal": "never"})
 SFPO = Arm("SFPO", {"update_rule": "sfpo", "lookahead_steps": 3, "reposition_alpha": 0.8, "gate_signal": "never"})
 ARMS = (STOCK, GRPO, THREE_ITERATIONS, GXPO, SFPO)
@@ -97,9 +97,8 @@ class Bench:
         place = folder / f"{label}, lr {rate:g}".replace(" ", "_") / f"seed-{seed}"
         path = place / "result.json"
         if not path.is_file():
-            iterations = arm.settings.get("num_iterations", 1)  # TRL counts optimizer steps
             settings = {**COMMON, "learning_rate": rate, "seed": seed, **arm.settings}
-            settings |= {"max_steps": batches * iterations, "eval_steps": self.every * iterations}
+            settings |= {"max_steps": batches * arm.steps_per_batch, "eval_steps": self.every * arm.steps_per_batch}
             settings["eval_on_start"] = arm is GRPO and seed not in TUNING_SEEDS  # all start from one model
             started = time.perf_counter()
             train_run(place, settings, arm.hooks, recipe=RECIPE)

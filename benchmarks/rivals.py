@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -114,18 +115,24 @@ class Hypergradient(Rates):
 
 
 @contextlib.contextmanager
-def prodigy() -> Iterator[None]:
-    """GRPO with Prodigy (2306.06101), whose rate is 1 as its authors advise."""
-    from prodigyopt import Prodigy
+def other_optimizer(make: Callable[..., torch.optim.Optimizer]) -> Iterator[None]:
+    """Every trainer has this optimizer, of its learning rate."""
 
     def create_optimizer(trainer, *args, **kwargs):
         if trainer.optimizer is None:
             parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-            trainer.optimizer = Prodigy(parameters, lr=trainer.args.learning_rate, weight_decay=0.0)
+            trainer.optimizer = make(parameters, lr=trainer.args.learning_rate)
         return trainer.optimizer
 
     with patch.object(Trainer, "create_optimizer", create_optimizer):
         yield
+
+
+def prodigy() -> AbstractContextManager[None]:
+    """GRPO with Prodigy (2306.06101), whose rate is 1 as its authors advise."""
+    from prodigyopt import Prodigy
+
+    return other_optimizer(partial(Prodigy, weight_decay=0.0))
 
 
 @contextlib.contextmanager
@@ -133,12 +140,10 @@ def schedule_free() -> Iterator[None]:
     """GRPO with schedule-free AdamW (2405.15682); benchmarks are scored at its average, as its authors advise."""
     from schedulefree import AdamWScheduleFree
 
-    def create_optimizer(trainer, *args, **kwargs):
-        if trainer.optimizer is None:
-            parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-            trainer.optimizer = AdamWScheduleFree(parameters, lr=trainer.args.learning_rate)
-            trainer.optimizer.train()
-        return trainer.optimizer
+    def make(parameters, lr):
+        optimizer = AdamWScheduleFree(parameters, lr=lr)
+        optimizer.train()
+        return optimizer
 
     score = BenchmarkCallback.score
 
@@ -154,7 +159,7 @@ def schedule_free() -> Iterator[None]:
             optimizer.train()
 
     with (
-        patch.object(Trainer, "create_optimizer", create_optimizer),
+        other_optimizer(make),
         patch.object(BenchmarkCallback, "score", score_at_average),
     ):
         yield

@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rivals import RIVALS
+from rivals import RIVALS, other_optimizer
 from transformers import PrinterCallback
 from trl import GRPOTrainer
 
@@ -186,5 +186,7 @@ HOOKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "scale K/2": partial(changed_rule, _half_the_steps),  # one scale for all: the probes, as often as it takes to K
     "rollback": partial(changed_rule, partial(replace, rollback=True)),  # of the optimizer's state, after the probes
     "trainer of TRL": trainer_of_trl,
+    "nadamw": partial(other_optimizer, partial(torch.optim.NAdam, decoupled_weight_decay=True)),
+    "sgd with momentum": partial(other_optimizer, partial(torch.optim.SGD, momentum=0.9)),
     **RIVALS,
 }

@@ -1,5 +1,6 @@
 """Tests run offline and on one thread, whatever the machine has."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def set_modules_aside() -> None:
+    """Garbage collections leave alone what was imported so far.
+
+    Each `train()` begins with a collection (Accelerate's `free_memory`), which takes a third of a second where torch,
+    TRL, DeepSpeed and all tests are loaded: as long as a run of a few steps.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish():
+    set_modules_aside()
 
 
 @pytest.fixture
