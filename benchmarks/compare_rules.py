@@ -190,10 +190,12 @@ class Bench:
     Attributes:
         folder (`Path`): Of all runs.
         pool (`ProcessPoolExecutor`): Trains them.
+        quick (`bool`): Whether they only show that everything runs.
     """
 
     folder: Path
     pool: ProcessPoolExecutor
+    quick: bool = False
 
     def train(self, part: Part, arms: Sequence[tuple[Arm, float]], seeds: Sequence[int]) -> dict[tuple, list[Run]]:
         """The runs of arms at their learning rates, one a seed; says of each arm when it is done."""
@@ -232,6 +234,7 @@ class Bench:
             "seed": seed,
             **part.settings,
             **arm.settings,
+            **({"eval_samples": 2} if self.quick else {}),
         }
 
 
@@ -263,7 +266,7 @@ def tune(bench: Bench, part: Part) -> tuple[list[tuple[Arm, float]], dict[str, d
     factor = part.learning_rates[1] / part.learning_rates[0]
     missing = [(arm, float(f"{arm.rate_factor * rate:.3g}")) for arm in part.arms for rate in part.learning_rates]
     while missing:
-        for (label, rate), runs in bench.train(part, missing, TUNING_SEEDS).items():
+        for (label, rate), runs in bench.train(part, missing, TUNING_SEEDS[: 1 if bench.quick else None]).items():
             tried[label][rate] = statistics.fmean(area(run.points[HELD_OUT]) for run in runs)
         missing = []
         for arm in part.arms:
@@ -364,7 +367,7 @@ def precision(bench: Bench, seeds: int, batches: int) -> list[dict]:
     cells = [("full", "fp32", 3), ("full", "fp32", 10)]
     cells += [(tuning, dtype, 5) for tuning in ("full", "LoRA") for dtype in ("fp32", "bf16")]
     rows = []
-    for tuning, dtype, k in cells:
+    for tuning, dtype, k in cells if not bench.quick else (cells[0], cells[-1]):
         arm = gxpo(f"{tuning}, {dtype}, K {k}", steps=k, lookahead_diagnostics_steps=4, bf16=dtype == "bf16")
         arm = replace(arm, hooks=("noise of rounding",))
         part = Part("precision", "", (arm,), (), LORA if tuning == "LoRA" else {}, seeds, batches, batches)
@@ -388,14 +391,15 @@ def extrapolated(bench: Bench, seeds: int, batches: int) -> list[dict]:
     loop = {"trajectory_steps": spacing, "extrapolate_after": 12 * spacing, "extrapolate_steps_ahead": 4 * spacing}
     part = Part("next", "", (GRPO, GXPO), (3e-4,), LORA | loop, seeds, 18 * spacing, 2 * spacing)
     jobs = {}
-    for arm in part.arms:
+    arms = part.arms[: 1 if bench.quick else None]
+    for arm in arms:
         for seed in range(seeds):
             settings = bench.settings(part, arm, part.learning_rates[0], seed)
             folder = bench.folder / part.name / arm.label.replace(" ", "_") / f"seed-{seed}"
             jobs[(arm.label, seed)] = bench.pool.submit(train_loop, folder, settings, (0.0, 1.0))
     rows = []
     print("| arm | before | right after | at the end | ahead of a restart |\n|---|---|---|---|---|")
-    for arm in part.arms:
+    for arm in arms:
         loops = [jobs[(arm.label, seed)].result() for seed in range(seeds)]
         anew = [final(load_run(loop[0.0] / "after").points[HELD_OUT]) for loop in loops]
         for alpha, name in ((0.0, "begun anew"), (1.0, "NExt, α 1")):
@@ -516,12 +520,12 @@ def measure_parts(options: argparse.Namespace, folder: Path, results: Path) -> N
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context, start_worker) as pool:
-        bench = Bench(folder, pool)
+        bench = Bench(folder, pool, options.quick)
         for part in [part for part in PARTS if part.name in options.parts]:
             if options.quick:
                 rates = part.learning_rates[1:3] or part.learning_rates
                 arms = tuple(arm for arm in part.arms if arm in QUICK or part.name not in ("tuned", "onepass"))
-                part = replace(part, arms=arms, learning_rates=rates, extends=False, seeds=2, batches=4, every=2)
+                part = replace(part, arms=arms, learning_rates=rates, extends=False, seeds=2, batches=2, every=1)
             print(f"\n{part.name}", flush=True)
             runs, about = run_part(bench, part)
             arms = group_arms(runs)

@@ -215,7 +215,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     regimes = [regime for regime in REGIMES if regime.part.name in options.parts]
     if options.quick:
-        part = replace(REGIMES[0].part, learning_rates=(1e-5, 4e-4), seeds=1, batches=6, every=3)
+        part = replace(REGIMES[0].part, learning_rates=(1e-5, 4e-4), seeds=1, batches=4, every=2)
         regimes = [Regime(part)]
     arms = set(options.arms)
     for label, package in PACKAGES.items():
