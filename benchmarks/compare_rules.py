@@ -9,9 +9,9 @@ All arms of a part start from one warm start and see the same prompts, seed by s
 moves further on a batch, and so does a larger learning rate, so that a gain at an equal one proves nothing: `equal`
 has every rule and variant at one learning rate, next to GRPO at multiples of it, and `tuned` has each at its own best,
 found on other seeds with equal budget. `onepass` is `tuned` with what costs no further pass: AdamW with another β1,
-other optimizers, and smaller minibatches. `lora`, `decay` and `harder` are `tuned` with adapters, with a learning rate
-that falls to 0, and with longer problems; `precision` measures the noise under the retention ratio and the true error
-of the lookahead, `next` what NExt adds.
+other optimizers, and smaller minibatches; `cheaper` has fewer passes, and passes on a part of the rows. `lora`,
+`decay` and `harder` are `tuned` with adapters, with a learning rate that falls to 0, and with longer problems;
+`precision` measures the noise under the retention ratio and the true error of the lookahead, `next` what NExt adds.
 
 What has been trained is not trained again; `--out` holds the runs. Each part leaves `results/compare_rules/PART.json`
 and a page, `PART.html`, next to it. Git has the JSON and the figure, not the pages: `--draw` makes them from the JSON,
@@ -128,12 +128,22 @@ ONE_PASS = (
     *(NADAM, MOMENTUM, minibatches(2), minibatches(4)),
 )
 """What a user can change for nothing."""
+TWO_PASSES = gxpo("two passes", steps=1)
+CHEAPER = (
+    *(GRPO, TWO_PASSES, replace(TWO_PROBES, label="three passes")),
+    replace(TWO_PROBES, label="three passes, the later on half of the rows", hooks=("half of the rows",)),
+    replace(TWO_PROBES, label="three passes, the later on a quarter of the rows", hooks=("a quarter of the rows",)),
+    replace(GXPO, label=f"{GXPO.label}, the later on half of the rows", hooks=("half of the rows",)),
+)
+"""Less than three whole passes."""
 QUICK = (GRPO, THREE_ITERATIONS, GXPO, LINEAR, ROLLBACK, PER_MATRIX, NADAM, MOMENTUM, ONE_PASS[-1])
 """What `--quick` runs of them: each way of making a run once."""
 FIRST_STEPS = gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12)
 SCHEDULED = (GATED, FIRST_STEPS)
 """At the learning rate found for `GXPO`: when to stop looking ahead."""
-ON_PAGES = [arm.label for arm in (*ONE_PASS, THREE_ITERATIONS, sfpo(3), GXPO, LINEAR, ROLLBACK, GATED, FIRST_STEPS)]
+ON_PAGES = [
+    arm.label for arm in (*ONE_PASS, *CHEAPER, THREE_ITERATIONS, sfpo(3), GXPO, LINEAR, ROLLBACK, GATED, FIRST_STEPS)
+]
 """Pages are of these arms: the curves of all twenty could not be told apart."""
 LORA = {
     **{"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
@@ -173,6 +183,7 @@ FALLING, LONGER = {"lr_scheduler_type": "linear"}, {"max_completion_length": 48}
 PARTS = (
     Part("tuned", "Full fine-tuning, constant learning rate", TUNED, (5e-5, *RATES)),
     Part("onepass", "One pass over a batch", ONE_PASS, RATES),
+    Part("cheaper", "Passes on a part of the rows", CHEAPER, RATES),
     Part("equal", "One learning rate for all", EQUAL, (3e-5,), batches=36),
     Part("lora", "LoRA of rank 8", (GRPO, sfpo(3), GXPO), (5e-4, 1e-3, 2e-3, 4e-3), LORA),
     Part("decay", "A learning rate that falls to 0", (GRPO, GXPO, FIRST_STEPS), (*RATES, 8e-4), FALLING),

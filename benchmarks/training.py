@@ -21,6 +21,7 @@ from transformers import PrinterCallback
 from trl import GRPOTrainer
 
 from gxpo_trl.callbacks import records
+from gxpo_trl.rollout.compaction import completion_lengths, merge, prune
 from gxpo_trl.rollout.window import RolloutWindow
 from gxpo_trl.run_folder import TRAINER_STATE_NAME
 from gxpo_trl.scripts import building
@@ -30,6 +31,7 @@ from gxpo_trl.scripts.next_loop import train_around_extrapolation
 from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, ProblemSet
 from gxpo_trl.trainer import config, update
+from gxpo_trl.trainer.layout import BatchLayout
 from gxpo_trl.trainer.rules import make_rule
 from gxpo_trl.update import algorithm
 from gxpo_trl.update.algorithm import LookaheadRule
@@ -124,6 +126,43 @@ def one_ratio_per_matrix() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def passes_on_a_part(fraction: float) -> Iterator[None]:
+    """Passes after the first are on a part of the rows that have an advantage, the same in all of them.
+
+    A row is drawn with a probability p proportional to |advantage| · √length, and weighs 1 / p, so that the gradient
+    is right on average.
+    """
+    pack, generator = BatchLayout.pack, torch.Generator().manual_seed(0)
+
+    def pack_a_part(layout, window):
+        rollouts = pack(layout, window)
+        if not rollouts:
+            return rollouts
+        rows = merge(rollouts)
+        advantages = rows["advantages"]
+        weights = advantages.abs() * completion_lengths(rows).sqrt()
+        chances = _chances(weights, fraction * weights.count_nonzero())
+        drawn = torch.rand(len(chances), generator=generator) < chances
+        if not drawn.any():
+            drawn = chances == chances.max()
+        rows["advantages"] = torch.where(drawn, advantages / chances.clamp(min=1e-3), 0.0)
+        window.packed = prune([rows], layout.nominal_rows, layout.compaction)
+        return window.packed
+
+    with patch.object(BatchLayout, "pack", pack_a_part):
+        yield
+
+
+def _chances(weights: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Probabilities proportional to weights, at most 1, that add up to a number."""
+    low, high = 0.0, 1e6
+    for _ in range(60):
+        factor = (low + high) / 2
+        low, high = (factor, high) if (factor * weights).clamp(max=1.0).sum() < expected else (low, factor)
+    return (high * weights).clamp(max=1.0)
+
+
+@contextlib.contextmanager
 def noise_of_rounding() -> Iterator[None]:
     """The diagnostics compute g0 again with the rows of each micro-batch in reverse.
 
@@ -185,6 +224,8 @@ HOOKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "noise of rounding": noise_of_rounding,
     "scale K/2": partial(changed_rule, _half_the_steps),  # one scale for all: the probes, as often as it takes to K
     "rollback": partial(changed_rule, partial(replace, rollback=True)),  # of the optimizer's state, after the probes
+    "half of the rows": partial(passes_on_a_part, 0.5),
+    "a quarter of the rows": partial(passes_on_a_part, 0.25),
     "trainer of TRL": trainer_of_trl,
     "nadamw": partial(other_optimizer, partial(torch.optim.NAdam, decoupled_weight_decay=True)),
     "sgd with momentum": partial(other_optimizer, partial(torch.optim.SGD, momentum=0.9)),

@@ -145,7 +145,7 @@ class Arm:
 
 
 BARS = [
-    Arm("grpo", 0, "compact", 0.5),
+    Arm("grpo", 0, "compact, pruned", 0.5),
     Arm("gxpo", 5, "stock layout", 0.5),
     Arm("gxpo", 5, "compact, pruned", 0.3),
     Arm("gxpo", 5, "compact, pruned", 0.5),
@@ -163,7 +163,7 @@ STOCK = Arm("grpo", 0, "stock layout", 0.5)
 
 def all_arms(profile_name: str) -> list[Arm]:
     """Fractions matter only to pruning, and K does not matter to GXPO: equal cases are measured once."""
-    listed = [Arm("grpo", 0, layout, 0.5) for layout in ("stock layout", "compact")]
+    listed = [Arm("grpo", 0, layout, 0.5) for layout in ("stock layout", "compact", "compact, pruned")]
     for rule, steps in (("gxpo", 5), ("sfpo", 3)):
         listed += [Arm(rule, steps, layout, 0.5) for layout in ("stock layout", "compact")]
         listed += [Arm(rule, steps, "compact, pruned", fraction) for fraction in FRACTIONS]
