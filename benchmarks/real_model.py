@@ -182,21 +182,30 @@ def chosen(rows: Sequence[dict]) -> list[list[dict]]:
 
 
 def show(rows: Sequence[dict]) -> None:
-    columns = ("arm", "learning rate", "seeds", "accuracy at the end", "passes", "rollouts", "sampling, CPU s a batch")
-    columns += ("update, CPU s a batch", "peak, GiB")
+    columns = ("arm", "learning rate", "seeds", "accuracy over the run", "at the end", "passes", "rollouts")
+    columns += ("sampling, CPU s a batch", "update, CPU s a batch", "peak, GiB")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for runs in chosen(rows):
         first, batches = runs[0], runs[0]["batches"]
-        value, low, high = triple(mean_of([run["curve"][-1][1] for run in runs]))
         seconds = {name: statistics.fmean(run["cpu_seconds"][name] / batches for run in runs) for name in COLUMNS}
         seeds = str(len(runs)) + (" (look)" if first["seed"] in TUNING_SEEDS else "")
-        accuracy = f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
-        cells = [first["arm"], f"{first['learning_rate']:g}", seeds, accuracy]
+        accuracies = over_runs(runs), [run["curve"][-1][1] for run in runs]
+        cells = [first["arm"], f"{first['learning_rate']:g}", seeds, *map(with_interval, accuracies)]
         cells += [str(first["curve"][-1][2]), str(first["curve"][-1][0])]
         cells += [number(seconds[name], 1) for name in COLUMNS]
         cells += [number(max(run["peak_resident_gib"] for run in runs), 2)]
         print(f"| {' | '.join(cells)} |")
     show_control(rows)
+
+
+def over_runs(runs: Sequence[dict]) -> list[float]:
+    """The mean accuracy of each run's evaluations during training; only GRPO's runs are also evaluated before."""
+    return [statistics.fmean(point[1] for point in run["curve"] if point[0] > 0) for run in runs]
+
+
+def with_interval(values: Sequence[float]) -> str:
+    value, low, high = triple(mean_of(values))
+    return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(values) > 2 else "")
 
 
 def show_control(rows: Sequence[dict]) -> None:
@@ -206,8 +215,7 @@ def show_control(rows: Sequence[dict]) -> None:
         print(f"\n| arm | {' | '.join(f'{rate:g}' for rate in CONTROL_RATES)} |\n|{'---|' * (len(CONTROL_RATES) + 1)}")
         for arm in (GRPO, CONTROLLED):
             there = [found.get((arm.label, rate)) for rate in CONTROL_RATES]
-            values = [[p[1] for p in row["curve"] if p[0] > 0] if row else [] for row in there]  # not before training
-            cells = [f"{statistics.fmean(those):.3f} / {those[-1]:.3f}" if those else "" for those in values]
+            cells = [f"{over_runs([row])[0]:.3f} / {row['curve'][-1][1]:.3f}" if row else "" for row in there]
             print(f"| {arm.label} | {' | '.join(cells)} |")
 
 

@@ -27,6 +27,7 @@ def run(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"  # what is stored is read, not watched
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, says that it found no other
     for name in sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.ipynb")):
         run(HERE / f"{name}.ipynb")
