@@ -103,7 +103,7 @@ def run_benchmark(
         total=sum(counts.values()),
         initial=sum(counts[number] for number in own.keys() - missing),
         unit=" samples",
-        disable=not state.is_main_process,
+        **({} if state.is_main_process else {"disable": True}),  # else `TQDM_DISABLE` says
     ) as bar:
         for number in missing:
             places, prompts = batches[number]
