@@ -63,8 +63,8 @@ PHASES = (
     ("rates", (GRPO, GXPO)),
     ("seeds", (GRPO, GXPO)),
     ("rates", (THREE_ITERATIONS, SFPO)),
-    ("seeds", (THREE_ITERATIONS, SFPO)),
     ("control", (CONTROLLED, GRPO)),
+    ("seeds", (THREE_ITERATIONS, SFPO)),
     ("seeds", (STOCK,)),
 )
 
