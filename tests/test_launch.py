@@ -54,7 +54,7 @@ def read(report: Path, process: subprocess.CompletedProcess) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "zero2"])  # which one process has, below
+@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero3"])  # the other two have tests of their own below
 def test_a_recipe_gives_the_engine_it_is_named_after(tmp_path, engine):
     """bf16, fp32 parameters and fp32 accumulation, and the recipe's clipping."""
     report = tmp_path / "report.json"
@@ -69,7 +69,7 @@ def test_a_recipe_gives_the_engine_it_is_named_after(tmp_path, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["zero3"])
 def test_a_loop_with_an_extrapolation_goes_on_from_it(tmp_path, engine):
     """Both runs in the same two processes; only one of these extrapolates."""
     options = ["--config_file", f"recipes/accelerate/{engine}.yaml", "--num_processes", "2"]

@@ -741,7 +741,7 @@ def test_hostile_folders_are_reported_or_refused(tmp_path, quick_figures):
 def test_more_hostile_folders_are_reported_or_refused(tmp_path, quick_figures):
     """All of them would take a quarter of an hour."""
     good = hostile_runs.write_run(tmp_path / "good")
-    for what, folder in itertools.islice(hostile_runs.hostile_folders(tmp_path), 0, None, 16):
+    for what, folder in itertools.islice(hostile_runs.hostile_folders(tmp_path), 0, None, 32):
         check_hostile_folder(what, folder, good)
 
 
