@@ -57,13 +57,14 @@ SFPO = Arm("SFPO", {"update_rule": "sfpo", "lookahead_steps": 3, "reposition_alp
 ARMS = (STOCK, GRPO, THREE_ITERATIONS, GXPO, SFPO)
 CONTROLLED = Arm("two passes, controlled", {**GXPO.settings, "lookahead_steps": 1, "step_control": "cosine"})
 CONTROL_RATES = (2e-5, 2e-4, 2e-3)
-"""At which `CONTROLLED` and GRPO are compared, on one seed."""
+"""At which `CONTROLLED` and GRPO are compared."""
 PHASES = (
     ("look", (GRPO, GXPO, STOCK, THREE_ITERATIONS, SFPO)),
     ("rates", (GRPO, GXPO)),
     ("seeds", (GRPO, GXPO)),
     ("rates", (THREE_ITERATIONS, SFPO)),
-    ("control", (CONTROLLED, GRPO)),
+    ("control", (CONTROLLED,)),
+    ("control", (GRPO,)),
     ("seeds", (THREE_ITERATIONS, SFPO)),
     ("seeds", (STOCK,)),
 )
@@ -141,7 +142,7 @@ def jobs_of(kind: str, arms: Sequence[Arm], rows: Sequence[dict], seeds: int) ->
     if kind == "seeds":
         jobs = [(arm.label, best_rate(arm, rows), seed) for seed in range(seeds) for arm in arms]
     elif kind == "control":
-        jobs = [(arm.label, rate, 0) for rate in CONTROL_RATES for arm in arms]
+        jobs = [(arm.label, rate, seed) for seed in range(seeds) for rate in CONTROL_RATES for arm in arms]
     else:
         rates = RATES[:1] if kind == "look" else RATES
         jobs = [(arm.label, rate, seed) for seed in TUNING_SEEDS for rate in rates for arm in arms]
@@ -169,7 +170,9 @@ def run_phases(bench: Bench, workers: int) -> None:
 
 
 def chosen(rows: Sequence[dict]) -> list[list[dict]]:
-    """The runs of each arm at its best rate on seeds of their own; where there are none yet, its first look."""
+    """The runs of each arm at its best rate on seeds of their own; where there are none yet, its first look. With step
+    control the rate is not chosen: it is the one in the middle.
+    """
     found = []
     for arm in ARMS:
         own = [row for row in rows if row["arm"] == arm.label]
@@ -178,7 +181,8 @@ def chosen(rows: Sequence[dict]) -> list[list[dict]]:
         best = best_rate(arm, rows)
         compared = [row for row in own if row["seed"] not in TUNING_SEEDS and row["learning_rate"] == best]
         found.append(compared or [row for row in own if row["learning_rate"] == RATES[0]])
-    return found
+    controlled = [row for row in rows if (row["arm"], row["learning_rate"]) == (CONTROLLED.label, CONTROL_RATES[1])]
+    return [*found, controlled] if controlled else found
 
 
 def show(rows: Sequence[dict]) -> None:
@@ -210,12 +214,15 @@ def with_interval(values: Sequence[float]) -> str:
 
 def show_control(rows: Sequence[dict]) -> None:
     """Accuracy of GRPO and of two controlled passes, over the run and at its end, by learning rate."""
-    found = {(row["arm"], row["learning_rate"]): row for row in rows if row["seed"] == 0}
-    if any(arm == CONTROLLED.label for arm, _ in found):
+    compared = [row for row in rows if row["seed"] not in TUNING_SEEDS]
+    if any(row["arm"] == CONTROLLED.label for row in compared):
         print(f"\n| arm | {' | '.join(f'{rate:g}' for rate in CONTROL_RATES)} |\n|{'---|' * (len(CONTROL_RATES) + 1)}")
         for arm in (GRPO, CONTROLLED):
-            there = [found.get((arm.label, rate)) for rate in CONTROL_RATES]
-            cells = [f"{over_runs([row])[0]:.3f} / {row['curve'][-1][1]:.3f}" if row else "" for row in there]
+            cells = []
+            for rate in CONTROL_RATES:
+                runs = [row for row in compared if (row["arm"], row["learning_rate"]) == (arm.label, rate)]
+                means = [statistics.fmean(of) for of in (over_runs(runs), [run["curve"][-1][1] for run in runs]) if of]
+                cells.append(" / ".join(f"{mean:.3f}" for mean in means) + (f" ({len(runs)})" if runs else ""))
             print(f"| {arm.label} | {' | '.join(cells)} |")
 
 
@@ -225,14 +232,16 @@ COLUMNS = ("generation", "update")
 def draw(rows: Sequence[dict]) -> Path:
     """Accuracy against rollouts, CPU time and backward passes."""
     runs = [as_run(row) for of_arm in chosen(rows) for row in of_arm]
-    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, budget in zip(panels, ("rollouts", "hours", "backward_passes"), strict=True):
         draw_curves(group_arms(runs), BENCHMARK, budget, axes)
         axes.set_ylabel("")
         style_axes(axes)
     panels[0].set_ylabel("held-out accuracy")
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8
+    )
     figure.savefig(path := RESULTS / f"{NAME}.png", dpi=160)
     return path
 
