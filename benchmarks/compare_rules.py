@@ -66,14 +66,19 @@ class Arm:
         settings (`Settings`): Where its recipe differs from that of GRPO.
         hooks (`tuple[str, ...]`): Of `training.HOOKS`.
         rate_factor (`float`): Its learning rates are those of a part times this.
-        steps_per_batch (`int`): How many steps, as TRL counts them, it takes on a batch of rollouts.
     """
 
     label: str
     settings: Settings = field(default_factory=dict)
     hooks: tuple[str, ...] = ()
     rate_factor: float = 1.0
-    steps_per_batch: int = 1
+
+    @property
+    def steps_per_batch(self) -> int:
+        """How many steps, as TRL counts them, it takes on a batch of rollouts."""
+        accumulation = self.settings.get("gradient_accumulation_steps", 1)
+        generations = self.settings.get("steps_per_generation", accumulation) // accumulation
+        return self.settings.get("num_iterations", 1) * generations
 
 
 def gxpo(label: str, steps: int = 5, alpha: float = 1.0, **settings: Any) -> Arm:
@@ -88,8 +93,8 @@ def sfpo(steps: int) -> Arm:
 
 
 GRPO = Arm("GRPO")
-TWO_ITERATIONS = Arm("GRPO, 2 iterations", {"num_iterations": 2}, steps_per_batch=2)
-THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3}, steps_per_batch=3)
+TWO_ITERATIONS = Arm("GRPO, 2 iterations", {"num_iterations": 2})
+THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3})
 GXPO = gxpo("GXPO K 5 α 1")
 TWO_PROBES = gxpo("scale 1, α 1", scale_max=1.0)
 LINEAR = replace(gxpo("scale K/2, K 5 α 1"), hooks=("scale K/2",))
@@ -120,7 +125,7 @@ MOMENTUM = Arm("GRPO, SGD with momentum", hooks=("sgd with momentum",), rate_fac
 def minibatches(count: int) -> Arm:
     """GRPO of as many optimizer steps a batch of rollouts, each on rows of its own: one pass over each row."""
     settings = {"gradient_accumulation_steps": 4 // count, "steps_per_generation": 4}
-    return Arm(f"GRPO, {count} disjoint minibatches", settings, steps_per_batch=count)
+    return Arm(f"GRPO, {count} disjoint minibatches", settings)
 
 
 ONE_PASS = (

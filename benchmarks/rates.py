@@ -41,7 +41,7 @@ EIGHT_MICRO_BATCHES = {"per_device_train_batch_size": 16, "gradient_accumulation
 CHECK = Arm("check", {"update_rule": "check", **EIGHT_MICRO_BATCHES})
 RIVALS = (
     Arm("linear decay", {"lr_scheduler_type": "linear"}),
-    Arm("adaptive KL", {"num_iterations": 2}, ("adaptive KL",), steps_per_batch=2),
+    Arm("adaptive KL", {"num_iterations": 2}, ("adaptive KL",)),
     Arm("hypergradient", {}, ("hypergradient",)),
     Arm("schedule-free", {}, ("schedule-free",)),
 )

@@ -51,7 +51,7 @@ COMMON = {"per_device_train_batch_size": 32, "eval_samples": 2}
 
 GRPO = Arm("GRPO")
 STOCK = Arm("GRPO (TRL)", hooks=("trainer of TRL",))
-THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3}, steps_per_batch=3)
+THREE_ITERATIONS = Arm("GRPO, 3 iterations", {"num_iterations": 3})
 GXPO = Arm("GXPO", {"update_rule": "gxpo", "lookahead_steps": 5, "reposition_alpha": 0.5, "gate_signal": "never"})
 SFPO = Arm("SFPO", {"update_rule": "sfpo", "lookahead_steps": 3, "reposition_alpha": 0.8, "gate_signal": "never"})
 ARMS = (STOCK, GRPO, THREE_ITERATIONS, GXPO, SFPO)
@@ -193,7 +193,7 @@ def show(rows: Sequence[dict]) -> None:
         first, batches = runs[0], runs[0]["batches"]
         seconds = {name: statistics.fmean(run["cpu_seconds"][name] / batches for run in runs) for name in COLUMNS}
         seeds = str(len(runs)) + (" (look)" if first["seed"] in TUNING_SEEDS else "")
-        accuracies = over_runs(runs), [run["curve"][-1][1] for run in runs]
+        accuracies = over_runs(runs), at_ends(runs)
         cells = [first["arm"], f"{first['learning_rate']:g}", seeds, *map(with_interval, accuracies)]
         cells += [str(first["curve"][-1][2]), str(first["curve"][-1][0])]
         cells += [number(seconds[name], 1) for name in COLUMNS]
@@ -207,9 +207,17 @@ def over_runs(runs: Sequence[dict]) -> list[float]:
     return [statistics.fmean(point[1] for point in run["curve"] if point[0] > 0) for run in runs]
 
 
+def at_ends(runs: Sequence[dict]) -> list[float]:
+    return [run["curve"][-1][1] for run in runs]
+
+
+def mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f}"
+
+
 def with_interval(values: Sequence[float]) -> str:
-    value, low, high = triple(mean_of(values))
-    return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(values) > 2 else "")
+    _, low, high = triple(mean_of(values))
+    return mean(values) + (f" [{low:.3f}, {high:.3f}]" if len(values) > 2 else "")
 
 
 def show_control(rows: Sequence[dict]) -> None:
@@ -221,8 +229,7 @@ def show_control(rows: Sequence[dict]) -> None:
             cells = []
             for rate in CONTROL_RATES:
                 runs = [row for row in compared if (row["arm"], row["learning_rate"]) == (arm.label, rate)]
-                means = [statistics.fmean(of) for of in (over_runs(runs), [run["curve"][-1][1] for run in runs]) if of]
-                cells.append(" / ".join(f"{mean:.3f}" for mean in means) + (f" ({len(runs)})" if runs else ""))
+                cells.append(f"{mean(over_runs(runs))} / {mean(at_ends(runs))} ({len(runs)})" if runs else "")
             print(f"| {arm.label} | {' | '.join(cells)} |")
 
 

@@ -145,7 +145,7 @@ def passes_on_a_part(fraction: float) -> Iterator[None]:
         drawn = torch.rand(len(chances), generator=generator) < chances
         if not drawn.any():
             drawn = chances == chances.max()
-        rows["advantages"] = torch.where(drawn, advantages / chances.clamp(min=1e-3), 0.0)
+        rows["advantages"] = torch.where(drawn, advantages / chances, 0.0)
         window.packed = prune([rows], layout.nominal_rows, layout.compaction)
         return window.packed
 

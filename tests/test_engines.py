@@ -120,20 +120,18 @@ OF_RULES |= {"gxpo-rollback-full", "sfpo-rollback-full", "sfpo-carry-lora-1"}
 """Jobs of the update rules, which DDP, FSDP2, ZeRO-2 and ZeRO-3 run."""
 OF_DEVICES = {"communication", "scaled", "resume-lora"}
 """Jobs that have nothing to do with where an engine keeps its tensors."""
-IN_LOW_PRECISION = OF_STEPS | {"resume-lora"}
 NOT_ASKED = {
     "zero1": OF_MODELS | OF_RULES,
     "zero3-persistent": (OF_PARAMETERS - {"synchronisation"}) | OF_RULES | OF_DEVICES,
     "zero2-offload": OF_PARAMETERS | OF_RULES | OF_DEVICES,
     "zero3-offload": OF_PARAMETERS | OF_RULES | OF_DEVICES,
     # ZeRO-1 in bf16 has an engine of its own, the others those that they have in fp32
-    "zero1-bf16": {*FALL_BACKS, "broken before the step", "scaled", "resume-lora"}
-    - {"poisoned in pass 2", "poisoned after pass 2"},
-    "zero2-bf16": IN_LOW_PRECISION,
-    "zero2-offload-bf16": OF_PARAMETERS | IN_LOW_PRECISION | {"bf16-sfpo", "bf16-gxpo-lora"},
-    "zero3-bf16": IN_LOW_PRECISION,
-    "ddp-bf16": IN_LOW_PRECISION,
-    "fsdp2-bf16": IN_LOW_PRECISION,
+    "zero1-bf16": {*FALL_BACKS, "broken before the step"} - {"poisoned in pass 2", "poisoned after pass 2"},
+    "zero2-bf16": OF_STEPS,
+    "zero2-offload-bf16": OF_PARAMETERS | OF_STEPS | OF_DEVICES | {"bf16-sfpo", "bf16-gxpo-lora"},
+    "zero3-bf16": OF_STEPS,
+    "ddp-bf16": OF_STEPS | {"resume-lora"},  # their parameters are in fp32, as without bf16
+    "fsdp2-bf16": OF_STEPS | {"resume-lora"},
 }
 """Jobs that an engine would do as another one of the table does."""
 
