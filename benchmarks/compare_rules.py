@@ -1,6 +1,6 @@
 """GRPO, SFPO, GXPO and NExt over seeds: what a lookahead is worth, at equal and at tuned learning rates.
 
-    python benchmarks/compare_rules.py                     # all parts, two runs at a time: about two hours
+    python benchmarks/compare_rules.py                     # all parts, two runs at a time: two to three hours
     python benchmarks/compare_rules.py --parts equal lora  # some of them
     python benchmarks/compare_rules.py --quick             # few batches, arms and seeds: minutes, to see that it runs
     python benchmarks/compare_rules.py --draw              # trains nothing: pages and figure from the committed JSON
