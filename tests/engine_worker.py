@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import conftest  # offline, as the tests are
 import cpu_engines
@@ -43,9 +44,9 @@ from waits import WatchingOneStep  # noqa: E402
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadTrainer, SFPOConfig, SFPOTrainer  # noqa: E402
 from gxpo_trl.engines.bf16_optimizer import BF16OptimizerState  # noqa: E402
-from gxpo_trl.update import step_control  # noqa: E402
 from gxpo_trl.update.algorithm import lookahead_step  # noqa: E402
 from gxpo_trl.update.snapshot import Origin  # noqa: E402
+from gxpo_trl.update.step_control import StepControl, Verdict  # noqa: E402
 
 
 if importlib.util.find_spec("deepspeed") is not None:
@@ -328,14 +329,15 @@ def train_and_resume(job: dict, folder: Path) -> dict:
 
 
 class Multiplier(TrainerCallback):
-    """Sets the multiplier of the learning rate before the first step, or after some."""
+    """Sets the multiplier of the learning rate before the first step, which searches for none then, or after some."""
 
     def __init__(self, trainer, at_first: float, after: dict[int, float]):
         self.trainer, self.values = trainer, {0: at_first, **after}
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step in self.values:
-            self.trainer.lookahead.control.multiplier = self.values[state.global_step]
+            control = self.trainer.lookahead.control
+            control.multiplier, control.searches_left = self.values[state.global_step], 0
 
 
 def train_multiplied(job: dict, folder: Path, at_first: float, after=None, **settings) -> dict:
@@ -357,13 +359,34 @@ def scale_rates(job: dict, folder: Path) -> dict:
 
 def take_back(job: dict, folder: Path) -> dict:
     """A run whose steps are all taken back, whatever their cosines, and one that makes plain steps instead."""
-    below, step_control.TAKE_BACK_BELOW = step_control.TAKE_BACK_BELOW, 2.0
-    try:
+
+    def judge(control, cosine, repeatable=True):
+        control.steps_taken_back += 1
+        control.multiplier /= 4
+        return Verdict.PLAIN
+
+    with patch.object(StepControl, "judge", judge):
         result = {"taken back": train_multiplied(job, folder, 1.0, {1: 1.0})}
-    finally:
-        step_control.TAKE_BACK_BELOW = below
     settings = {**job["settings"], "learning_rate": job["settings"]["learning_rate"] / 4}
     return result | {"plain": train({**job, "trainer": "closed gate", "settings": settings}, folder)}
+
+
+def find_length(job: dict, folder: Path) -> dict:
+    """A step whose length was found by trying others first, and one at that multiplier from the beginning, by rule."""
+    two_passes = {"update_rule": "gxpo", "lookahead_steps": 1}
+    checked = {"update_rule": "check", "gradient_accumulation_steps": 2}
+    result = {}
+    for rule, settings in {"two passes": two_passes, "check": checked}.items():
+        trainer = build(job, folder, step_control="cosine", **settings)
+        trainer.train()
+        found = outcome(trainer)
+        control = trainer.lookahead.control.state_dict()
+        close(trainer)
+        at_once = train_multiplied(
+            job, folder, found["log"][0]["lookahead/step_multiplier"], step_control_gain=0.0, **settings
+        )
+        result[rule] = {"found": found, "control": control, "at once": at_once}
+    return result
 
 
 def check_steps(job: dict, folder: Path) -> dict:
@@ -482,6 +505,7 @@ KINDS = {
     "synchronise": synchronise,
     "scale": scale_rates,
     "take back": take_back,
+    "find": find_length,
     "check": check_steps,
     "break off": break_off,
     "sample": sample,

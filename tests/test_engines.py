@@ -102,7 +102,7 @@ ON_EACH = {"gxpo-rollback-lora", "bf16-gxpo"}
 IN_SHORT = {
     "ddp": {"packed", "plain", "trl", "controlled", "resume-lora", "poisoned in pass 2"},
     "fsdp2": {"gate", "poisoned after pass 2", "broken in pass 3"},
-    "zero2": {"pruned", "taken back", "phantom"},
+    "zero2": {"pruned", "taken back", "found", "phantom"},
     "zero3": {"scaled", "resume-full"},
 }
 
@@ -112,13 +112,13 @@ OF_MODELS = {"plain", "trl", "gate", "benchmark", "synchronisation", "generation
 OF_PARAMETERS = OF_MODELS | {"matrices only", "checked"}
 OF_PARAMETERS |= {"poisoned in pass 1", "poisoned after pass 1", "poisoned in pass 3"}
 """Jobs that have nothing to do with where the optimizer's state is."""
-OF_STEPS = {*BROKEN, "scaled", "taken back", "checked", "communication"}
+OF_STEPS = {*BROKEN, "scaled", "taken back", "found", "checked", "communication"}
 OF_STEPS |= {*FALL_BACKS} - {"poisoned in pass 2", "poisoned after pass 2"}
 """Jobs that have nothing to do with the precision of a forward pass."""
 OF_RULES = {*BROKEN, "taken back", "diagnostics", "controlled", "packed"}
 OF_RULES |= {"gxpo-rollback-full", "sfpo-rollback-full", "sfpo-carry-lora-1"}
 """Jobs of the update rules, which DDP, FSDP2, ZeRO-2 and ZeRO-3 run."""
-OF_DEVICES = {"communication", "scaled", "resume-lora"}
+OF_DEVICES = {"communication", "scaled", "found", "resume-lora"}
 """Jobs that have nothing to do with where an engine keeps its tensors."""
 NOT_ASKED = {
     "zero1": OF_MODELS | OF_RULES,
@@ -147,6 +147,7 @@ def all_jobs_of(engine: str) -> dict[str, dict]:
     jobs |= {name: {"kind": "break off", "trainer": name, "settings": BREAKING} for name in BROKEN}
     jobs["scaled"] = {"kind": "scale", "trainer": "rising gate", "settings": SETTINGS | RISING}
     jobs["taken back"] = {"kind": "take back", "settings": SETTINGS | {"compact_batches": False, "max_steps": 2}}
+    jobs["found"] = {"kind": "find", "trainer": "plain", "settings": SETTINGS | {"max_steps": 1}}
     checked = {"update_rule": "check", "gradient_accumulation_steps": 2}
     jobs["checked"] = {"kind": "check", "trainer": "plain", "settings": SETTINGS | checked}
     jobs["communication"] = {"kind": "communication", **method("gxpo", "carry", False, 2, max_steps=1)}
@@ -433,6 +434,23 @@ def test_a_step_taken_back_is_a_plain_one_at_a_quarter_of_the_rate(ranks, engine
         assert all(torch.equal(ours[name], p) for name, p in plain.items())
 
 
+@on(ENGINES | IN_BF16, "found")
+def test_a_step_whose_length_is_found_is_one_of_that_length(ranks, engine, name):
+    """Bit for bit: what was tried before has left nothing, in parameters, gradients and the optimizer. With *check*
+    DeepSpeed takes the step itself, and rounds its clipping otherwise."""
+    for rule in ("two passes", "check"):
+        first, second = (rank[rule] for rank in ranks(f"{engine}/{name}"))
+        assert first["control"] == second["control"]
+        assert first["control"]["steps_tried"] > 0 and first["control"]["searches_left"] == 1
+        for rank in (first, second):
+            found, at_once = rank["found"]["parameters"], rank["at once"]["parameters"]
+            if rule == "check" and "zero" in engine:
+                assert_close_parameters(found, at_once, atol=1e-7)
+            else:
+                assert all(torch.equal(at_once[name], p) for name, p in found.items())
+            assert rank["found"]["passes"] > rank["at once"]["passes"]
+
+
 @on(ENGINES | IN_BF16, "checked")
 def test_a_step_that_is_checked_is_the_plain_one(ranks, engine, name):
     """Bit for bit, and what is found out about it does not depend on where parameters are."""
@@ -441,7 +459,7 @@ def test_a_step_that_is_checked_is_the_plain_one(ranks, engine, name):
     without, plain = first["without gain"]["parameters"], first["plain"]["parameters"]
     assert all(torch.equal(without[name], p) for name, p in plain.items())
     found = [entry["lookahead/cos_check"] for entry in first["checked"]["log"][:3]]
-    assert first["checked"]["passes"] == 3 * 2 and max(found) < 1
+    assert first["checked"]["passes"] >= 3 * 2 and max(found) < 1
     if engine in ENGINES:
         log = ranks(f"ddp/{name}")[0]["checked"]["log"]
         assert found == pytest.approx([entry["lookahead/cos_check"] for entry in log[:3]], rel=1e-4)

@@ -30,7 +30,16 @@ from gxpo_trl.rollout.window import RolloutWindow
 from gxpo_trl.run_folder import LOOKAHEAD_STATE_NAME
 from gxpo_trl.trainer.checkpoints import find_fault
 from gxpo_trl.update.measurements import StepReport
-from gxpo_trl.update.step_control import FIRST, LEAST, MOST, TAKE_BACK_BELOW, StepControl, agreement
+from gxpo_trl.update.step_control import (
+    LEAST,
+    MOST,
+    MOST_TRIES,
+    NEAR,
+    TAKE_BACK_BELOW,
+    StepControl,
+    Verdict,
+    agreement,
+)
 
 
 TWO_PASSES = {"lookahead_steps": 1, "gate_signal": "never"}
@@ -50,27 +59,60 @@ def taken(control: StepControl, *cosines: float | None) -> float:
 # ---- How it is chosen
 
 
-def test_it_starts_low_and_grows_with_the_cosine():
-    control = StepControl.from_low(0.6, 0.5)
-    assert control.multiplier == FIRST == 1 / 16
-    assert taken(control, 1.0000001, 1.0, math.cos(0.1)) == pytest.approx(FIRST * 8**3)  # rounded above 1, at most
-    assert taken(control, 0.8) == pytest.approx(FIRST * 8**3 * math.acos(0.6) / math.acos(0.8))
-    assert control.starting
+def angle_of_a_step(multiplier: float, straight: float) -> float:
+    """In radians: proportional to the step at first, and about a right angle for one that is much too long."""
+    return math.pi / 2 * math.tanh(multiplier / straight)
 
 
-def test_the_start_leads_to_the_target_where_the_angle_grows_with_the_step():
-    control, angle = StepControl.from_low(0.6, 0.5), 0.02  # of a step at M = 1/16
-    for _ in range(3):
-        taken(control, math.cos(angle * control.multiplier / FIRST))
-    assert math.cos(angle * control.multiplier / FIRST) == pytest.approx(0.6)
+@pytest.mark.parametrize("straight", [1e-3, 0.02, 0.3, 1.0, 20.0, 1e3])
+@pytest.mark.parametrize("target", [0.25, 0.6, 0.7])
+def test_the_start_finds_the_step_on_one_batch(straight, target):
+    """From any rate, a step that is a thousand times too long included, whose cosine is 0 and not negative."""
+    control = StepControl.from_start(target, 0.5)
+    assert (control.multiplier, control.searches_left) == (1.0, 2)
+    while control.judge(math.cos(angle_of_a_step(control.multiplier, straight))) is Verdict.TRY_AGAIN:
+        pass
+    found = angle_of_a_step(control.multiplier, straight)
+    assert math.acos(target) / NEAR <= found <= math.acos(target) * NEAR and math.cos(found) > 0.1
+    assert (control.searches_left, control.steps_taken_back) == (1, 0) and control.steps_tried < MOST_TRIES
+    multiplier = control.multiplier
+    assert taken(control, target) == multiplier
 
 
-def test_the_start_is_over_for_good_when_the_cosine_is_once_below_the_target():
-    control = StepControl.from_low(0.6, 0.5)
-    taken(control, 0.59)
-    assert not control.starting
-    before = control.multiplier
-    assert taken(control, 1.0) == pytest.approx(before * math.exp(0.5 * 0.4))
+def test_a_step_of_the_right_length_is_not_tried_again():
+    control = StepControl.from_start(0.6, 0.5)
+    assert control.judge(0.6) is Verdict.KEEP
+    assert (control.multiplier, control.searches_left, control.steps_tried) == (1.0, 1, 0)
+
+
+def test_a_step_between_one_too_short_and_one_too_long_is_found():
+    control = StepControl.from_start(0.6, 0.5)
+    assert control.judge(0.0) is Verdict.TRY_AGAIN and control.multiplier == 1 / 8
+    assert control.judge(math.cos(0.2)) is Verdict.TRY_AGAIN
+    assert control.multiplier == pytest.approx(1 / 8 * math.acos(0.6) / 0.2)  # a secant
+    assert control.judge(0.0) is Verdict.TRY_AGAIN
+    assert control.multiplier == pytest.approx(1 / 8 * math.sqrt(math.acos(0.6) / 0.2))
+    assert control.judge(0.5) is Verdict.KEEP and control.steps_tried == 3
+
+
+def test_the_start_does_not_try_for_ever():
+    """What says nothing about lengths: always too short, always too long, and both in turn."""
+    short, far, neither = (StepControl.from_start(0.6, 0.5) for _ in range(3))
+    for tries in range(4):
+        assert short.judge(1.0000001) is Verdict.TRY_AGAIN and short.multiplier == 8.0 ** (tries + 1)
+        assert far.judge(-math.inf) is Verdict.TRY_AGAIN and far.multiplier == 8.0 ** -(tries + 1)
+    assert short.judge(1.0) is Verdict.KEEP and short.is_at_bound and short.searching
+    assert far.judge(-math.inf) is Verdict.PLAIN and far.is_at_bound and far.searching
+    verdicts = [neither.judge(cosine) for cosine in [0.0, 1.0] * MOST_TRIES]
+    assert verdicts[: MOST_TRIES - 1] == [Verdict.TRY_AGAIN] * (MOST_TRIES - 1)
+    assert verdicts[MOST_TRIES - 1] is Verdict.KEEP and neither.searching
+
+
+def test_a_start_that_was_broken_off_begins_again():
+    control = StepControl.from_start(0.6, 0.5)
+    control.judge(1.0)
+    control.forget_step()
+    assert control.searching and control.search.short is None and control.multiplier == 8.0
 
 
 @pytest.mark.parametrize("cosine", [-0.1, 0.0, 0.4, 0.6, 1.0])
@@ -80,7 +122,7 @@ def test_it_follows_the_distance_to_the_target(cosine):
 
 def test_the_step_under_way_is_taken_with_the_multiplier_it_began_with():
     control = StepControl(0.4, 0.5, 2.0)
-    assert not control.judge(1.0)
+    assert control.judge(1.0) is Verdict.KEEP
     assert control.multiplier == 2.0
     control.forget_step()  # it was broken off
     control.advance()
@@ -88,30 +130,45 @@ def test_the_step_under_way_is_taken_with_the_multiplier_it_began_with():
 
 
 @pytest.mark.parametrize("cosine", [-0.11, -1.0, -math.inf])
-def test_a_step_that_went_too_far_is_taken_back_at_once_and_ends_the_start(cosine):
-    control = StepControl.from_low(0.6, 0.5)
-    assert control.judge(cosine)
-    assert control.multiplier == FIRST / 4
+def test_a_step_that_went_too_far_is_made_again_at_half_the_length(cosine):
+    control = StepControl(0.6, 0.5, 2.0)
+    assert control.judge(cosine) is Verdict.TRY_AGAIN and control.multiplier == 1.0
+    assert control.judge(-0.2) is Verdict.TRY_AGAIN and control.multiplier == 0.5
+    assert control.judge(0.0) is Verdict.KEEP and control.multiplier == 0.5
+    assert (control.steps_taken_back, control.steps_tried) == (2, 0)
     control.advance()
-    assert (control.multiplier, control.steps_taken_back, control.starting) == (FIRST / 4, 1, False)
+    assert control.multiplier == pytest.approx(0.5 * math.exp(-0.5 * 0.6))
+
+
+def test_where_every_step_goes_too_far_the_plain_one_is_taken():
+    control = StepControl(0.6, 0.5, 1024.0)
+    verdicts = [control.judge(-0.2) for _ in range(MOST_TRIES)]
+    assert verdicts == [Verdict.TRY_AGAIN] * (MOST_TRIES - 1) + [Verdict.PLAIN]
+    assert taken(control) == 1024 / 2**MOST_TRIES and control.steps_taken_back == MOST_TRIES
+
+
+def test_after_a_step_that_cannot_be_made_again_the_next_is_half_as_long():
+    control = StepControl(0.6, 0.5, 2.0)
+    assert control.judge(-0.2, repeatable=False) is Verdict.PLAIN
+    assert taken(control) == 1.0 and control.steps_taken_back == 1
 
 
 def test_a_step_that_says_nothing_changes_nothing():
-    control = StepControl.from_low(0.6, 0.5)
-    assert not control.judge(None)
-    assert taken(control, None) == FIRST and control.starting
+    control = StepControl.from_start(0.6, 0.5)
+    assert control.judge(None) is Verdict.KEEP
+    assert taken(control, None) == 1.0 and control.searching
 
 
 def test_without_gain_nothing_changes():
-    control = StepControl.from_low(0.6, 0.0)
-    assert [control.judge(cosine) for cosine in (1.0, 0.0, -1.0, -math.inf)] == [False] * 4
-    assert (control.multiplier, control.starting, control.steps_taken_back) == (1.0, False, 0)
+    control = StepControl.from_start(0.6, 0.0)
+    assert [control.judge(cosine) for cosine in (1.0, 0.0, -1.0, -math.inf)] == [Verdict.KEEP] * 4
+    assert (control.multiplier, control.searching, control.steps_taken_back) == (1.0, False, 0)
 
 
 def test_it_stays_within_its_bounds():
     assert taken(StepControl(0.6, 0.5, 4000.0), *[1.0] * 9) == MOST
     control = StepControl(0.6, 0.5, 1 / 4000)
-    assert control.judge(-1.0) and control.multiplier == LEAST and control.is_at_bound
+    assert control.judge(-1.0) is Verdict.TRY_AGAIN and control.multiplier == LEAST and control.is_at_bound
 
 
 @pytest.mark.parametrize(
@@ -130,9 +187,9 @@ def test_what_a_step_is_judged_by(report, expected):
 
 
 def test_its_state_goes_through_json():
-    control = StepControl.from_low(0.6, 0.5)
+    control = StepControl.from_start(0.6, 0.5)
     taken(control, 1.0, 0.7, -0.5, 0.2)
-    other = StepControl.from_low(0.6, 0.5)
+    other = StepControl.from_start(0.6, 0.5)
     other.load_state_dict(json.loads(json.dumps(control.state_dict())))
     assert other == control
 
@@ -144,9 +201,10 @@ def test_its_state_goes_through_json():
         {"multiplier": math.nan},
         {"multiplier": "1"},
         {"multiplier": 5000.0},
-        {"starting": 1},
+        {"searches_left": True},
         {"steps_taken_back": -1},
         {"steps_taken_back": 0.5},
+        {"steps_tried": None},
     ],
     ids=str,
 )
@@ -174,11 +232,15 @@ def config(folder, config_class=GXPOConfig, **settings):
         (GXPOConfig, {"lookahead_steps": 3, "extrapolation": "optimizer"}, 1 / 3),
         (SFPOConfig, {"lookahead_steps": 3}, 0.3),
         (GXPOConfig, {"step_control_target": 0.2}, 0.2),
+        (GXPOConfig, {"lookahead_steps": 1, "per_device_train_batch_size": 32}, 0.8),
+        (GXPOConfig, {"lookahead_steps": 1, "gradient_accumulation_steps": 4}, 0.2),
+        (GXPOConfig, {"lookahead_steps": 5, "gradient_accumulation_steps": 4}, 0.1),
+        (LookaheadConfig, {"update_rule": "check", "gradient_accumulation_steps": 4}, 0.6),
     ],
 )
-def test_the_target_is_by_passes_and_phantom_steps(tmp_path, config_class, settings, target):
-    control = config(tmp_path, config_class, **settings).control()
-    assert (control.target, control.gain, control.multiplier) == (pytest.approx(target), 0.5, FIRST)
+def test_the_target_is_by_passes_and_completions(tmp_path, config_class, settings, target):
+    control = config(tmp_path, config_class, **{"per_device_train_batch_size": 128, **settings}).control()
+    assert (control.target, control.gain, control.multiplier) == (pytest.approx(target), 0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +292,12 @@ class Fixed(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.multiplier is not None:
             self.trainer.lookahead.control.multiplier = self.multiplier
+            self.trainer.lookahead.control.searches_left = 0
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.after:
             self.trainer.lookahead.control.multiplier = self.after[state.global_step]
+            self.trainer.lookahead.control.searches_left = 0
 
 
 def train_fixed(folder, *args, fixed: Fixed, **settings):
@@ -379,7 +443,8 @@ def test_rates_are_the_schedules_between_steps(tmp_path):
     for step in (1, 2, 3):
         saved = torch.load(tmp_path / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
         assert {group["lr"] for group in saved["param_groups"]} == {METHOD["learning_rate"]}
-    assert logged(trainer, "lookahead/step_multiplier")[0] == FIRST
+    assert logged(trainer, "lookahead/steps_tried")[0] > 0
+    assert 1.0 not in logged(trainer, "lookahead/step_multiplier")
 
 
 @pytest.mark.parametrize("fails_at", [None, 3, 4])  # a probe, and the training loop's own step
@@ -424,41 +489,57 @@ def optimizer_state(trainer) -> list[torch.Tensor]:
     return [value for key in sorted(state) for value in state[key].values()]
 
 
+CONTROLLED = {**METHOD, **COSINE, "max_steps": 2, "learning_rate": 1e-3}
+ON_THE_HOST = {"snapshot_device": "cpu", **TWO_PASSES}
+THREE_PASSES = {"gate_signal": "never", "step_control_target": 0.9}
+
+
 @pytest.mark.parametrize(
-    "settings, below",
-    [
-        (TWO_PASSES, TAKE_BACK_BELOW),
-        ({"snapshot_device": "cpu", **TWO_PASSES}, TAKE_BACK_BELOW),
-        ({"gate_signal": "never"}, 1.0),  # every step
-    ],
-    ids=["two passes", "copies on the host", "three passes"],
+    "settings", [TWO_PASSES, ON_THE_HOST, THREE_PASSES], ids=["two passes", "copies on the host", "three passes"]
 )
-def test_a_step_taken_back_is_the_plain_one_at_a_quarter(tmp_path, monkeypatch, settings, below):
+def test_a_step_taken_back_is_one_of_the_length_that_is_found(tmp_path, monkeypatch, settings):
+    """Bit for bit, the optimizer's state included, as if no other had been tried; so is the first step."""
+    if settings is THREE_PASSES:
+        monkeypatch.setattr("gxpo_trl.update.step_control.TAKE_BACK_BELOW", 0.8)
+    back = train_fixed(tmp_path, fixed=Fixed(step1=FAR), **CONTROLLED, **settings)
+    first, second = logged(back, "lookahead/step_multiplier")
+    tried, halved = logged(back, "lookahead/steps_tried")[-1], logged(back, "lookahead/steps_taken_back")
+    assert tried > 0 and halved[0] == 0 and second == FAR / 2 ** halved[1] < FAR and first != 1
+    further = 1 if "lookahead_steps" in settings else 2  # passes after the first
+    assert back.backward_passes == 2 + further * (2 + tried + halved[1])
+    at_once = train_fixed(tmp_path, fixed=Fixed(first, step1=second), **CONTROLLED, **settings)
+    assert at_once.lookahead.control.steps_tried == 0 and at_once.backward_passes < back.backward_passes
+    assert_equal_parameters(back, at_once)
+    assert all(torch.equal(a, b) for a, b in zip(optimizer_state(back), optimizer_state(at_once), strict=True))
+
+
+@pytest.mark.parametrize("settings", [TWO_PASSES, ON_THE_HOST], ids=["two passes", "copies on the host"])
+def test_a_step_that_went_too_far_is_the_plain_one_where_it_is_not_made_again(tmp_path, monkeypatch, settings):
     """From θ0 and the optimizer's state there."""
-    monkeypatch.setattr("gxpo_trl.update.step_control.TAKE_BACK_BELOW", below)
-    common = {**METHOD, "max_steps": 2, "learning_rate": 1e-3, **COSINE, **settings}
-    back = train_fixed(tmp_path, fixed=Fixed(step1=FAR), **common)
-    plain = train_fixed(tmp_path, fixed=Fixed(step1=FAR / 4), max_active_steps=1, **common)
-    assert logged(back, "lookahead/steps_taken_back") == [float(below == 1.0), 1.0 + (below == 1.0)]
-    assert logged(back, "lookahead/cos_0_slow")[1] < below
+    monkeypatch.setattr("gxpo_trl.update.step_control.MOST_TRIES", 1)
+    back = train_fixed(tmp_path, fixed=Fixed(1 / 16, step1=FAR), **CONTROLLED, **settings)
+    plain = train_fixed(tmp_path, fixed=Fixed(1 / 16, step1=FAR / 2), max_active_steps=1, **CONTROLLED, **settings)
+    assert logged(back, "lookahead/steps_taken_back") == [0, 1]
+    assert logged(back, "lookahead/cos_0_slow")[1] < TAKE_BACK_BELOW
     assert logged(back, "lookahead/active") == [1.0, 1.0] and logged(plain, "lookahead/active") == [1.0, 0.0]
     assert_equal_parameters(back, plain)
     assert all(torch.equal(a, b) for a, b in zip(optimizer_state(back), optimizer_state(plain), strict=True))
-    assert back.lookahead.control.multiplier == FAR / 4 == logged(back, "lookahead/step_multiplier")[1]
+    assert back.lookahead.control.multiplier == FAR / 2 == logged(back, "lookahead/step_multiplier")[1]
 
 
-def test_a_step_that_is_not_finite_is_taken_back(tmp_path):
-    settings = {**METHOD, **TWO_PASSES, **AS_TRL, **COSINE}
-    trainer = train_fixed(tmp_path, PoisonedTrainer, fixed=Fixed(step1=2.0), max_steps=2, **settings)
-    assert (trainer.lookahead.fallbacks, trainer.lookahead.control.steps_taken_back) == (1, 1)
-    assert trainer.lookahead.control.multiplier == 0.5
-    plain = train_fixed(tmp_path, fixed=Fixed(step1=0.5), max_steps=2, max_active_steps=1, **settings)
-    assert_equal_parameters(trainer, plain)
+def test_a_step_that_is_not_finite_is_tried_again(tmp_path):
+    """Its last pass is not finite the first time."""
+    settings = {**METHOD, **TWO_PASSES, **AS_TRL, **COSINE, "max_steps": 2}
+    trainer = train_fixed(tmp_path, PoisonedTrainer, fixed=Fixed(0.1, step1=0.2), **settings)
+    assert (trainer.lookahead.fallbacks, trainer.lookahead.control.steps_taken_back) == (0, 1)
+    assert logged(trainer, "lookahead/step_multiplier")[1] == 0.1
+    assert_equal_parameters(trainer, train_fixed(tmp_path, fixed=Fixed(0.1, step1=0.1), **settings))
 
 
-def test_the_gate_does_not_see_a_step_taken_back(tmp_path):
+def test_the_gate_does_not_see_a_step_taken_back_for_good(tmp_path, monkeypatch):
+    monkeypatch.setattr("gxpo_trl.update.step_control.MOST_TRIES", 1)
     settings = {**METHOD, **COSINE, "lookahead_steps": 1, "learning_rate": 1e-3, "max_steps": 3}
-    trainer = train_fixed(tmp_path, fixed=Fixed(step1=FAR, step2=FIRST), **settings)
+    trainer = train_fixed(tmp_path, fixed=Fixed(1 / 16, step1=FAR, step2=1 / 16), **settings)
     assert logged(trainer, "lookahead/steps_taken_back") == [0, 1, 1]
     assert (trainer.lookahead.gate.observed, trainer.lookahead.gate.active_steps) == (2, 3)
 
@@ -466,7 +547,7 @@ def test_the_gate_does_not_see_a_step_taken_back(tmp_path):
 def test_a_bound_is_warned_of_each_time_it_is_come_to(tmp_path, caplog):
     settings = {**METHOD, **COSINE, **TWO_PASSES, "learning_rate": 1e-9, "max_steps": 5}
     with caplog.at_level(logging.WARNING, logger="gxpo_trl"):
-        train_fixed(tmp_path, fixed=Fixed(step1=4000.0, step3=4000.0), **settings)
+        train_fixed(tmp_path, fixed=Fixed(1.0, step1=4000.0, step3=4000.0), **settings)
     said = [record.getMessage() for record in caplog.records if "multiplier" in record.getMessage()]
     assert len(said) == 2 and "Step 2: " in said[0] and "Step 4: " in said[1]
 
@@ -475,12 +556,14 @@ def test_a_bound_is_warned_of_each_time_it_is_come_to(tmp_path, caplog):
 
 
 CHECK = {"update_rule": "check", "gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}
+OF_SIXTEEN = 1 - 0.4 * math.sqrt(16 / 128)
+"""The target for so many completions."""
 
 
 def test_it_has_a_target_of_its_own(tmp_path):
     config = LookaheadConfig(str(tmp_path), **ON_CPU, update_rule="check", gradient_accumulation_steps=2)
     control = config.control()
-    assert (control.target, control.multiplier, control.starting) == (0.7, FIRST, True)
+    assert (control.target, control.multiplier, control.searches_left) == (OF_SIXTEEN, 1.0, 2)
     assert config.step_control == "cosine" and config.lookahead_rule() is None
 
 
@@ -523,11 +606,13 @@ def test_each_step_is_checked_by_the_cosine_of_a_micro_batch(tmp_path):
 
 
 def test_its_multiplier_follows_the_cosine_and_is_in_every_step(tmp_path):
-    trainer = train(tmp_path, **METHOD, **CHECK, max_steps=4)
+    trainer = train(tmp_path, **METHOD, **CHECK, max_steps=5)
     multipliers, cosines = logged(trainer, "lookahead/step_multiplier"), logged(trainer, "lookahead/cos_check")
-    control = StepControl.from_low(0.7, 0.5)
-    assert multipliers == [pytest.approx(m) for m in (FIRST, *(taken(control, cosine) for cosine in cosines[:3]))]
-    assert len(set(multipliers)) == 4
+    assert all(math.acos(OF_SIXTEEN) / NEAR < math.acos(c) < math.acos(OF_SIXTEEN) * NEAR for c in cosines[:2])
+    control = StepControl(OF_SIXTEEN, 0.5, multipliers[1])
+    assert multipliers[2:] == [pytest.approx(taken(control, cosine)) for cosine in cosines[1:4]]
+    tries = trainer.lookahead.control.steps_tried + 2
+    assert trainer.backward_passes == 5 * 1.5 + tries / 2 and 2 < tries <= 2 * MOST_TRIES
     fixed = train_fixed(tmp_path, fixed=Fixed(M), **METHOD, **CHECK, step_control_gain=0.0)
     grpo = {**METHOD, **CHECK, "update_rule": "grpo", "learning_rate": M * METHOD["learning_rate"]}
     assert_equal_parameters(fixed, train(tmp_path, **grpo))
@@ -542,14 +627,17 @@ def test_each_micro_batch_has_its_turn(tmp_path, monkeypatch):
         return replay_one(window, index)
 
     monkeypatch.setattr(RolloutWindow, "replay_one", recorded)
-    train(tmp_path, **CHECK, max_steps=5)
+    train(tmp_path, **CHECK, max_steps=5, step_control_gain=0.0)
     assert indices == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]  # of four, at both ends of each step
+    indices.clear()
+    train(tmp_path, **METHOD, **CHECK, max_steps=3)
+    assert len(indices) > 6 and indices == sorted(indices) and indices[-2:] == [2, 2]  # so do tries before a step
 
 
 def test_a_step_without_advantage_is_not_checked(tmp_path):
     trainer = train(tmp_path, **METHOD, **CHECK, reward=worthless)
     assert trainer.backward_passes == 3 and not logged(trainer, "lookahead/cos_check")
-    assert logged(trainer, "lookahead/step_multiplier") == [FIRST] * 3
+    assert logged(trainer, "lookahead/step_multiplier") == [1.0] * 3
 
 
 @pytest.mark.parametrize("call", [5, 6])  # the replay at the end of the first step, and at its beginning
@@ -578,7 +666,8 @@ def test_its_passes_go_through_a_checkpoint(tmp_path):
     settings = {**METHOD, **CHECK, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     whole = train(tmp_path, **settings)
     resumed = train(tmp_path, **settings, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.backward_passes == whole.backward_passes == 4.5
+    tries = whole.lookahead.control.steps_tried + 2
+    assert resumed.backward_passes == whole.backward_passes == 4.5 + tries / 2
     assert resumed.lookahead.control == whole.lookahead.control
     assert_equal_parameters(resumed, whole)
 
@@ -586,19 +675,22 @@ def test_its_passes_go_through_a_checkpoint(tmp_path):
 # ---- Checkpoints
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
-    """From a checkpoint in the start, and from one after a step was taken back."""
+@pytest.mark.parametrize(
+    "tries, step", [(MOST_TRIES, 1), (MOST_TRIES, 6), (1, 2)], ids=["searching", "controlled", "nothing found"]
+)
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, tries, step):
+    monkeypatch.setattr("gxpo_trl.update.step_control.MOST_TRIES", tries)
     settings = {**METHOD, **TWO_PASSES, **COSINE, "max_steps": 7, "save_strategy": "steps", "save_steps": 1}
     fixed = Fixed(step3=3.0)
     whole = train_fixed(tmp_path / "whole", fixed=fixed, **settings)
-    assert logged(whole, "lookahead/step_control_start") == [1, 0, 0, 0, 0, 0, 0]
-    assert logged(whole, "lookahead/steps_taken_back") == [0, 0, 0, 0, 0, 1, 1]
-    for step in (1, 6):
-        fixed.trainer = resumed = make_trainer(tmp_path / f"from-{step}", callbacks=[fixed], **settings)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert_equal_parameters(resumed, whole)
-        assert our_metrics(resumed.state.log_history) == our_metrics(whole.state.log_history)
-        assert resumed.lookahead.control == whole.lookahead.control
+    assert logged(whole, "lookahead/steps_taken_back")[-1] > 0
+    saved = json.loads((tmp_path / "whole" / f"checkpoint-{step}" / LOOKAHEAD_STATE_NAME).read_text())
+    assert (saved["step_control"]["searches_left"] > 0) == (step != 6)
+    fixed.trainer = resumed = make_trainer(tmp_path / "resumed", callbacks=[fixed], **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert_equal_parameters(resumed, whole)
+    assert our_metrics(resumed.state.log_history) == our_metrics(whole.state.log_history)
+    assert resumed.lookahead.control == whole.lookahead.control
 
 
 def test_a_checkpoint_whose_control_makes_no_sense_is_not_whole(tmp_path):
@@ -615,5 +707,5 @@ def test_a_control_that_the_checkpoint_does_not_know_starts_afresh(tmp_path, cap
     train(tmp_path, **settings, max_steps=1)
     with caplog.at_level(logging.WARNING, logger="gxpo_trl"):
         resumed = train(tmp_path, **settings, **COSINE, max_steps=2, resume_from_checkpoint=True)
-    assert logged(resumed, "lookahead/step_multiplier") == [FIRST]
+    assert resumed.lookahead.control.steps_tried > 0
     assert any("step_control" in record.getMessage() for record in caplog.records)

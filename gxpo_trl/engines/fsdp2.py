@@ -28,7 +28,7 @@ class FSDP2State(ReplicatedState):
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
         for p, gradient in zip(self.with_gradients(), gradients, strict=True):
-            p.grad = None if gradient is None else _as_sharded(gradient.to(p.device, p.dtype), p)
+            p.grad = None if gradient is None else _as_sharded(gradient.to(p.device, p.dtype, copy=True), p)
 
     def agree(self, norm: torch.Tensor) -> torch.Tensor:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # over the shards

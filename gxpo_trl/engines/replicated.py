@@ -42,7 +42,7 @@ class ReplicatedState(EngineState):
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
         for p, gradient in zip(self.with_gradients(), gradients, strict=True):
-            p.grad = None if gradient is None else gradient.to(p.device, p.dtype)
+            p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
 
     def clear_gradients(self) -> None:
         self.model.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from ..checks import check_at_least
 from ..engines.support import check_arguments
 from ..update.gate import Gate, Trigger
 from ..update.rule import LookaheadRule
-from ..update.step_control import TAKE_BACK_BELOW, StepControl
+from ..update.step_control import TAKE_BACK_BELOW, StepControl, default_target
 from ..values import read_value
 from .rules import RULES, make_rule
 
@@ -99,9 +99,9 @@ class LookaheadConfig(GRPOConfig):
             first and the corrective gradient of a batch agree and shrinks where they don't, so that the learning rate
             need not be tuned. A step that went too far is taken back. `update_rule: check` always has it.
         step_control_target (`float`, *optional*):
-            The cosine of the two gradients that is aimed at; unset for 1.2 over the number of passes: 0.6 for two,
-            0.4 for three; a phantom step counts as 0.6 of a pass: 0.25 for three passes and three phantom steps; and
-            for 0.7 with `update_rule: check`.
+            The cosine of the two gradients that is aimed at; unset for one by the number of passes and of completions
+            in an optimizer step: 0.6 for two passes and 128 completions, 0.4 for three, 0.8 and 0.2 for two passes
+            and 32 and 512; with `update_rule: check` as for two passes, and at least 0.6.
         step_control_gain (`float`, *optional*, defaults to `0.5`):
             κ: how fast the multiplier changes, as exp(κ (cosine - target)) a step; 0 keeps it at 1.
         snapshot_device (`str`, *optional*, defaults to `"model"`):
@@ -232,9 +232,9 @@ class LookaheadConfig(GRPOConfig):
     step_control_target: float | None = field(
         default=None,
         metadata={
-            "help": "The cosine of the two gradients that is aimed at; unset for 1.2 over the number of passes: 0.6 "
-            "for two, 0.4 for three; a phantom step counts as 0.6 of a pass: 0.25 for three passes and three phantom "
-            "steps; and for 0.7 with 'check'."
+            "help": "The cosine of the two gradients that is aimed at; unset for one by the number of passes and of "
+            "completions in an optimizer step: 0.6 for two passes and 128 completions, 0.4 for three, 0.8 and 0.2 "
+            "for two passes and 32 and 512; with 'check' as for two passes, and at least 0.6."
         },
     )
     step_control_gain: float = field(
@@ -408,8 +408,10 @@ class LookaheadConfig(GRPOConfig):
             return None
         target, rule = self.step_control_target, self.lookahead_rule()
         if target is None:
-            target = 0.7 if rule is None else 1.2 / (rule.passes + 0.6 * rule.phantom_steps)
-        return StepControl.from_low(target, self.step_control_gain)
+            passes = None if rule is None else rule.passes + 0.6 * rule.phantom_steps
+            completions = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+            target = default_target(passes, completions)
+        return StepControl.from_start(target, self.step_control_gain)
 
     def gate(self) -> Gate:
         """The gate, open."""

@@ -6,7 +6,7 @@ from ..engines import Engine
 from ..engines.rates import ScaledRates
 from ..update.measurements import StepReport
 from ..update.snapshot import Origin
-from ..update.step_control import StepControl, agreement
+from ..update.step_control import StepControl, Verdict, agreement
 
 
 logger = get_logger(__name__)
@@ -42,21 +42,31 @@ class StepLength:
             self.rates.release()
             self.rates = None
 
-    def judge(self, report: StepReport, engine: Engine, origin: Origin, step: int) -> None:
-        """A step that went too far becomes the plain one, from θ0 and the optimizer's state there, at a smaller M."""
-        if self.control is None:
-            return
-        was_at_bound = self.control.is_at_bound
-        report.taken_back = self.control.judge(agreement(report))
-        self._warn(was_at_bound, step)
-        if report.taken_back and not report.fell_back:
-            origin.return_to(engine.state)
+    @property
+    def searching(self) -> bool:
+        """Whether M has to be found, on a batch that says something."""
+        return self.control is not None and self.control.searching
 
-    def judge_taken(self, report: StepReport, step: int) -> None:
-        """For a step that has been taken and is kept: only M is made smaller at once."""
+    def judge(self, report: StepReport, engine: Engine, origin: Origin, step: int) -> bool:
+        """Where the step does not stay, undoes it: θ0, g0 and the optimizer's state are what they were before it.
+
+        Returns:
+            `bool`: Whether it is to be made again, at the M that is set now; otherwise the plain step is taken.
+        """
+        if self.control is None:
+            return False
+        verdict = self.judge_only(report, step)
+        report.taken_back = verdict is Verdict.PLAIN
+        if verdict is not Verdict.KEEP and not report.fell_back:
+            origin.return_to(engine.state)
+        return verdict is Verdict.TRY_AGAIN
+
+    def judge_only(self, report: StepReport, step: int, repeatable: bool = True) -> Verdict:
+        """What the control says of a step, whose parameters stay where they are."""
         was_at_bound = self.control.is_at_bound
-        self.control.judge(agreement(report))
+        verdict = self.control.judge(agreement(report), repeatable)
         self._warn(was_at_bound, step)
+        return verdict
 
     def step_taken(self, step: int) -> None:
         """M is the next step's from now on."""
@@ -83,7 +93,9 @@ class StepLength:
         """Metrics of the current step."""
         if self.control is None:
             return {}
-        return {"step_multiplier": self.control.multiplier, "step_control_start": float(self.control.starting)}
+        return {"step_multiplier": self.control.multiplier}
 
     def totals(self) -> dict[str, float]:
-        return {} if self.control is None else {"steps_taken_back": self.control.steps_taken_back}
+        if self.control is None:
+            return {}
+        return {"steps_taken_back": self.control.steps_taken_back, "steps_tried": self.control.steps_tried}

@@ -14,13 +14,13 @@ from trl import GRPOTrainer
 from ..engines import Engine, make_engine
 from ..rollout.generators import Generators
 from ..rollout.window import RolloutWindow
-from ..update.algorithm import lookahead_step, one_pass
-from ..update.check import check_step
+from ..update.algorithm import Replay, lookahead_step, one_pass
+from ..update.check import check_step, try_step
 from ..update.extrapolation import Extrapolation
 from ..update.json_state import is_amount, is_count
 from ..update.measurements import Measurements, StepReport, take_real_steps
 from ..update.snapshot import Origin, keep
-from ..update.step_control import StepControl
+from ..update.step_control import StepControl, Verdict
 from .advice import Advisor
 from .layout import BatchLayout, Shares
 from .replays import Replays
@@ -261,6 +261,7 @@ class LookaheadUpdate:
             self.backward_passes += 1
             metrics = {"active": 0.0}
             if replayed:
+                self._find_length(model, window)
                 self._to_check = ToCheck(model, window, self._copy_of_parameters())
             if window is not None:
                 self.engine.passes.finish()
@@ -273,36 +274,56 @@ class LookaheadUpdate:
             metrics = self._judge(report, slow_metrics, shares, len(window.micro_batches))
         return metrics if shares is None else metrics | shares.token_fractions
 
-    def _take_step(self, replay) -> StepReport:
+    def _take_step(self, replay: Replay) -> StepReport:
         state = self.engine.state
         rule = dataclasses.replace(self.rule, alpha=self.rule.alpha * self.gate.alpha_factor)
         every, real_steps = self.trainer.args.lookahead_diagnostics_steps, None
-        if every > 0 and self.gate.active_steps % every == 0:
-            extrapolation = rule.extrapolation or Extrapolation(rule.probes)
-            real_steps = take_real_steps(state, lambda: one_pass(state, replay), extrapolation)
-        self._origin = Origin.of(state, rule.copies_on_host, rule.rollback or self.length.takes_back)
-        report = lookahead_step(state, replay, rule, Measurements(state, rule, real_steps), self._origin)
-        self.length.judge(report, self.engine, self._origin, self._step)
+        passes, tried_again = 1, True
+        while tried_again:
+            if every > 0 and self.gate.active_steps % every == 0:
+                extrapolation = rule.extrapolation or Extrapolation(rule.probes)
+                real_steps = take_real_steps(state, lambda: one_pass(state, replay), extrapolation)
+            if self._origin is None:
+                self._origin = Origin.of(state, rule.copies_on_host, rule.rollback or self.length.takes_back)
+            report = lookahead_step(state, replay, rule, Measurements(state, rule, real_steps), self._origin)
+            passes += report.passes - 1
+            tried_again = self.length.judge(report, self.engine, self._origin, self._step)
+        report.passes = passes
         self._origin.grad_0 = []  # the way back from here on is θ0's
         return report
 
     # ---- The check after a step
+
+    def _find_length(self, model: torch.nn.Module, window: RolloutWindow) -> None:
+        """Where M is not known: steps that are undone find the length of the one that is taken."""
+        if not self.length.searching:
+            return
+        state, replay = self.engine.state, self._replay_one(model, window)
+        self._origin = Origin.of(state, self.trainer.args.snapshot_device == "cpu", with_optimizer=True)
+        tried_again = True
+        with self.replays.private_metrics():
+            while tried_again:
+                report = try_step(state, replay, self._origin)
+                self.backward_passes += 2 / len(window.micro_batches)
+                tried_again = self.length.judge_only(report, self._step) is Verdict.TRY_AGAIN
+        self._origin = None
+
+    def _replay_one(self, model: torch.nn.Module, window: RolloutWindow) -> Replay:
+        """A pass over one micro-batch; each in its turn, since they are sorted by length."""
+        index = self.trainer.state.global_step % window.replayed_micro_batches
+        return lambda: self.replays.run(self.engine, model, window.replay_one(index))
 
     def _copy_of_parameters(self) -> Origin:
         on_host = self.trainer.args.snapshot_device == "cpu"
         return Origin([keep(shard, on_host) for shard in self.engine.state.parameters()], grad_0=[], optimizer=None)
 
     def _check(self, step: ToCheck) -> None:
-        """Replays a micro-batch at both ends of the step taken; each in its turn, since they are sorted by length."""
+        """Replays a micro-batch at both ends of the step taken."""
         started = time.perf_counter()
-        index = self.trainer.state.global_step % step.window.replayed_micro_batches
         with self.replays.private_metrics():
-            report = check_step(
-                self.engine.state,
-                lambda: self.replays.run(self.engine, step.model, step.window.replay_one(index)),
-                lambda: self._back_at(step.origin),
-            )
-        self.length.judge_taken(report, self._step)
+            replay = self._replay_one(step.model, step.window)
+            report = check_step(self.engine.state, replay, lambda: self._back_at(step.origin))
+        self.length.judge_only(report, self._step, repeatable=False)
         self.backward_passes += 2 / len(step.window.micro_batches)
         self.log.add_check(report, self.backward_passes, time.perf_counter() - started)
 

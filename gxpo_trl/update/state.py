@@ -42,7 +42,7 @@ class TrainingState(Protocol):
         """
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
-        """Makes these, which may be kept on another device, the gradients, as if a pass had left them."""
+        """Makes copies of these, which may be on another device, the gradients, as if a pass had left them."""
 
     def clear_gradients(self) -> None:
         """Drops the gradients. An optimizer step without gradients changes nothing."""

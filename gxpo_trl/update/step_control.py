@@ -4,30 +4,64 @@ The cosine c of the first and the corrective gradient is 1 after a step of no le
 least along the path, and negative beyond: the curvature condition of Wolfe's line search as one number, which the
 corrective pass gives away. A step that is too short raises the multiplier M, one that is too long lowers it:
 
-    start:      M_0 = 1/16; until c has once been below c*:  M_{t+1} = M_t · min(8, arccos(c*) / arccos(c))
+    start:      M = 1; on the first two batches the step is tried at one M after the other, from the same θ0, until
+                arccos(c) is near arccos(c*)
     control:    M_{t+1} = M_t · exp(κ (c - c*))
-    take back:  c < -0.1, or the gradient is not finite, or zero where g0 is not: M ← M / 4, and another step
+    take back:  c < -0.1, or the gradient is not finite, or zero where g0 is not: M ← M / 2, and the step again from θ0
     no change where g0 is zero
 
-The angle between the two gradients is proportional to the length of a short step, so that the start is a secant step
-towards the angle that is aimed at.
+The angle between the two gradients is proportional to the length of a short step, so that the start follows secants.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
-from .json_state import check_parts, is_count, is_truth
+from .json_state import check_parts, is_count
 from .measurements import StepReport
 
 
-FIRST, LEAST, MOST = 1 / 16, 1 / 4096, 4096.0
-"""M where a run starts low, and its bounds."""
-START_GROWTH = 8.0
-"""What M is multiplied with in a step at most, while it starts: rounding hides the angle of a very short one."""
+LEAST, MOST = 1 / 4096, 4096.0
+"""Bounds of M."""
 TAKE_BACK_BELOW = -0.1
-"""The cosine below which a step went too far."""
-TAKE_BACK_FACTOR = 1 / 4
+"""The cosine below which a step went too far, and is taken back."""
+SEARCHES = 2
+"""Batches on which M is searched for. In the first step of an adaptive optimizer each coordinate moves by the whole
+rate; once gradients of several passes are averaged, the same rate makes steps two to three times as short."""
+MOST_TRIES = 8
+"""Steps that are tried on a batch, at most."""
+NEAR = 1.25
+"""The factor by which the angle of a step that is found may differ from the one that is aimed at."""
+TAKE_BACK_FACTOR = 1 / 2
+SEARCH_FACTOR = 8.0
+"""What M changes by at most from one try to the next: rounding hides the angle of a very short step, and the angle of a
+very long one says nothing."""
+
+
+def default_target(passes: float | None, completions: int) -> float:
+    """c* where none is set: 1 - (1 - 1.2 / passes) · √(completions / 128), and at least 0.1.
+
+    Measured on the embedded task. The rows that chose a step also judge it. The fewer they are, the more of c is their
+    own noise, which the step fits, and the larger c is after the step that is best for other rows.
+
+    Args:
+        passes (`float`, *optional*): Passes over a batch, the last included, and 0.6 for each phantom step. `None` for
+            *check*, which is as two passes and at least 0.6: its micro-batch is a small part of what chose the step.
+        completions (`int`): Of an optimizer step, on all devices.
+    """
+    target = 1 - (1 - 1.2 / (passes or 2)) * math.sqrt(completions / 128)
+    return max(target, 0.6 if passes is None else 0.1)
+
+
+class Verdict(Enum):
+    """What becomes of a step."""
+
+    KEEP = "keep"
+    PLAIN = "plain"
+    """It went too far, as others did before it: the plain step is taken in its place."""
+    TRY_AGAIN = "try again"
+    """The step is made again from the same θ0, at another M."""
 
 
 def agreement(report: StepReport) -> float | None:
@@ -41,6 +75,45 @@ def agreement(report: StepReport) -> float | None:
 
 
 @dataclass
+class Search:
+    """Finds, on one batch, the multiplier of the step after which the gradients are at a given angle.
+
+    Attributes:
+        angle (`float`): The angle, in radians.
+        tries (`int`): Multipliers judged.
+        short (`tuple[float, float]`, *optional*): The last multiplier that was too short, and its angle.
+        long (`float`, *optional*): The last one that was too long.
+    """
+
+    angle: float
+    tries: int = 0
+    short: tuple[float, float] | None = None
+    long: float | None = None
+
+    def next(self, multiplier: float, cosine: float) -> float | None:
+        """The multiplier to try after this one had this cosine; `None` if it is the one."""
+        self.tries += 1
+        angle = math.acos(min(max(cosine, -1.0), 1.0))
+        if self.angle / NEAR <= angle <= self.longest:
+            return None
+        if angle < self.angle:
+            self.short = multiplier, angle
+        else:
+            self.long = multiplier
+        if self.short is None:  # however far it is: gradients there may have nothing to do with each other
+            return multiplier / SEARCH_FACTOR
+        short, angle = self.short
+        found = short * (min(SEARCH_FACTOR, self.angle / angle) if angle else SEARCH_FACTOR)
+        return found if self.long is None or found < self.long else math.sqrt(short * self.long)
+
+    @property
+    def longest(self) -> float:
+        """The largest angle of a step that is found: nearer to the one that is aimed at than to that of steps that are
+        much too long, a right one."""
+        return max(self.angle, min(self.angle * NEAR, (self.angle + math.pi / 2) / 2))
+
+
+@dataclass
 class StepControl:
     """Chooses the multiplier M of the learning rate, by which every optimizer step of a run is taken.
 
@@ -48,47 +121,72 @@ class StepControl:
         target (`float`): c*, the cosine that is aimed at.
         gain (`float`): κ; with 0 nothing is controlled, and M stays where it is.
         multiplier (`float`): M of the current step.
-        starting (`bool`): Whether c has not been below c* yet.
-        steps_taken_back (`int`): How many went too far.
+        searches_left (`int`): Batches on which M is still to be searched for.
+        steps_taken_back (`int`): How many went too far, those of searches not counted.
+        steps_tried (`int`): How many searches undid.
         growth (`float`): The factor of M once the current step has been taken.
+        search (`Search`): Of M on the current batch.
     """
 
     target: float
     gain: float = 0.5
     multiplier: float = 1.0
-    starting: bool = False
+    searches_left: int = 0
     steps_taken_back: int = 0
+    steps_tried: int = 0
     growth: float = 1.0
+    search: Search = field(init=False)
+
+    def __post_init__(self):
+        self.forget_step()
 
     @classmethod
-    def from_low(cls, target: float, gain: float) -> "StepControl":
-        """One that starts low, if it controls at all."""
-        return cls(target, gain, FIRST, starting=True) if gain > 0 else cls(target, gain)
+    def from_start(cls, target: float, gain: float) -> "StepControl":
+        """One that searches for M first, if it controls at all."""
+        return cls(target, gain, searches_left=SEARCHES if gain > 0 else 0)
+
+    @property
+    def searching(self) -> bool:
+        """Whether M is not known."""
+        return self.searches_left > 0
 
     @property
     def is_at_bound(self) -> bool:
         return not LEAST < self.multiplier < MOST
 
-    def judge(self, cosine: float | None) -> bool:
-        """Takes the `agreement` of a step.
+    def judge(self, cosine: float | None, repeatable: bool = True) -> Verdict:
+        """Takes the `agreement` of a step. Where it is not kept, M is another at once; where it is, with `advance`.
 
-        Returns:
-            `bool`: Whether the step went too far. M is smaller at once then; otherwise it changes with `advance`.
+        A step that is not repeatable is not tried again.
         """
         if self.gain == 0 or cosine is None:
-            return False
-        if cosine < self.target:
-            self.starting = False
+            return Verdict.KEEP
+        if self.searching and repeatable:
+            return self._search(cosine)
         if cosine < TAKE_BACK_BELOW:
-            self.steps_taken_back += 1
-            self._multiply(TAKE_BACK_FACTOR)
-            return True
-        if self.starting:
-            angle = math.acos(min(cosine, 1.0))
-            self.growth = min(START_GROWTH, math.acos(self.target) / angle) if angle else START_GROWTH
-        else:
-            self.growth = math.exp(self.gain * (cosine - self.target))
-        return False
+            return self._take_back(repeatable)
+        self.growth = math.exp(self.gain * (cosine - self.target))
+        return Verdict.KEEP
+
+    def _search(self, cosine: float) -> Verdict:
+        before, found = self.multiplier, self.search.next(self.multiplier, cosine)
+        if found is None:
+            self.searches_left -= 1
+            return Verdict.KEEP
+        if self.search.tries < MOST_TRIES:
+            self._multiply(found / before)
+            if self.multiplier != before:  # not at a bound
+                self.steps_tried += 1
+                return Verdict.TRY_AGAIN
+        return self._take_back(repeatable=False) if self.search.long == before else Verdict.KEEP
+
+    def _take_back(self, repeatable: bool) -> Verdict:
+        self.search.tries += 1
+        self.steps_taken_back += 1
+        self._multiply(TAKE_BACK_FACTOR)
+        if repeatable and self.search.tries < MOST_TRIES:
+            return Verdict.TRY_AGAIN
+        return Verdict.PLAIN
 
     def advance(self) -> None:
         """Ends a step that has been taken."""
@@ -98,6 +196,7 @@ class StepControl:
     def forget_step(self) -> None:
         """Ends a step that was not taken."""
         self.growth = 1.0
+        self.search = Search(math.acos(self.target))
 
     def _multiply(self, factor: float) -> None:
         self.multiplier = min(max(self.multiplier * factor, LEAST), MOST)
@@ -124,7 +223,8 @@ PARTS = (
         f"a number from 1/4096 to {MOST:g}",
         lambda value: type(value) in (int, float) and LEAST <= value <= MOST,
     ),
-    ("starting", "true or false", is_truth),
+    ("searches_left", "a count", is_count),
     ("steps_taken_back", "a count", is_count),
+    ("steps_tried", "a count", is_count),
 )
 """What a state consists of: name, what it must be, and whether it is."""
