@@ -662,6 +662,32 @@ def test_a_check_that_fails_leaves_the_step_taken(tmp_path, call):
     assert all(torch.equal(trainer.saved[name], p) for name, p in parameters(one).items())
 
 
+@pytest.mark.parametrize("settings", [CHECK, TWO_PASSES | COSINE | CHECK | {"update_rule": "gxpo"}], ids=["check", "gxpo"])
+@pytest.mark.parametrize("call", [5, 6, 9, 10, 11])
+def test_a_search_that_fails_leaves_nothing(tmp_path, settings, call):
+    """Whichever replay of whichever try it is: saved in the middle or afterwards, the weights are those before it."""
+
+    class Failing(LookaheadTrainer):
+        calls, saved = 0, None
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == call:
+                self.saved = saved_weights(self, f"{self.args.output_dir}/saved")
+                raise ZeroDivisionError
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(tmp_path, Failing, **METHOD, **settings, **AS_TRL)
+    before = parameters(trainer)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in parameters(trainer).items())
+    assert all(torch.equal(trainer.saved[name], p) for name, p in before.items())
+    assert all(not value.any() for value in optimizer_state(trainer) if value.dim())
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
 def test_its_passes_go_through_a_checkpoint(tmp_path):
     settings = {**METHOD, **CHECK, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     whole = train(tmp_path, **settings)

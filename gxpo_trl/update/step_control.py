@@ -35,8 +35,8 @@ NEAR = 1.25
 """The factor by which the angle of a step that is found may differ from the one that is aimed at."""
 TAKE_BACK_FACTOR = 1 / 2
 SEARCH_FACTOR = 8.0
-"""What M changes by at most from one try to the next: rounding hides the angle of a very short step, and the angle of a
-very long one says nothing."""
+"""What M changes by at most from one try to the next. Rounding hides the angle of a very short step, and the angle of
+a very long one says nothing."""
 
 
 def default_target(passes: float | None, completions: int) -> float:
