@@ -134,13 +134,17 @@ ONE_PASS = (
 )
 """What a user can change for nothing."""
 TWO_PASSES = gxpo("two passes", steps=1)
+UP_TO_FIVE = replace(sfpo(4), settings={**sfpo(4).settings, "reposition_alpha": 1.0})
 CHEAPER = (
     *(GRPO, TWO_PASSES, replace(TWO_PROBES, label="three passes")),
     replace(TWO_PROBES, label="three passes, the later on half of the rows", hooks=("half of the rows",)),
     replace(TWO_PROBES, label="three passes, the later on a quarter of the rows", hooks=("a quarter of the rows",)),
     replace(GXPO, label=f"{GXPO.label}, the later on half of the rows", hooks=("half of the rows",)),
+    replace(TWO_PROBES, label="three passes, the later on earlier batches", hooks=("earlier batches",)),
+    replace(UP_TO_FIVE, label="up to five passes, until ⟨g, g0⟩ falls", hooks=("until the projection falls",)),
+    replace(UP_TO_FIVE, label="up to five passes, until the head surges", hooks=("until the head surges",)),
 )
-"""Less than three whole passes."""
+"""Less than three whole passes, or as many as a batch is good for."""
 QUICK = (GRPO, THREE_ITERATIONS, GXPO, LINEAR, ROLLBACK, PER_MATRIX, NADAM, MOMENTUM, ONE_PASS[-1])
 """What `--quick` runs of them: each way of making a run once."""
 FIRST_STEPS = gxpo("GXPO K 5 α 1, first 12 steps", max_active_steps=12)

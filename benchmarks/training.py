@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from transformers import PrinterCallback
 from trl import GRPOTrainer
 
 from gxpo_trl.callbacks import records
-from gxpo_trl.rollout.compaction import completion_lengths, merge, prune
+from gxpo_trl.rollout.compaction import completion_lengths, merge, prune, take
 from gxpo_trl.rollout.window import RolloutWindow
 from gxpo_trl.run_folder import TRAINER_STATE_NAME
 from gxpo_trl.scripts import building
@@ -34,9 +35,11 @@ from gxpo_trl.trainer import config, update
 from gxpo_trl.trainer.layout import BatchLayout
 from gxpo_trl.trainer.rules import make_rule
 from gxpo_trl.update import algorithm
-from gxpo_trl.update.algorithm import LookaheadRule
+from gxpo_trl.update.algorithm import LookaheadRule, one_pass
 from gxpo_trl.update.extrapolation import retention_and_scale
-from gxpo_trl.update.measurements import take_real_steps
+from gxpo_trl.update.measurements import StepReport, take_real_steps
+from gxpo_trl.update.snapshot import Origin
+from gxpo_trl.update.state import TrainingState
 
 
 Settings = dict[str, Any]
@@ -153,6 +156,69 @@ def passes_on_a_part(fraction: float) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def passes_on_earlier_batches(batches: int) -> Iterator[None]:
+    """Passes after the first are on as many rows of the last batches as the present one has with an advantage, drawn
+    with a probability proportional to |advantage|. Their ratios are to the policy that sampled them.
+    """
+    pack, generator, kept = BatchLayout.pack, torch.Generator().manual_seed(0), deque(maxlen=batches)
+
+    def pack_earlier(layout, window):
+        rollouts = pack(layout, window)
+        if not rollouts:
+            return rollouts
+        earlier, rows = list(kept), merge(rollouts)
+        kept.append(rows)
+        if earlier:
+            pool = merge(earlier)
+            count = min(len(rows["advantages"]), len(pool["advantages"]))
+            drawn = torch.multinomial(pool["advantages"].abs(), count, generator=generator)
+            window.packed = prune([take(pool, drawn, layout.compaction)], layout.nominal_rows, layout.compaction)
+        return window.packed or rollouts
+
+    with patch.object(BatchLayout, "pack", pack_earlier):
+        yield
+
+
+@contextlib.contextmanager
+def passes_until(is_last: Callable[[TrainingState, Origin], bool]) -> Iterator[None]:
+    """Fast steps go on, as many as the rule has probes at most, until a gradient is the last: it corrects."""
+
+    def step(state, replay, rule, measure, origin):
+        passes, first = 1, state.gradient_norm()
+        with torch.no_grad():
+            while passes <= rule.probes:
+                state.clip_gradients()
+                state.step()
+                one_pass(state, replay)
+                passes += 1
+                if is_last(state, origin):
+                    break
+            dot = _dot(state.gradients(), origin.grad_0)
+        norm = state.gradient_norm()
+        cosine = dot / (first * norm) if first * norm else None
+        return StepReport(passes=passes, grad_norm_0=first, grad_norm_slow=norm, cos_0_slow=cosine)
+
+    with patch.object(update, "lookahead_step", step):
+        yield
+
+
+def _dot(these: Sequence[torch.Tensor | None], those: Sequence[torch.Tensor | None]) -> float:
+    return sum(torch.sum(a * b).item() for a, b in zip(these, those, strict=True) if a is not None)
+
+
+def _projection_below(bound: float, state: TrainingState, origin: Origin) -> bool:
+    """Whether ⟨g_k, g0⟩ / ‖g0‖² is."""
+    return _dot(state.gradients(), origin.grad_0) < bound * _dot(origin.grad_0, origin.grad_0)
+
+
+def _head_surges(factor: float, state: TrainingState, origin: Origin) -> bool:
+    """Whether the gradient norm of the output head is so many times that of the first pass (2605.19425)."""
+    head = state.model.get_output_embeddings().weight
+    index = next(i for i, p in enumerate(state.with_gradients()) if p is head)
+    return head.grad.norm() > factor * origin.grad_0[index].norm()
+
+
 def _chances(weights: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Probabilities proportional to weights, at most 1, that add up to a number."""
     low, high = 0.0, 1e6
@@ -226,6 +292,9 @@ HOOKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "rollback": partial(changed_rule, partial(replace, rollback=True)),  # of the optimizer's state, after the probes
     "half of the rows": partial(passes_on_a_part, 0.5),
     "a quarter of the rows": partial(passes_on_a_part, 0.25),
+    "earlier batches": partial(passes_on_earlier_batches, 4),
+    "until the projection falls": partial(passes_until, partial(_projection_below, 0.1)),
+    "until the head surges": partial(passes_until, partial(_head_surges, 1.5)),
     "trainer of TRL": trainer_of_trl,
     "nadamw": partial(other_optimizer, partial(torch.optim.NAdam, decoupled_weight_decay=True)),
     "sgd with momentum": partial(other_optimizer, partial(torch.optim.SGD, momentum=0.9)),
