@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trl import GRPOTrainer
 
 from ..update.extrapolation import Extrapolation
-from ..update.rule import LookaheadRule
+from ..update.rule import LookaheadRule, two_passes
 
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def make_rule(args: "LookaheadConfig") -> LookaheadRule | None:
         return None
     if args.update_rule == "sfpo":
         return LookaheadRule(probes=steps, alpha=alpha, copies_on_host=on_host)
-    if steps == 1:  # nothing to extrapolate: two passes
-        return LookaheadRule(probes=1, alpha=1.0, copies_on_host=on_host)
+    if steps == 1:
+        return two_passes(on_host)
     extrapolation = Extrapolation(
         lookahead_steps=steps,
         of_optimizer=args.extrapolation == "optimizer",

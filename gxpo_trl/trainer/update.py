@@ -15,10 +15,11 @@ from ..engines import Engine, make_engine
 from ..rollout.generators import Generators
 from ..rollout.window import RolloutWindow
 from ..update.algorithm import Replay, lookahead_step, one_pass
-from ..update.check import check_step, try_step
+from ..update.check import check_step
 from ..update.extrapolation import Extrapolation
 from ..update.json_state import is_amount, is_count
 from ..update.measurements import Measurements, StepReport, take_real_steps
+from ..update.rule import two_passes
 from ..update.snapshot import Origin, keep
 from ..update.step_control import StepControl, Verdict
 from .advice import Advisor
@@ -295,16 +296,19 @@ class LookaheadUpdate:
     # ---- The check after a step
 
     def _find_length(self, model: torch.nn.Module, window: RolloutWindow) -> None:
-        """Where M is not known: steps that are undone find the length of the one that is taken."""
+        """Where M is not known: probes of the whole batch, which are undone, find the length of the step."""
         if not self.length.searching:
             return
-        state, replay = self.engine.state, self._replay_one(model, window)
-        self._origin = Origin.of(state, self.trainer.args.snapshot_device == "cpu", with_optimizer=True)
+        state, rule = self.engine.state, two_passes(self.trainer.args.snapshot_device == "cpu")
+        self._origin = Origin.of(state, rule.copies_on_host, with_optimizer=True)
         tried_again = True
         with self.replays.private_metrics():
             while tried_again:
-                report = try_step(state, replay, self._origin)
-                self.backward_passes += 2 / len(window.micro_batches)
+                report = lookahead_step(
+                    state, lambda: self.replays.run(self.engine, model, window.replay()), rule, origin=self._origin
+                )
+                self._origin.return_to(state)
+                self.backward_passes += report.passes - 1
                 tried_again = self.length.judge_only(report, self._step) is Verdict.TRY_AGAIN
         self._origin = None
 

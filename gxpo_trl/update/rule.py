@@ -44,3 +44,8 @@ class LookaheadRule:
     def phantom_steps(self) -> int:
         """Optimizer steps on predicted gradients, after the probes."""
         return 0 if self.scales else self.lookahead_steps - self.probes
+
+
+def two_passes(copies_on_host: bool = False) -> LookaheadRule:
+    """One probe, from whose end the correction goes on: nothing is extrapolated, and no way is gone back."""
+    return LookaheadRule(probes=1, alpha=1.0, copies_on_host=copies_on_host)

@@ -94,9 +94,9 @@ class Search:
         """The multiplier to try after this one had this cosine; `None` if it is the one."""
         self.tries += 1
         angle = math.acos(min(max(cosine, -1.0), 1.0))
-        if self.angle / NEAR <= angle <= self.longest:
-            return None
-        if angle < self.angle:
+        if self.angle / NEAR <= angle <= self.longest and (self.long is None or self.short is not None):
+            return None  # but not on the way down from far: there, angles are what they are by chance
+        if angle < self.angle / NEAR:
             self.short = multiplier, angle
         else:
             self.long = multiplier
