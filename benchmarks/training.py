@@ -182,7 +182,7 @@ def passes_on_earlier_batches(batches: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def passes_until(is_last: Callable[[TrainingState, Origin], bool]) -> Iterator[None]:
-    """Fast steps go on, as many as the rule has probes at most, until a gradient is the last: it corrects."""
+    """Fast steps, at most as many as the rule has probes, until a gradient is the last one, which corrects."""
 
     def step(state, replay, rule, measure, origin):
         passes, first = 1, state.gradient_norm()

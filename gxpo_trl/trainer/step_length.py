@@ -51,7 +51,7 @@ class StepLength:
         """Where the step does not stay, undoes it: θ0, g0 and the optimizer's state are what they were before it.
 
         Returns:
-            `bool`: Whether it is to be made again, at the M that is set now; otherwise the plain step is taken.
+            `bool`: Whether it must be made again, at the M that is set now; otherwise the plain step is taken.
         """
         if self.control is None:
             return False

@@ -47,5 +47,5 @@ class LookaheadRule:
 
 
 def two_passes(copies_on_host: bool = False) -> LookaheadRule:
-    """One probe, from whose end the correction goes on: nothing is extrapolated, and no way is gone back."""
+    """One probe and a correction from where it led: nothing is extrapolated, and no way is gone back."""
     return LookaheadRule(probes=1, alpha=1.0, copies_on_host=copies_on_host)
