@@ -408,6 +408,16 @@ def test_the_schedule_is_multiplied(tmp_path):
         assert_equal_parameters(controlled, plain)
 
 
+@pytest.mark.parametrize("rule", [TWO_PASSES | COSINE, {"update_rule": "check"}], ids=["two passes", "check"])
+def test_a_step_without_length_is_not_judged(tmp_path, rule):
+    """The schedule's rate is 0 in the first step of a warm-up."""
+    settings = {**METHOD, **rule, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "max_steps": 3}
+    trainer = train(tmp_path, LookaheadTrainer, **settings)
+    assert logged(trainer, "learning_rate")[0] == 0 < logged(trainer, "learning_rate")[1]
+    assert logged(trainer, "lookahead/step_multiplier")[0] == 1 != logged(trainer, "lookahead/step_multiplier")[1]
+    assert logged(trainer, "lookahead/steps_tried")[0] == 0 < logged(trainer, "lookahead/steps_tried")[1]
+
+
 # ---- Nobody else sees it
 
 
@@ -613,19 +623,21 @@ def test_each_step_is_checked_by_the_cosine_of_a_micro_batch(tmp_path):
 
 
 def test_its_multiplier_follows_the_cosine_and_is_in_every_step(tmp_path):
-    trainer = train(tmp_path, **METHOD, **CHECK, max_steps=5)
+    trainer = train(tmp_path, **METHOD, **CHECK, max_steps=5, step_control_target=0.6)
     multipliers, cosines = logged(trainer, "lookahead/step_multiplier"), logged(trainer, "lookahead/cos_check")
-    control = StepControl(OF_SIXTEEN, 0.5, multipliers[1])
+    control = StepControl(0.6, 0.5, multipliers[1])
     assert multipliers[2:] == [pytest.approx(taken(control, cosine)) for cosine in cosines[1:4]]
     tries = trainer.lookahead.control.steps_tried + 2
     assert trainer.backward_passes == 5 * 1.5 + tries and 2 < tries <= 2 * MOST_TRIES
 
 
-def test_its_first_step_is_as_long_as_that_of_two_passes(tmp_path):
+def test_its_first_step_is_as_long_as_both_of_two_passes(tmp_path):
     """Found by the gradients of the whole batch."""
-    checked, two = (
-        train(tmp_path, max_steps=1, step_control_target=0.6, **settings)
-        for settings in ({**METHOD, **CHECK}, {**METHOD, **CHECK, **COSINE, **TWO_PASSES, "update_rule": "gxpo"})
+    common = {**METHOD, **CHECK, "max_steps": 1}
+    checked = train(tmp_path, **common)
+    two = train(
+        tmp_path,
+        **common | COSINE | TWO_PASSES | {"update_rule": "gxpo", "learning_rate": METHOD["learning_rate"] / 2},
     )
     assert logged(checked, "lookahead/step_multiplier") == logged(two, "lookahead/step_multiplier") != [1.0]
     assert checked.backward_passes == two.backward_passes + 0.5
@@ -707,7 +719,14 @@ def test_a_search_that_fails_leaves_nothing(tmp_path, settings, call):
 
 
 def test_its_passes_go_through_a_checkpoint(tmp_path):
-    settings = {**METHOD, **CHECK, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    settings = {
+        **METHOD,
+        **CHECK,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 3,
+        "step_control_target": 0.6,
+    }
     whole = train(tmp_path, **settings)
     resumed = train(tmp_path, **settings, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     tries = whole.lookahead.control.steps_tried + 2

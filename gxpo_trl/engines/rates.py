@@ -24,12 +24,17 @@ class ScaledRates:
 
     def __init__(self, optimizer: torch.optim.Optimizer, multiplier: Callable[[], float]):
         check_rates(optimizer)
-        self.multiplier = multiplier
+        self.optimizer, self.multiplier = optimizer, multiplier
         self.depth = 0  # a step may call that of the class above it, whose hooks are the same
         self.kept: list[tuple[dict[str, Any], float | torch.Tensor]] = []
         before = optimizer.register_step_pre_hook(lambda stepped, *_: self._multiply(stepped))
         after = optimizer.register_step_post_hook(lambda *_: self._step_ends())
         self.hooks = (before, after)
+
+    @property
+    def are_zero(self) -> bool:
+        """Whether a step now would have no length, as the first one of a warm-up."""
+        return not any(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def _multiply(self, optimizer: torch.optim.Optimizer) -> None:
         self.depth += 1

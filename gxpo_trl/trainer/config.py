@@ -12,7 +12,7 @@ from ..checks import check_at_least
 from ..engines.support import check_arguments
 from ..update.gate import Gate, Trigger
 from ..update.rule import LookaheadRule
-from ..update.step_control import TAKE_BACK_BELOW, StepControl, default_target
+from ..update.step_control import LEAST_OF_CHECK, TAKE_BACK_BELOW, StepControl, default_target
 from ..values import read_value
 from .rules import RULES, make_rule
 
@@ -407,10 +407,13 @@ class LookaheadConfig(GRPOConfig):
         if self.step_control == "none":
             return None
         target, rule = self.step_control_target, self.lookahead_rule()
-        if target is None:
-            passes = None if rule is None else rule.passes + 0.6 * rule.phantom_steps
-            completions = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-            target = default_target(passes, completions)
+        if target is not None:
+            return StepControl.from_start(target, self.step_control_gain)
+        completions = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if rule is None:
+            halfway = default_target(2, completions)
+            return StepControl.from_start(max(halfway, LEAST_OF_CHECK), self.step_control_gain, search_target=halfway)
+        target = default_target(rule.passes + 0.6 * rule.phantom_steps, completions)
         return StepControl.from_start(target, self.step_control_gain)
 
     def gate(self) -> Gate:

@@ -1,5 +1,8 @@
 """Step control in the training loop: multiplies the learning rates in every step, and takes steps back."""
 
+import contextlib
+from collections.abc import Iterator
+
 from accelerate.logging import get_logger
 
 from ..engines import Engine
@@ -25,6 +28,7 @@ class StepLength:
     def __init__(self, control: StepControl | None):
         self.control = control
         self.rates: ScaledRates | None = None
+        self._fraction = 1.0  # of M, in a probe
 
     @property
     def takes_back(self) -> bool:
@@ -34,7 +38,7 @@ class StepLength:
     def follow(self, engine: Engine) -> None:
         """From now on each optimizer step uses M times its rates."""
         if self.rates is None:
-            self.rates = ScaledRates(engine.state.base_optimizer, lambda: self.control.multiplier)
+            self.rates = ScaledRates(engine.state.base_optimizer, lambda: self._fraction * self.control.multiplier)
 
     def release(self) -> None:
         """Called when the training loop has ended."""
@@ -46,6 +50,15 @@ class StepLength:
     def searching(self) -> bool:
         """Whether M has to be found, on a batch that says something."""
         return self.control is not None and self.control.searching
+
+    @contextlib.contextmanager
+    def half(self) -> Iterator[None]:
+        """Steps are half as long: two passes are judged halfway, and a plain step is as long as their two together."""
+        self._fraction = 0.5
+        try:
+            yield
+        finally:
+            self._fraction = 1.0
 
     def judge(self, report: StepReport, engine: Engine, origin: Origin, step: int) -> bool:
         """Where the step does not stay, undoes it: θ0, g0 and the optimizer's state are what they were before it.
@@ -63,6 +76,8 @@ class StepLength:
 
     def judge_only(self, report: StepReport, step: int, repeatable: bool = True) -> Verdict:
         """What the control says of a step, whose parameters stay where they are."""
+        if self.rates is not None and self.rates.are_zero:
+            return Verdict.KEEP  # its cosine says nothing about lengths
         was_at_bound = self.control.is_at_bound
         verdict = self.control.judge(agreement(report), repeatable)
         self._warn(was_at_bound, step)

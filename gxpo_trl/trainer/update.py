@@ -296,13 +296,13 @@ class LookaheadUpdate:
     # ---- The check after a step
 
     def _find_length(self, model: torch.nn.Module, window: RolloutWindow) -> None:
-        """Where M is not known: probes of the whole batch, which are undone, find the length of the step."""
+        """Where M is not known: probes halfway, on the whole batch, find the length of the step, and are undone."""
         if not self.length.searching:
             return
         state, rule = self.engine.state, two_passes(self.trainer.args.snapshot_device == "cpu")
         self._origin = Origin.of(state, rule.copies_on_host, with_optimizer=True)
         tried_again = True
-        with self.replays.private_metrics():
+        with self.replays.private_metrics(), self.length.half():
             while tried_again:
                 report = lookahead_step(
                     state, lambda: self.replays.run(self.engine, model, window.replay()), rule, origin=self._origin

@@ -39,19 +39,21 @@ SEARCH_FACTOR = 8.0
 a very long one says nothing."""
 
 
-def default_target(passes: float | None, completions: int) -> float:
+def default_target(passes: float, completions: int) -> float:
     """c* where none is set: 1 - (1 - 1.2 / passes) · √(completions / 128), and at least 0.1.
 
     Measured on the embedded task. The rows that chose a step also judge it. The fewer they are, the more of c is their
     own noise, which the step fits, and the larger c is after the step that is best for other rows.
 
     Args:
-        passes (`float`, *optional*): Passes over a batch, the last included, and 0.6 for each phantom step. `None` for
-            *check*, which is as two passes and at least 0.6: its micro-batch is a small part of what chose the step.
+        passes (`float`): Passes over a batch, the last included, and 0.6 for each phantom step.
         completions (`int`): Of an optimizer step, on all devices.
     """
-    target = 1 - (1 - 1.2 / (passes or 2)) * math.sqrt(completions / 128)
-    return max(target, 0.6 if passes is None else 0.1)
+    return max(0.1, 1 - (1 - 1.2 / passes) * math.sqrt(completions / 128))
+
+
+LEAST_OF_CHECK = 0.6
+"""c* of *check* is that of two passes, and at least this: its micro-batch is a small part of what chose the step."""
 
 
 class Verdict(Enum):
@@ -124,6 +126,7 @@ class StepControl:
         searches_left (`int`): Batches on which M is still to be searched for.
         steps_taken_back (`int`): How many went too far, those of searches not counted.
         steps_tried (`int`): How many searches undid.
+        search_target (`float`, *optional*): The cosine that searches aim at, if another.
         growth (`float`): The factor of M once the current step has been taken.
         search (`Search`): Of M on the current batch.
     """
@@ -134,6 +137,7 @@ class StepControl:
     searches_left: int = 0
     steps_taken_back: int = 0
     steps_tried: int = 0
+    search_target: float | None = None
     growth: float = 1.0
     search: Search = field(init=False)
 
@@ -141,9 +145,9 @@ class StepControl:
         self.forget_step()
 
     @classmethod
-    def from_start(cls, target: float, gain: float) -> "StepControl":
+    def from_start(cls, target: float, gain: float, search_target: float | None = None) -> "StepControl":
         """One that searches for M first, if it controls at all."""
-        return cls(target, gain, searches_left=SEARCHES if gain > 0 else 0)
+        return cls(target, gain, searches_left=SEARCHES if gain > 0 else 0, search_target=search_target)
 
     @property
     def searching(self) -> bool:
@@ -196,7 +200,7 @@ class StepControl:
     def forget_step(self) -> None:
         """Ends a step that was not taken."""
         self.growth = 1.0
-        self.search = Search(math.acos(self.target))
+        self.search = Search(math.acos(self.target if self.search_target is None else self.search_target))
 
     def _multiply(self, factor: float) -> None:
         self.multiplier = min(max(self.multiplier * factor, LEAST), MOST)
