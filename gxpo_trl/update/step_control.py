@@ -53,7 +53,8 @@ def default_target(passes: float, completions: int) -> float:
 
 
 LEAST_OF_CHECK = 0.6
-"""c* of *check* is that of two passes, and at least this: its micro-batch is a small part of what chose the step."""
+"""The least c* of *check*, which is otherwise the target of two passes: a micro-batch is a small part of what chose the
+step."""
 
 
 class Verdict(Enum):
