@@ -93,6 +93,10 @@ BF16_METHODS = {  # and how well the displacement is to be aligned with that of 
     "bf16-gxpo": ({"model": "tiny", "trainer": "gxpo", "lora": False, "settings": SMOOTH}, 0.94),
     "bf16-sfpo": ({"model": "tiny", "trainer": "sfpo", "lora": False, "settings": SMOOTH}, 0.96),
     "bf16-gxpo-lora": ({"model": "tiny", "trainer": "gxpo", "lora": True, "settings": SMOOTH}, 0.94),
+    "bf16-phantom": (
+        {"model": "tiny", "trainer": "gxpo", "lora": False, "settings": SMOOTH | {"extrapolation": "optimizer"}},
+        0.9,  # each of K steps is one of AdamW, whose first ones are as long where a gradient is all rounding
+    ),
 }
 FALL_BACKS = [f"poisoned {when} pass {number}" for when in ("in", "after") for number in (1, 2, 3)]
 BROKEN = ["broken before the step", "broken in pass 3"]
@@ -128,7 +132,7 @@ NOT_ASKED = {
     # ZeRO-1 in bf16 has an engine of its own, the others those that they have in fp32
     "zero1-bf16": {*FALL_BACKS, "broken before the step"} - {"poisoned in pass 2", "poisoned after pass 2"},
     "zero2-bf16": OF_STEPS,
-    "zero2-offload-bf16": OF_PARAMETERS | OF_STEPS | OF_DEVICES | {"bf16-sfpo", "bf16-gxpo-lora"},
+    "zero2-offload-bf16": OF_PARAMETERS | OF_STEPS | OF_DEVICES | {"bf16-sfpo", "bf16-gxpo-lora", "bf16-phantom"},
     "zero3-bf16": OF_STEPS,
     "ddp-bf16": OF_STEPS | {"resume-lora"},  # their parameters are in fp32, as without bf16
     "fsdp2-bf16": OF_STEPS | {"resume-lora"},
