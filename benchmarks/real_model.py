@@ -63,10 +63,10 @@ PHASES = (
     ("rates", (GRPO, GXPO)),
     ("seeds", (GRPO, GXPO)),
     ("rates", (THREE_ITERATIONS, SFPO)),
-    ("control", (CONTROLLED,)),
-    ("control", (GRPO,)),
     ("seeds", (THREE_ITERATIONS, SFPO)),
     ("seeds", (STOCK,)),
+    ("control", (CONTROLLED,)),
+    ("control", (GRPO,)),
 )
 
 
