@@ -33,6 +33,8 @@ MOST_TRIES = 8
 """Steps that are tried on a batch, at most."""
 NEAR = 1.25
 """The factor by which the angle of a step that is found may differ from the one that is aimed at."""
+CLOSE = 2.0
+"""Where a multiplier that is too long is at most so many times one that is too short, the latter is taken."""
 TAKE_BACK_FACTOR = 1 / 2
 SEARCH_FACTOR = 8.0
 """What M changes by at most from one try to the next. Rounding hides the angle of a very short step, and the angle of
@@ -53,8 +55,8 @@ def default_target(passes: float, completions: int) -> float:
 
 
 LEAST_OF_CHECK = 0.6
-"""The least c* of *check*, which is otherwise the target of two passes: a micro-batch is a small part of what chose the
-step."""
+"""The least c* of *check*, which is otherwise the target of two passes: a micro-batch is a small part of what chose
+the step."""
 
 
 class Verdict(Enum):
@@ -86,18 +88,21 @@ class Search:
         tries (`int`): Multipliers judged.
         short (`tuple[float, float]`, *optional*): The last multiplier that was too short, and its angle.
         long (`float`, *optional*): The last one that was too long.
+        settled (`bool`): Whether the next try is the last one.
     """
 
     angle: float
     tries: int = 0
     short: tuple[float, float] | None = None
     long: float | None = None
+    settled: bool = False
 
     def next(self, multiplier: float, cosine: float) -> float | None:
         """The multiplier to try after this one had this cosine; `None` if it is the one."""
         self.tries += 1
         angle = math.acos(min(max(cosine, -1.0), 1.0))
-        if self.angle / NEAR <= angle <= self.longest and (self.long is None or self.short is not None):
+        is_near = self.angle / NEAR <= angle <= self.longest
+        if self.settled or (is_near and (self.long is None or self.short is not None)):
             return None  # but not on the way down from far: there, angles are what they are by chance
         if angle < self.angle / NEAR:
             self.short = multiplier, angle
@@ -106,6 +111,9 @@ class Search:
         if self.short is None:  # however far it is: gradients there may have nothing to do with each other
             return multiplier / SEARCH_FACTOR
         short, angle = self.short
+        if self.long is not None and self.long <= CLOSE * short:  # clipping makes the angle jump
+            self.settled = True
+            return None if short == multiplier else short
         found = short * (min(SEARCH_FACTOR, self.angle / angle) if angle else SEARCH_FACTOR)
         return found if self.long is None or found < self.long else math.sqrt(short * self.long)
 
