@@ -163,11 +163,11 @@ def table(regime: Regime, result: dict) -> str:
 
 
 def draw(results: Path) -> Path | None:
-    """AUC against the learning rate, one panel a part, with 95 % intervals over seeds."""
+    """AUC against the learning rate, one panel a part, with 95 % intervals over seeds where there are three or more."""
     there = [regime for regime in REGIMES if (results / f"{regime.part.name}.json").is_file()]
     if not there:
         return None
-    columns = min(3, len(there))
+    columns = len(there) if len(there) < 5 else 3
     count = -(-len(there) // columns)
     figure = Figure(figsize=(3.3 * columns + 2.6 * (columns == 1), 2.7 * count + 1), layout="constrained")
     panels = figure.subplots(count, columns, squeeze=False, sharey=True).flatten()
@@ -194,7 +194,7 @@ def draw(results: Path) -> Path | None:
 def _draw_curve(axes, curve: list[tuple[float, Mean]], label: str, color: str) -> None:
     rates, means = zip(*curve, strict=True)
     axes.plot(rates, [mean.value for mean in means], marker="o", markersize=3, color=color, label=label, linewidth=1.4)
-    if all(mean.low is not None for mean in means):
+    if all(mean.low is not None and mean.n > 2 for mean in means):
         low, high = ([getattr(mean, name) for mean in means] for name in ("low", "high"))
         axes.fill_between(rates, low, high, color=color, alpha=0.15, linewidth=0)
 
