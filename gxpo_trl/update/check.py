@@ -36,13 +36,14 @@ def check_step(state: TrainingState, replay: Replay, at_theta_0: Callable[[], Ab
         before = [None if g is None else g.clone() for g in state.gradients()]
     one_pass(state, replay)
     totals.add(after_squared=state.squared_norm())
-    present = [(g, b) for g, b in zip(state.gradients(), before, strict=True) if b is not None]
-    for _, (after, other) in aligned_slices([g for g, _ in present], [b for _, b in present]):
+    pairs = zip(state.gradients(), before, strict=True)  # what has no gradient at one end adds nothing
+    present = [(after, other) for after, other in pairs if after is not None and other is not None]
+    for _, (after, other) in aligned_slices([after for after, _ in present], [other for _, other in present]):
         totals.add(dot=torch.sum(after * other))
     sums = totals.reduce(("before_squared", "after_squared", "dot"))
     state.clear_gradients()
-    before, after = math.sqrt(sums["before_squared"]), math.sqrt(sums["after_squared"])
-    if not (math.isfinite(before) and math.isfinite(after)):
-        return StepReport(passes=2 if math.isfinite(before) else 1, fell_back=True)
-    cosine = sums["dot"] / (before * after) if before * after > 0 else None
-    return StepReport(passes=1, grad_norm_0=before, grad_norm_slow=after, cos_0_slow=cosine)
+    norm_0, norm_1 = math.sqrt(sums["before_squared"]), math.sqrt(sums["after_squared"])
+    if not (math.isfinite(norm_0) and math.isfinite(norm_1)):
+        return StepReport(passes=2 if math.isfinite(norm_0) else 1, fell_back=True)
+    cosine = sums["dot"] / (norm_0 * norm_1) if norm_0 * norm_1 > 0 else None
+    return StepReport(passes=1, grad_norm_0=norm_0, grad_norm_slow=norm_1, cos_0_slow=cosine)
