@@ -163,7 +163,7 @@ def table(regime: Regime, result: dict) -> str:
 
 
 def draw(results: Path) -> Path | None:
-    """AUC against the learning rate, one panel a part, with 95 % intervals over seeds where there are three or more."""
+    """AUC against the learning rate, one panel a part, with 95 % intervals where there are three seeds or more."""
     there = [regime for regime in REGIMES if (results / f"{regime.part.name}.json").is_file()]
     if not there:
         return None
