@@ -681,21 +681,24 @@ def test_a_step_without_advantage_is_not_checked(tmp_path):
     assert logged(trainer, "lookahead/step_multiplier") == [1.0] * 3
 
 
+class Failing(LookaheadTrainer):
+    """Saves its weights in one call of the loss, which fails then."""
+
+    fails_at, calls, saved = None, 0, None
+
+    def compute_loss(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            self.saved = saved_weights(self, f"{self.args.output_dir}/saved")
+            raise ZeroDivisionError
+        return super().compute_loss(*args, **kwargs)
+
+
 @pytest.mark.parametrize("call", [5, 6])  # the replay at the end of the first step, and at its beginning
 def test_a_check_that_fails_leaves_the_step_taken(tmp_path, call):
     """Saved in the middle or afterwards, the weights are those that the step led to."""
-
-    class Failing(LookaheadTrainer):
-        calls, saved = 0, None
-
-        def compute_loss(self, *args, **kwargs):
-            self.calls += 1
-            if self.calls == call:
-                self.saved = saved_weights(self, f"{self.args.output_dir}/saved")
-                raise ZeroDivisionError
-            return super().compute_loss(*args, **kwargs)
-
     trainer = make_trainer(tmp_path, Failing, step_control_gain=0.0, **METHOD, **CHECK, **AS_TRL)
+    trainer.fails_at = call
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     one = train(tmp_path, **{**METHOD, **CHECK, **AS_TRL, "update_rule": "grpo", "max_steps": 1})
@@ -709,18 +712,8 @@ def test_a_check_that_fails_leaves_the_step_taken(tmp_path, call):
 @pytest.mark.parametrize("call", [5, 10])
 def test_a_search_that_fails_leaves_nothing(tmp_path, settings, call):
     """Whichever replay of whichever try it is: saved in the middle or afterwards, the weights are those before it."""
-
-    class Failing(LookaheadTrainer):
-        calls, saved = 0, None
-
-        def compute_loss(self, *args, **kwargs):
-            self.calls += 1
-            if self.calls == call:
-                self.saved = saved_weights(self, f"{self.args.output_dir}/saved")
-                raise ZeroDivisionError
-            return super().compute_loss(*args, **kwargs)
-
     trainer = make_trainer(tmp_path, Failing, **METHOD, **settings, **AS_TRL)
+    trainer.fails_at = call
     before = parameters(trainer)
     with pytest.raises(ZeroDivisionError):
         trainer.train()

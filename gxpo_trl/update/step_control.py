@@ -133,7 +133,7 @@ class StepControl:
         gain (`float`): κ; with 0 nothing is controlled, and M stays where it is.
         multiplier (`float`): M of the current step.
         searches_left (`int`): Batches on which M is still to be searched for.
-        steps_taken_back (`int`): How many went too far, those of searches not counted.
+        steps_taken_back (`int`): How many went too far, and of a search at most its last one.
         steps_tried (`int`): How many searches undid.
         search_target (`float`, *optional*): The cosine that searches aim at, if another.
         growth (`float`): The factor of M once the current step has been taken.
