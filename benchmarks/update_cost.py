@@ -313,7 +313,10 @@ class TakeTurns(TrainerCallback):
         }
 
     def on_step_begin(self, args, state, control, **kwargs):
+        gradient_state = self.trainer.accelerator.gradient_state  # one for all trainers of a process
+        syncs = gradient_state.sync_gradients
         self.plan.wait_for(self.trainer.who, state.global_step)
+        gradient_state._set_sync_gradients(syncs)  # the others have left their last micro-batch's
         if self.trainer.who != "trl":
             self._set_up(self.plan.steps[self.trainer.who][state.global_step][1])
         synchronize()

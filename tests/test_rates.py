@@ -24,7 +24,7 @@ def test_runs_are_made_once_and_drawn(tmp_path):
         finals = [runs[arm, rate]["curve"] for arm in arms]
         assert all(a != b for i, a in enumerate(finals) for b in finals[:i])  # each does something of its own
         assert len({curve[-1][0] for curve in finals}) == 1  # the same rollouts
-    assert runs["two passes, controlled", 1e-5]["multiplier"][0] == 1 / 16
+    assert runs["two passes, controlled", 1e-5]["multiplier"][0] > 1  # found by the search: 1e-5 is too small
     assert (tmp_path / "results" / "rates.png").is_file() and "| GRPO | " in first
     again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "seed" in first and "seed 0" not in again
