@@ -41,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer, SFPOConfig
-from gxpo_trl.rollout.compaction import Compaction
+from gxpo_trl.rollout.compaction import ENTROPIES, Compaction
 from gxpo_trl.tasks.tiny_model import build_tokenizer
 
 
@@ -278,11 +278,19 @@ class TimedTRL(Timed, GRPOTrainer):
     who = "trl"
 
 
-class TimedOurs(Timed, GXPOTrainer):
+class WithEntropies:
+    """Rollouts as grouped sampling leaves them, and TRL's scoring where vLLM samples: their entropies are known."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return output | {ENTROPIES: output["completion_mask"].sum(1).float()}
+
+
+class TimedOurs(Timed, WithEntropies, GXPOTrainer):
     who = "ours"
 
 
-class TimedIterations(Timed, LookaheadTrainer):
+class TimedIterations(Timed, WithEntropies, LookaheadTrainer):
     who = "iterated"
 
 

@@ -255,20 +255,23 @@ def test_adapters_are_applied():
 @pytest.mark.parametrize(
     "attention, dtype", [("eager", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.bfloat16)]
 )
-def test_log_probabilities_are_those_of_the_model_at_the_sampling_temperature(attention, dtype):
+def test_log_probabilities_and_entropies_are_those_of_the_model_at_the_sampling_temperature(attention, dtype):
     model = build(MODELS["gemma3, half windows"]).to(dtype)
     model.set_attn_implementation(attention)
     settings = {**SAMPLED, "temperature": 1.3, "top_p": 0.8, "return_dict_in_generate": True, "token_budget": 200}
-    output = grouped(model, REQUEST, **settings)
+    output = grouped(model, REQUEST, **settings, output_entropies=True)
     prompts, width = REQUEST["input_ids"].size(1), output.logps.size(1)
     ids, real = output.sequences, torch.arange(width) < output.lengths[:, None]
     mask = torch.cat([REQUEST["attention_mask"], real.long()], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, prompts - 1 : -1].float()
-    logps = (logits / 1.3).log_softmax(-1).gather(2, ids[:, prompts:, None])[..., 0] * real
-    assert output.logps.dtype == torch.float32
-    assert torch.allclose(output.logps, logps, atol=1e-4 if dtype is torch.float32 else 0.5)
+    distributions = torch.distributions.Categorical(logits=logits / 1.3)
+    logps, entropies = distributions.log_prob(ids[:, prompts:]) * real, distributions.entropy() * real
+    atol = 1e-4 if dtype is torch.float32 else 0.5
+    assert output.logps.dtype == output.entropies.dtype == torch.float32
+    assert torch.allclose(output.logps, logps, atol=atol) and torch.allclose(output.entropies, entropies, atol=atol)
     assert (output.logps[real] < 0).all() and (output.logps[~real] == 0).all()
+    assert entropies[real].mean() > 0.1 and (output.entropies[~real] == 0).all()
     assert (ids[:, prompts:][~real] == 0).all()
 
 
@@ -818,22 +821,23 @@ class RLOOOldLogps(OldLogpsMixin, RLOOTrainer):
 )
 def test_sampling_gives_the_old_log_probabilities(tmp_path, monkeypatch, trainer_class, config_class, settings, saved):
     """The same numbers, without the pass that TRL makes for them."""
-    passes_without_grad = []
+    scored = []
     for stock in (GRPOTrainer, RLOOTrainer):
         compute = stock._get_per_token_logps_and_entropies
 
-        def counting(self, *args, compute=compute, **kwargs):
-            passes_without_grad.append(not torch.is_grad_enabled())
-            return compute(self, *args, **kwargs)
+        def counting(self, model, ids, mask, width, batch_size=None, *args, compute=compute, **kwargs):
+            scored.append(0 if batch_size is None else len(ids))  # TRL gives it where it scores
+            return compute(self, model, ids, mask, width, batch_size, *args, **kwargs)
 
         monkeypatch.setattr(stock, "_get_per_token_logps_and_entropies", counting)
 
-    def run(**more) -> tuple[int, OldLogpsMixin]:
-        passes_without_grad.clear()
+    def run(**more) -> tuple[float, OldLogpsMixin]:
+        scored.clear()
         adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
         given = {"max_steps": 1, "temperature": 0.8, "pad_to_multiple_of": 8, **settings, **more}
         trainer = train(tmp_path, trainer_class, config_class, scripted=False, peft_config=adapter, **given)
-        return sum(passes_without_grad), trainer
+        rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+        return sum(scored) / rows, trainer
 
     passes, trainer = run(generation_backend="grouped")
     assert run()[0] - passes == saved

@@ -3,8 +3,9 @@
 TRL pads every completion of a generation batch to the longest one and shuffles, so that nearly every micro-batch is as
 wide as the longest completion of all. Nothing is computed twice or approximated here: rows change places among the
 micro-batches of one optimizer step, columns that every row of a micro-batch has masked are dropped, and a row whose
-advantage is 0 has no backward pass if the loss depends on the row only through its advantage. The first pass makes a
-forward pass over such rows, because TRL's metrics count them. Later passes leave them out.
+advantage is 0 has no backward pass if the loss depends on the row only through its advantage. TRL logs its entropy: no
+pass computes the row where that is known from sampling or scoring and the policy has not moved since then. Elsewhere the
+first pass makes a forward pass over it.
 
 A micro-batch is TRL's: a dict of tensors whose first dimension are the rows. The result are such dicts. They have one
 more entry, `LOSS_WEIGHT`, if a loss that averages over rows must be corrected for their number.
@@ -21,6 +22,8 @@ import torch
 Batch = dict[str, Any]
 
 LOSS_WEIGHT = "loss_weight"
+ENTROPIES = "entropies"
+"""Of the policy that generated, in nats, summed over the tokens of each completion, (B,)."""
 PROMPT_COLUMNS = ("prompt_ids", "prompt_mask")  # (B, P), padded on the left
 COMPLETION_COLUMNS = (  # (B, T), padded on the right
     "completion_ids",
@@ -32,7 +35,7 @@ COMPLETION_COLUMNS = (  # (B, T), padded on the right
     "importance_sampling_ratio",
     "advantages",
 )
-ROWS = ("advantages", "old_logps", "importance_sampling_ratio")  # (B,) or (B, 1)
+ROWS = ("advantages", "old_logps", "importance_sampling_ratio", ENTROPIES)  # (B,) or (B, 1)
 CONSTANTS = ("num_items_in_batch", LOSS_WEIGHT)
 MOST_ROWS = 512  # up to which the best partition is searched: this takes rows² × micro-batches steps
 KNOWN = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *ROWS, *CONSTANTS}
@@ -70,10 +73,12 @@ class Compacted:
     Attributes:
         batches (`list[Batch]`): The rows that are computed with a gradient.
         forward_only (`list[Batch]`): The other rows, in no more micro-batches than `batches`.
+        left_out (`Batch`, *optional*): The other rows, where they are not computed at all.
     """
 
     batches: list[Batch]
     forward_only: list[Batch] = field(default_factory=list)
+    left_out: Batch | None = None
 
 
 MaxOverRanks = Callable[[torch.Tensor], torch.Tensor]
@@ -81,7 +86,10 @@ MaxOverRanks = Callable[[torch.Tensor], torch.Tensor]
 
 
 def compact(
-    micro_batches: list[Batch], how: Compaction, max_over_ranks: MaxOverRanks = torch.Tensor.clone
+    micro_batches: list[Batch],
+    how: Compaction,
+    max_over_ranks: MaxOverRanks = torch.Tensor.clone,
+    entropies_hold: bool = False,
 ) -> Compacted:
     """The micro-batches of one optimizer step with their rows sorted by completion length, longest first, and trimmed.
 
@@ -89,6 +97,8 @@ def compact(
         micro_batches (`list[Batch]`): Of one optimizer step, with equally many rows each.
         how (`Compaction`): The allowed changes.
         max_over_ranks (`MaxOverRanks`): Called once, again if rows may be left out, and again if some are.
+        entropies_hold (`bool`): Whether the policy is the one that `ENTROPIES` are of, so that rows that contribute
+            nothing need no forward pass where the rollouts have them. Equal on every rank.
 
     Returns:
         `Compacted`: As many micro-batches with the same rows, cut where the fewest tokens are computed. None has more
@@ -112,12 +122,14 @@ def compact(
     nominal_rows = count_rows(rows) // count
     contributes, most = _contributing(rows, how, max_over_ranks)
     kept, others = _choose(rows, contributes, max(most, count))
-    widths = max_over_ranks(_widths(rows)[kept]).tolist()
+    widths = max_over_ranks(row_widths(rows)[kept]).tolist()
     max_tokens = how.max_tokens or nominal_rows * widths[0]
     batches = _split(rows, kept, partition(widths, count, max_tokens), nominal_rows, how)
     if not len(others):
         return Compacted(batches)
-    widths = max_over_ranks(_widths(rows)[others]).tolist()
+    if entropies_hold and ENTROPIES in rows:
+        return Compacted(batches, left_out=take(rows, others, how))
+    widths = max_over_ranks(row_widths(rows)[others]).tolist()
     sizes = partition(widths, min(count, len(pack(widths, max(max_tokens, widths[0])))), max_tokens)
     return Compacted(batches, _split(rows, others, sizes, nominal_rows, how))
 
@@ -151,7 +163,7 @@ def prune(
     if most == count_rows(rows) and fewest == len(micro_batches) and how.max_tokens is None:
         return micro_batches
     kept, _ = _choose(rows, contributes, most)
-    widths = max_over_ranks(_widths(rows)[kept]).tolist()
+    widths = max_over_ranks(row_widths(rows)[kept]).tolist()
     max_tokens = how.max_tokens or nominal_rows * widths[0]
     count = len(pack(widths, max_tokens)) if how.max_tokens else fewest
     return _split(rows, kept, partition(widths, count, max_tokens), nominal_rows, how)
@@ -291,7 +303,8 @@ def _split(rows: Batch, order: torch.Tensor, sizes: list[int], nominal_rows: int
     return batches
 
 
-def _widths(rows: Batch) -> torch.Tensor:
+def row_widths(rows: Batch) -> torch.Tensor:
+    """The columns that each row needs, (B,): all of the prompt's, and the completion's up to its end."""
     return rows["prompt_ids"].size(1) + completion_lengths(rows)
 
 

@@ -72,10 +72,13 @@ class GroupedOutput(GenerateDecoderOnlyOutput):
         lengths (`torch.LongTensor`): Tokens of each completion, with the one that ended it, (B,).
         logps (`torch.FloatTensor`): Log-probabilities of the completions' tokens, (B, T), 0 where there is none. They
             are the model's at the sampling temperature, before any token is excluded or penalized: what TRL calls old.
+        entropies (`torch.FloatTensor`, *optional*): The entropy of the distribution that each of them has its
+            log-probability from, in nats, (B, T), if asked for.
     """
 
     lengths: torch.LongTensor | None = None
     logps: torch.FloatTensor | None = None
+    entropies: torch.FloatTensor | None = None
 
 
 def pad_left(prompts: Sequence[torch.Tensor], pad_token: int) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -136,6 +139,7 @@ def sample_grouped(
     generation_config: GenerationConfig,
     token_budget: int | None = None,
     lockstep: bool = False,
+    output_entropies: bool = False,
     **model_kwargs: Any,
 ) -> torch.LongTensor | GroupedOutput:
     """A decoding method for `generate(custom_generate=...)`: the same completions in less time.
@@ -151,6 +155,7 @@ def sample_grouped(
             in tokens, except for a single row that needs more. The KV cache holds no more than that. Unset: all at
             once.
         lockstep (`bool`): All ranks make equally many forward passes: where one communicates, as under FSDP2.
+        output_entropies (`bool`): Whether a `GroupedOutput` has `entropies`.
         **model_kwargs: As `generate` prepared them; `attention_mask` (B, P) tells the padding.
 
     Returns:
@@ -160,7 +165,9 @@ def sample_grouped(
         `ValueError`: If the model, a setting or a further model input can't be served, or the budget isn't positive.
         `SharedNoise`: If the model draws random numbers. The generators are as they were then.
     """
-    sampler = _Sampler(model, logits_processor, stopping_criteria, generation_config, token_budget, lockstep)
+    sampler = _Sampler(
+        model, logits_processor, stopping_criteria, generation_config, token_budget, lockstep, output_entropies
+    )
     mask = model_kwargs.pop("attention_mask", None)
     if mask is None:
         mask = torch.ones_like(input_ids)
@@ -266,6 +273,7 @@ class _Sampler:
         config: GenerationConfig,
         token_budget: int | None,
         lockstep: bool,
+        output_entropies: bool,
     ):
         if reason := why_not_row_by_row(model, model.training) or _why_not_settings(config):
             raise ValueError(f"Grouped sampling can't serve this: {reason}. Leave out `custom_generate`.")
@@ -277,7 +285,7 @@ class _Sampler:
         # Columns don't tell a row's age here; `_take_tokens` counts tokens instead.
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
         self.criteria = StoppingCriteriaList(criteria)
-        self.token_budget, self.lockstep = token_budget, lockstep
+        self.token_budget, self.lockstep, self.output_entropies = token_budget, lockstep, output_entropies
         self.cache_argument = cache_argument(type(model))
         self.has_prefilled = False
 
@@ -289,6 +297,7 @@ class _Sampler:
         # One column more: rows that have ended write their padding there until they are dropped.
         self.completions = input_ids.new_full((input_ids.size(0), self.max_new_tokens + 1), self.pad_token)
         self.logps = torch.zeros(self.completions.shape, device=input_ids.device)
+        self.entropies = torch.zeros_like(self.logps) if self.output_entropies else None
         self.lengths = input_ids.new_zeros(input_ids.size(0))
         queue, rows = _find_groups(input_ids, mask), None
         while self._anywhere(rows is not None or len(queue) > 0):  # has a forward pass to make
@@ -304,7 +313,10 @@ class _Sampler:
                 self._idle()
         longest = int(self.lengths.max())
         sequences = torch.cat([input_ids, self.completions[:, :longest]], dim=1)
-        return GroupedOutput(sequences=sequences, lengths=self.lengths, logps=self.logps[:, :longest])
+        entropies = None if self.entropies is None else self.entropies[:, :longest]
+        return GroupedOutput(
+            sequences=sequences, lengths=self.lengths, logps=self.logps[:, :longest], entropies=entropies
+        )
 
     def _pad_token(self) -> int:
         if self.config._pad_token_tensor is not None:
@@ -423,8 +435,12 @@ class _Sampler:
             tokens = scores.argmax(-1)
         if self.config.return_dict_in_generate:
             temperature = self.config.temperature if self.config.do_sample else 1.0
-            logps = (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            all_logps = (logits / temperature).log_softmax(-1)
+            logps = all_logps.gather(1, tokens[:, None])[:, 0]
             self.logps[rows.owner, rows.length] = logps * rows.unfinished
+            if self.entropies is not None:
+                entropies = torch.special.entr(all_logps.exp_()).sum(-1)
+                self.entropies[rows.owner, rows.length] = entropies * rows.unfinished
         tokens = torch.where(rows.unfinished, tokens, self.pad_token)
         self.completions[rows.owner, rows.length] = tokens
         rows.length = rows.length + rows.unfinished

@@ -20,6 +20,7 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from ..sampling.grouped import SharedNoise, pad_left, sample_grouped, why_not_grouped
+from .scoring import Scoring
 
 
 logger = get_logger(__name__)
@@ -177,6 +178,7 @@ class GroupedSampling:
         self.trainer, self.settings = trainer, settings
         self.config, self.stopping_criteria = _read_settings(trainer)
         self._draws = False  # whether the model has been seen to draw random numbers: TRL samples from then on
+        self._scoring: Scoring | None = getattr(getattr(trainer, "lookahead", None), "scoring", None)
         self._trl_turn = trainer._generate_single_turn
         self._trl_score = trainer._generate_and_score_completions
         self._trl_logps = trainer._get_per_token_logps_and_entropies
@@ -201,6 +203,7 @@ class GroupedSampling:
         trainer = self.trainer
         prompts = [torch.tensor(ids, device=trainer.accelerator.device) for ids in prompt_ids]
         input_ids, attention_mask = pad_left(prompts, trainer._tokenizer.pad_token_id)
+        wants_entropies = self._has_entropies and self._scoring.wants_entropies
         communicates = trainer.accelerator.num_processes > 1 and (trainer._dist.is_zero3 or trainer._dist.is_fsdp)
         output = None
         with (
@@ -223,16 +226,25 @@ class GroupedSampling:
                     custom_generate=sample_grouped,
                     token_budget=self.settings.generation_token_budget,
                     lockstep=communicates,
+                    output_entropies=wants_entropies,
                 )
         if output is None:
             self._draws = True
             self.settings.check_needs(SharedNoise.reason)
             _warn_of_generate(SharedNoise.reason)
             return None
+        if wants_entropies:
+            self._scoring.keep_entropies(output.entropies)
         if self._scores:
             self._sampled_logps = output.logps
         completions = output.sequences[:, -output.logps.size(1) :].tolist()
         return [ids[:length] for ids, length in zip(completions, output.lengths.tolist(), strict=True)]
+
+    @property
+    def _has_entropies(self) -> bool:
+        """Whether the entropies that sampling sees are those that this package's trainers log."""
+        has_temperature = self.config.do_sample and self.config.temperature == self.trainer.temperature
+        return self._scoring is not None and has_temperature
 
     # ---- Log-probabilities of the sampled tokens as the old ones
 

@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from trl import GRPOTrainer
 
 from ..rollout.compaction import (
+    ENTROPIES,
     Batch,
     Compaction,
     compact,
@@ -37,6 +38,9 @@ ROW_MEANS = ("vespo/phi_seq_mean",)
 
 EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
 """TRL's metrics that are the minimum or maximum of a micro-batch."""
+
+ROW_MEANS_AT_SAMPLING = {"vespo/phi_seq_mean": 1.0}
+"""What they are of a completion without advantage, under the policy that sampled it. No ratio is clipped there."""
 
 LOSS = (
     *("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies"),
@@ -70,8 +74,11 @@ class Shares:
     """The share of an optimizer step's tokens and rows in each micro-batch, over all ranks.
 
     Attributes:
-        first_tokens, first_rows (`list[list[float]]`): Of the parts of each micro-batch of pass 1; they add up to 1.
+        first_tokens, first_rows (`list[list[float]]`): Of the parts of each micro-batch of pass 1. They add up to 1
+            with those that are left out.
         replayed_tokens, replayed_rows (`list[float]`): Of those of a replay, as parts of the same totals.
+        left_out_rows (`float`): Of the completions that are not computed at all.
+        left_out_entropy (`float`): Their part of the mean entropy of a token, in nats.
         token_fractions (`dict[str, float]`): The tokens of a pass compared with TRL's own layout, with padding.
     """
 
@@ -79,10 +86,14 @@ class Shares:
     first_rows: list[list[float]]
     replayed_tokens: list[float]
     replayed_rows: list[float]
+    left_out_rows: float
+    left_out_entropy: float
     token_fractions: dict[str, float]
 
     @classmethod
-    def of(cls, first: list[Arranged], replayed: list[Batch], accelerator: Accelerator) -> "Shares":
+    def of(
+        cls, first: list[Arranged], replayed: list[Batch], left_out: list[Batch], accelerator: Accelerator
+    ) -> "Shares":
         parts = [part for arranged in first for part in arranged.parts]
         scored = [scored_tokens(batch) for batch in (*parts, *replayed)]
         computed = [
@@ -90,12 +101,17 @@ class Shares:
             sum(count_tokens(arranged.forward_only) for arranged in first if arranged.forward_only is not None),
             sum(map(count_tokens, replayed)),
             sum(arranged.stock_tokens for arranged in first),
+            sum(scored_tokens(batch) for batch in left_out),
+            sum(batch[ENTROPIES].sum() for batch in left_out),
         ]
         counts = torch.stack([*scored, *torch.tensor(computed, device=scored[0].device)]).to(torch.float32)
-        *scored, first_computed, forward_only, replay_computed, stock = accelerator.reduce(counts).tolist()
+        *scored, first_computed, forward_only, replay_computed, stock, tokens, entropy = accelerator.reduce(
+            counts
+        ).tolist()
         rows = [float(count_rows(batch)) for batch in (*parts, *replayed)]
         n, sizes = len(parts), [len(arranged.parts) for arranged in first]
-        all_tokens, all_rows = max(sum(scored[:n]), 1.0), sum(rows[:n])
+        rows_left_out = sum(map(count_rows, left_out))
+        all_tokens, all_rows = max(sum(scored[:n]) + tokens, 1.0), sum(rows[:n]) + rows_left_out
         fractions = {"token_fraction": first_computed / stock, "forward_only_token_fraction": forward_only / stock}
         if replayed:
             fractions["replay_token_fraction"] = replay_computed / stock
@@ -104,6 +120,8 @@ class Shares:
             first_rows=_grouped([count / all_rows for count in rows[:n]], sizes),
             replayed_tokens=[count / all_tokens for count in scored[n:]],
             replayed_rows=[count / all_rows for count in rows[n:]],
+            left_out_rows=rows_left_out / all_rows,
+            left_out_entropy=entropy / all_tokens,
             token_fractions=fractions,
         )
 
@@ -130,6 +148,7 @@ class BatchLayout:
         self.compaction = _allowed_compaction(trainer)
         self.upcoming: deque[Arranged] = deque()  # micro-batches that pass 1 has not come to
         self.first_pass: list[Arranged] = []  # those of the current step so far
+        self.left_out: list[Batch] = []  # the rows of the current step that no pass computes
         self.forward_only: Batch | None = None  # what pass 1 computes before the present one, for TRL's metrics
         self.nominal_rows = 0  # of TRL's own
         self.position = 0  # of the next micro-batch among those that the training loop has fetched together
@@ -148,7 +167,7 @@ class BatchLayout:
         """Drops the data of an unfinished step. TRL's buffer still has its own micro-batches."""
         self.upcoming.clear()
         self.forward_only = None
-        self.first_pass = []
+        self.first_pass, self.left_out = [], []
 
     def arrange(self, inputs: Batch) -> Batch:
         """The micro-batch that replaces the one that TRL has taken from its buffer."""
@@ -175,7 +194,10 @@ class BatchLayout:
                 f"Batches are not compacted, which costs time: the rollouts hold {', '.join(unknown)}, and how that "
                 "belongs to rows is not known. Set `compact_batches: false` if that is intended."
             )
-        compacted = compact(batches, self.compaction, self._max_over_ranks)
+        since_generation = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations)
+        compacted = compact(batches, self.compaction, self._max_over_ranks, entropies_hold=since_generation == 0)
+        if compacted.left_out is not None:
+            self.left_out.append(compacted.left_out)
         pairs = itertools.zip_longest(compacted.batches, compacted.forward_only)
         return [Arranged(batch, forward_only, stock_tokens) for batch, forward_only in pairs]
 
@@ -206,9 +228,12 @@ class BatchLayout:
         """Ends an optimizer step: makes TRL's means those of the step, since micro-batches of sorted rows hold very
         different numbers of tokens, and one entry of what the parts of a micro-batch have measured."""
         first, self.first_pass = self.first_pass, []
+        left_out, self.left_out = self.left_out, []
         if self.compaction is None or not first:
             return None
-        shares = Shares.of(first, replayed, self.trainer.accelerator)
+        shares = Shares.of(first, replayed, left_out, self.trainer.accelerator)
+        of_left_out = {"entropy": shares.left_out_entropy}
+        of_left_out |= {name: value * shares.left_out_rows for name, value in ROW_MEANS_AT_SAMPLING.items()}
         sizes = [len(arranged.parts) for arranged in first]
         log = self.trainer._metrics["train"]
         for name in (*TOKEN_MEANS, *RATIO_MEANS, *ROW_MEANS, *EXTREMES):
@@ -217,11 +242,12 @@ class BatchLayout:
             measured = _grouped(log[name][-sum(sizes) :], sizes)
             del log[name][-sum(sizes) :]
             if name in EXTREMES:
-                log[name] += [EXTREMES[name](values) for values in measured]
+                unclipped = [0.0] if left_out else []
+                log[name] += [EXTREMES[name](values + unclipped) for values in measured]
             else:
                 weights = shares.first_tokens if self.weighs_tokens(name) else shares.first_rows
                 log[name] += [
-                    len(first) * sum(v * w for v, w in zip(*each, strict=True))
+                    len(first) * sum(v * w for v, w in zip(*each, strict=True)) + of_left_out.get(name, 0.0)
                     for each in zip(measured, weights, strict=True)
                 ]
         return shares

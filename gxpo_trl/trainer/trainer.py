@@ -109,6 +109,12 @@ class LookaheadTrainer(GRPOTrainer):
         with self.lookahead.timed():
             return self.lookahead.layout.arrange(inputs)
 
+    def _generate_and_score_completions(self, inputs):
+        return self.lookahead.scoring.generate_and_score(super()._generate_and_score_completions, inputs)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        return self.lookahead.scoring.score(super()._get_per_token_logps_and_entropies, *args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch):
         with self.lookahead.micro_batch(model):
             return super().training_step(model, inputs, num_items_in_batch)

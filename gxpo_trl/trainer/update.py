@@ -25,6 +25,7 @@ from ..update.step_control import StepControl, Verdict
 from .advice import Advisor
 from .layout import BatchLayout, Shares
 from .replays import Replays
+from .scoring import Scoring
 from .step_length import StepLength
 from .step_log import StepLog
 
@@ -85,6 +86,7 @@ class LookaheadUpdate:
         self.gate = trainer.args.gate()
         self.length = StepLength(trainer.args.control())
         self.layout = BatchLayout(trainer)
+        self.scoring = Scoring(trainer, self.layout)
         self.replays = Replays(trainer)
         self.log = StepLog(trainer, self.layout)
         self.advisor = Advisor(trainer.args)
