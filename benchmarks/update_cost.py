@@ -9,8 +9,10 @@ goes through all arms. An update is everything but generation and rewards: batch
 steps, extrapolation. Each arm's figure is the median over blocks of its seconds divided by TRL's in the same block.
 Peak memory is counted for one update, above what is held between updates, with every allocation.
 
-Bars: an active GXPO update at most 0.65 × TRL's single-pass one on the log-normal profile when half of the groups
-have no spread, at most 1.0 × when 30 % have none, and never above 3.1 ×; peak memory not above TRL's.
+Bars: an active GXPO update at most 0.50 × TRL's single-pass one on the log-normal profile when half of the groups
+have no spread and the entropies of their completions are known, at most 0.65 × when 30 % have none, and never above
+3.1 ×; a GRPO update at most 0.15 ×; peak memory not above TRL's. With `--bars`, also the forward pass in which TRL
+scores completions, for vLLM and reference models.
 
 With `--shape`, a random model of the sizes of Qwen2.5 in bf16 has a LoRA adapter of rank 128 in fp32, and 64
 completions of at most 1,024 tokens. A third trainer then makes three iterations of GRPO; and the peak is the
@@ -129,6 +131,8 @@ class Arm:
         layout (`str`): Of `make_layouts`.
         fraction (`float`): Of the groups, those without spread.
         copies_on_host (`bool`): Whether the copies of an active step are in host memory (`snapshot_device: cpu`).
+        knows_entropies (`bool`): Whether the rollouts have entropies, as from grouped sampling, and from TRL's scoring
+            where vLLM samples; not from `generate` or a `rollout_func`.
     """
 
     rule: str
@@ -136,6 +140,7 @@ class Arm:
     layout: str
     fraction: float
     copies_on_host: bool = False
+    knows_entropies: bool = True
 
     @property
     def name(self) -> str:
@@ -143,12 +148,18 @@ class Arm:
             return self.rule if self.rule == "grpo" else f"grpo, {ITERATIONS} iterations"
         return f"{self.rule} K={self.steps}" + (", copies on the host" if self.copies_on_host else "")
 
+    @property
+    def full_layout(self) -> str:
+        return self.layout + ("" if self.knows_entropies else ", entropies unknown")
+
 
 BARS = [
     Arm("grpo", 0, "compact, pruned", 0.5),
     Arm("gxpo", 5, "stock layout", 0.5),
     Arm("gxpo", 5, "compact, pruned", 0.3),
     Arm("gxpo", 5, "compact, pruned", 0.5),
+    Arm("grpo", 0, "compact, pruned", 0.5, knows_entropies=False),
+    Arm("gxpo", 5, "compact, pruned", 0.5, knows_entropies=False),
 ]
 ON_A_GPU = [
     Arm("gxpo", 5, "compact, pruned", 0.5),
@@ -279,11 +290,13 @@ class TimedTRL(Timed, GRPOTrainer):
 
 
 class WithEntropies:
-    """Rollouts as grouped sampling leaves them, and TRL's scoring where vLLM samples: their entropies are known."""
+    """Adds entropies to the rollouts of arms that know them."""
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        return output | {ENTROPIES: output["completion_mask"].sum(1).float()}
+        if self.plan.steps[self.who][self.state.global_step][1].knows_entropies:
+            output[ENTROPIES] = output["completion_mask"].sum(1).float()
+        return output
 
 
 class TimedOurs(Timed, WithEntropies, GXPOTrainer):
@@ -416,7 +429,7 @@ def build(who: str, plan: Plan, trained: Trained, tokenizer, output: Path):
         peft_config=None if trained.shape is None else lora,
     )
     trainer.remove_callback(PrinterCallback)
-    turns.trainer = trainer
+    turns.trainer, trainer.plan = trainer, plan
     return trainer, turns
 
 
@@ -473,6 +486,28 @@ def peak_memory(output: Path, only: Arm, who: str, trained: Trained, batch: Batc
     return peaks[1]
 
 
+def scoring_ratios(output: Path, blocks: int) -> list[float]:
+    """Seconds of scoring the completions of a block, without a gradient, over those that TRL takes for it."""
+    plan = Plan(["log-normal"], blocks)
+    trainers = {who: build(who, plan, Trained(), build_tokenizer(), output)[0] for who in ("trl", "ours")}
+    ratios = []
+    for block in range(blocks):
+        seconds = {}
+        for who, trainer in trainers.items():
+            trainer.generating = 0.0
+            trainer.state.global_step = plan.steps[who].index(next(s for s in plan.steps[who] if s[0] == block))
+            batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * plan.batch.completions)
+            ids, mask = (torch.cat([batch[f"prompt_{n}"], batch[f"completion_{n}"]], 1) for n in ("ids", "mask"))
+            started = time.perf_counter()
+            with torch.no_grad():
+                trainer._get_per_token_logps_and_entropies(
+                    trainer.model, ids, mask, batch["completion_ids"].size(1), batch_size=plan.batch.rows
+                )
+            seconds[who] = time.perf_counter() - started
+        ratios.append(seconds["ours"] / seconds["trl"])
+    return ratios[1:]
+
+
 def by_block(plan: Plan, turns: dict[str, TakeTurns]) -> dict[tuple[str, int, Arm], tuple[float, int | None]]:
     """Seconds and peak bytes of each trainer's arms, by trainer, block and arm; over the optimizer steps of each."""
     found: dict[tuple[str, int, Arm], tuple[float, int | None]] = {}
@@ -496,7 +531,7 @@ def summarize(plan: Plan, turns: dict[str, TakeTurns]) -> list[dict]:
         {
             "profile": profile_name,
             "update": arm.name,
-            "layout": arm.layout,
+            "layout": arm.full_layout,
             "zero_advantage_fraction": arm.fraction,
             "ratio": statistics.median(ratio for ratio, *_ in values),
             "min": min(ratio for ratio, *_ in values),
@@ -626,6 +661,14 @@ def main() -> None:
     show(rows)
     print(f"peak memory of an update: TRL {peaks['trl'] / 2**20:.0f} MiB, GXPO {peaks['gxpo'] / 2**20:.0f} MiB")
     result = {"trl_seconds": seconds_of_trl(plan, turns), "peak_bytes": peaks, "rows": rows}
+    if options.bars:
+        ratios = sorted(scoring_ratios(output, 9))
+        result["scoring"] = {"ratio": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+        print(
+            f"scoring {BATCH.completions} completions: {{ratio:.2f}} × TRL ({{min:.2f}}-{{max:.2f}})".format(
+                **result["scoring"]
+            )
+        )
     result |= describe_machine(options.threads)
     name = "update_cost_bars" if options.bars else "update_cost"
     if not options.bars:

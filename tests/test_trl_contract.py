@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from contracts import Name, check, parameter_names
-from helpers import logged, make_trainer, text_reward
+from helpers import TINY_BATCH, logged, make_trainer, text_reward
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
 
@@ -20,7 +20,7 @@ from gxpo_trl.trainer.replays import MOVED_BY_LOSS
 
 BOTH = [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)]
 UPDATE, REPLAYS, LOG = (f"trainer/{name}.py" for name in ("update", "replays", "step_log"))
-LAYOUT, GROUPED, RULES = (f"trainer/{name}.py" for name in ("layout", "grouped", "rules"))
+LAYOUT, GROUPED, SCORING, RULES = (f"trainer/{name}.py" for name in ("layout", "grouped", "scoring", "rules"))
 BENCHMARKS, RECORDS, SCRIPTS = "callbacks/benchmarks.py", "callbacks/records.py", "scripts/"
 
 NAMES = [
@@ -48,6 +48,8 @@ NAMES = [
         for touched in (
             ("_buffered_inputs", LAYOUT, "lays the micro-batches there out anew"),
             ("_step", LAYOUT, "knows by it which micro-batch is under way"),
+            ("num_iterations", LAYOUT, "knows by it whether the policy has moved since generation"),
+            ("_generate_and_score_completions", SCORING, "adds entropies to what it returns"),
             *((name, LAYOUT, "knows by it whether the loss is TRL's own") for name in LOSS if name != "_compute_loss"),
             ("loss_is_scaled_for_ga", REPLAYS, "divides losses by the accumulation steps where it is false"),
             ("_metrics", LOG, "logs through it"),
@@ -138,6 +140,10 @@ OVERRIDDEN = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "_prepare_inputs": ["generation_batch"],
+    "_generate_and_score_completions": ["inputs"],
+    "_get_per_token_logps_and_entropies": [
+        *("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", ...)
+    ],
 }
 """The methods of TRL's trainer that ours overrides, with the arguments that they are called with."""
 
@@ -372,6 +378,24 @@ def test_compute_loss_returns_a_loss_that_is_divided_for_accumulation():
     )
 
 
+def test_scoring_alone_gives_a_batch_size_and_asks_for_no_entropies(tmp_path):
+    asked = []
+
+    class Asking(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, batch_size=None, compute_entropy=False, **kwargs):
+            asked.append((torch.is_grad_enabled(), batch_size, compute_entropy))
+            return super()._get_per_token_logps_and_entropies(
+                *args, batch_size=batch_size, compute_entropy=compute_entropy, **kwargs
+            )
+
+    trl_trainer(tmp_path, Asking, max_steps=1, num_iterations=2, beta=0.01).train()
+    rows = TINY_BATCH["per_device_train_batch_size"]
+    assert set(asked) == {(False, rows, False), (True, None, True)}, (
+        "TRL tells its scoring passes from its loss in another way now: trainer/scoring.py knows them by their "
+        "`batch_size` and scores them in a layout of its own."
+    )
+
+
 @pytest.mark.parametrize("trainer_class, config_class", BOTH)
 def test_the_old_log_probabilities_are_the_first_that_scoring_asks_for(tmp_path, trainer_class, config_class):
     spying = type("Spying", (SpyingMixin, trainer_class), {})
@@ -384,7 +408,7 @@ def test_the_old_log_probabilities_are_the_first_that_scoring_asks_for(tmp_path,
     assert len(trainer.logps) == 2 and torch.equal(scored[key], first), (
         f"TRL's {trainer_class.__name__} does not ask for the policy's log-probabilities first when it scores "
         f"completions, or does not keep them in `{key}`: trainer/grouped.py answers the first question with those of "
-        "sampling."
+        "sampling, and trainer/scoring.py keeps its entropies."
     )
 
 

@@ -4,7 +4,7 @@ TRL pads every completion of a generation batch to the longest one and shuffles,
 wide as the longest completion of all. Nothing is computed twice or approximated here: rows change places among the
 micro-batches of one optimizer step, columns that every row of a micro-batch has masked are dropped, and a row whose
 advantage is 0 has no backward pass if the loss depends on the row only through its advantage. TRL logs its entropy: no
-pass computes the row where that is known from sampling or scoring and the policy has not moved since then. Elsewhere the
+pass computes the row where that is known from sampling or scoring and the policy has not moved since. Elsewhere the
 first pass makes a forward pass over it.
 
 A micro-batch is TRL's: a dict of tensors whose first dimension are the rows. The result are such dicts. They have one

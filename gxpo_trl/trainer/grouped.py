@@ -20,7 +20,6 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from ..sampling.grouped import SharedNoise, pad_left, sample_grouped, why_not_grouped
-from .scoring import Scoring
 
 
 logger = get_logger(__name__)
@@ -178,7 +177,7 @@ class GroupedSampling:
         self.trainer, self.settings = trainer, settings
         self.config, self.stopping_criteria = _read_settings(trainer)
         self._draws = False  # whether the model has been seen to draw random numbers: TRL samples from then on
-        self._scoring: Scoring | None = getattr(getattr(trainer, "lookahead", None), "scoring", None)
+        self._scoring = getattr(getattr(trainer, "lookahead", None), "scoring", None)  # of this package's trainers
         self._trl_turn = trainer._generate_single_turn
         self._trl_score = trainer._generate_and_score_completions
         self._trl_logps = trainer._get_per_token_logps_and_entropies
