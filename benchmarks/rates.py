@@ -49,6 +49,7 @@ PRODIGY = Arm("Prodigy", {}, ("prodigy",))
 PACKAGES = {"schedule-free": "schedulefree", PRODIGY.label: "prodigyopt"}
 """What an arm needs that the project does not install."""
 ARMS = (GRPO, THREE_ITERATIONS, TWO_PASSES, THREE_PASSES, CHECK)
+CONTROLLED = {arm.label for arm in (TWO_PASSES, THREE_PASSES, CHECK)}
 COLORS = {
     **{"GRPO": "#888888", THREE_ITERATIONS.label: "#4c78a8", GXPO.label: "#72b7b2"},
     **{TWO_PASSES.label: "#d62728", THREE_PASSES.label: "#ff9d3b", CHECK.label: "#9467bd"},
@@ -162,6 +163,64 @@ def table(regime: Regime, result: dict) -> str:
     return "\n".join(lines)
 
 
+def tuned(by_rate: dict[float, dict[int, dict]], name: str) -> dict[int, float]:
+    """By seed, the figure at the learning rate that has the best AUC on the other seeds: as if tuned on those.
+
+    With one seed the rate is chosen on it.
+    """
+    seeds = sorted({seed for runs in by_rate.values() for seed in runs})
+    found = {}
+    for seed in seeds:
+        others = [other for other in seeds if other != seed] or [seed]
+
+        def on_others(rate: float, others=others) -> float:
+            aucs = [by_rate[rate][other]["auc"] for other in others if other in by_rate[rate]]
+            return statistics.fmean(aucs) if aucs else 0.0
+
+        found[seed] = by_rate[max((rate for rate in by_rate if seed in by_rate[rate]), key=on_others)][seed][name]
+    return found
+
+
+def over_rates(by_rate: dict[float, dict[int, dict]], name: str) -> dict[int, float]:
+    """By seed, the mean over all learning rates, of seeds that have all of them."""
+    seeds = set.intersection(*(set(runs) for runs in by_rate.values()))
+    return {seed: statistics.fmean(runs[seed][name] for runs in by_rate.values()) for seed in sorted(seeds)}
+
+
+def summary(results: dict[str, dict]) -> str:
+    """Each arm as a user gets it: tuned, or with step control at any learning rate; differences are paired by seed."""
+    heads = ("regime", "arm", "learning rate", "AUC", "− tuned GRPO's", "at the end", "− tuned GRPO's")
+    heads = (*heads, "least AUC / tuned GRPO's", "seeds")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for regime in REGIMES:
+        found: dict[str, dict[float, dict[int, dict]]] = {}
+        for arm, rate, runs in cells(results.get(regime.part.name, {"runs": []})):
+            found.setdefault(arm, {})[rate] = {run["seed"]: run for run in runs}
+        if GRPO.label not in found:
+            continue
+        base = {name: tuned(found[GRPO.label], name) for name in ("auc", "final")}
+        for arm, by_rate in found.items():
+            is_controlled = arm in CONTROLLED
+            shown, count = [], 0
+            for name in ("auc", "final"):
+                values = (over_rates if is_controlled else tuned)(by_rate, name)
+                count = len(values)
+                shown.append(show(mean_of(list(values.values()))))
+                pairs = [values[seed] - base[name][seed] for seed in values if seed in base[name]]
+                shown.append("" if arm == GRPO.label else show(mean_of(pairs), "+"))
+            means = [statistics.fmean(run["auc"] for run in runs.values()) for runs in by_rate.values()]
+            least = f"{min(means) / statistics.fmean(base['auc'].values()):.2f}"
+            rates = f"{min(by_rate):g} to {max(by_rate):g}" if is_controlled else "tuned"
+            lines.append(f"| {' | '.join([regime.part.title, arm, rates, *shown, least, str(count)])} |")
+    return "\n".join(lines)
+
+
+def show(mean: Mean | None, sign: str = "") -> str:
+    if mean is None:
+        return ""
+    return f"{mean.value:{sign}.3f}" + ("" if mean.low is None else f" ± {mean.high - mean.value:.3f}")
+
+
 def draw(results: Path) -> Path | None:
     """AUC against the learning rate, one panel a part, with 95 % intervals where there are three seeds or more."""
     there = [regime for regime in REGIMES if (results / f"{regime.part.name}.json").is_file()]
@@ -232,9 +291,12 @@ def main() -> None:
                 print(f"\n{regime.part.name}", flush=True)
                 seeds = min(options.seeds or regime.part.seeds, regime.part.seeds)
                 measure(bench, regime, seeds, arms, options.results / f"{regime.part.name}.json")
+    found = {}
     for regime in regimes:
         if (path := options.results / f"{regime.part.name}.json").is_file():
-            print(f"\n{regime.part.title}\n\n{table(regime, json.loads(path.read_text()))}")
+            found[regime.part.name] = json.loads(path.read_text())
+            print(f"\n{regime.part.title}\n\n{table(regime, found[regime.part.name])}")
+    print(f"\n{summary(found)}")
     if figure := draw(options.results):
         print(f"\ndrawn in {figure}")
 

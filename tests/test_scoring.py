@@ -12,6 +12,7 @@ from gxpo_trl.rollout.compaction import ENTROPIES, Compaction, compact, count_ro
 
 METRICS = ("entropy", "clip_ratio/region_mean", "clip_ratio/low_min", "clip_ratio/high_max")
 ONE_MICRO_BATCH = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+SLOW = pytest.mark.slow
 FORWARD_ONLY = "lookahead/forward_only_token_fraction"
 
 
@@ -36,10 +37,9 @@ def scored(monkeypatch) -> list[int]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_iterations": 2},
         {"num_iterations": 2, "beta": 0.05},
         {"num_iterations": 2, "mask_truncated_completions": True, "per_device_train_batch_size": 3},
-        {"num_iterations": 2, "loss_type": "bnpo"},
+        pytest.param({"num_iterations": 2, "loss_type": "bnpo"}, marks=SLOW),
     ],
     ids=str,
 )
@@ -108,7 +108,6 @@ def test_rows_are_left_out_where_their_entropies_are_those_of_the_policy(known, 
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"loss_type": "vespo"},
         {"temperature": 0.7, "mask_truncated_completions": True},
         {"update_rule": "gxpo", "gate_signal": "entropy", "gate_threshold": 100.0},
@@ -155,7 +154,7 @@ def test_of_a_batch_for_several_steps_only_the_first_leaves_them_out(tmp_path, f
     "options",
     [
         {"generation_backend": "transformers"},
-        {"generation_backend": "grouped", "generation_kwargs": {"temperature": 0.5}},
+        pytest.param({"generation_backend": "grouped", "generation_kwargs": {"temperature": 0.5}}, marks=SLOW),
         {"generation_backend": "grouped", "generation_kwargs": {"do_sample": False}, "reward": text_reward},
     ],
     ids=str,

@@ -21,10 +21,12 @@ from helpers import (  # noqa: E402
     text_reward,
 )
 from peft import LoraConfig  # noqa: E402
+from test_compaction import half_without_spread  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer, SFPOConfig, SFPOTrainer  # noqa: E402
+from gxpo_trl.rollout.compaction import ENTROPIES  # noqa: E402
 
 
 METHODS = {
@@ -127,6 +129,30 @@ def test_vllm_samples_with_the_trainers_weights_which_it_gets_once_a_step(make, 
     if run != "several steps a rollout":
         assert trainer.synced == list(range(4 if run == "evaluation" else 3))
     assert any(not torch.equal(p, start[name]) for name, p in parameters(trainer).items())
+
+
+def test_completions_without_advantage_are_left_out_since_scoring_has_their_entropies(make):
+    trainer, rollouts = make("grpo", compact_batches=True, max_steps=2), []
+    trainer.reward_funcs = [half_without_spread]
+    generate = trainer._generate_and_score_completions
+
+    def checked(inputs):
+        batch = generate(inputs)
+        ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+        width = batch["completion_ids"].size(1)
+        with torch.no_grad():
+            scored = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width, compute_entropy=True)
+        rollouts.append((batch, scored))
+        return batch
+
+    trainer._generate_and_score_completions = checked
+    trainer.train()
+    assert logged(trainer, "lookahead/forward_only_token_fraction") == [0.0, 0.0]
+    assert max(logged(trainer, "lookahead/token_fraction")) < 0.8
+    for batch, (logps, entropies, _) in rollouts:
+        mask = batch["completion_mask"]
+        assert torch.allclose(batch["old_per_token_logps"] * mask, logps * mask, atol=1e-4)
+        assert torch.allclose(batch[ENTROPIES], (entropies * mask).sum(1), rtol=1e-4)
 
 
 def test_benchmarks_are_sampled_with_the_weights_of_their_step(make):
