@@ -80,13 +80,18 @@ REGIMES = (
         Part("full", "Full fine-tuning, 128 completions", (*ARMS, GXPO, *RIVALS), FULL, seeds=8),
         more=((PRODIGY, 1.0),),
     ),
-    Regime(Part("lora", "LoRA of rank 8", ARMS, (5e-5, 1e-3, 4e-3, 1e-1), LORA, seeds=4)),
+    Regime(
+        Part("lora", "LoRA of rank 8", ARMS, (5e-5, 1e-3, 4e-3, 1e-1), LORA, seeds=4),
+        more=((GRPO, 2e-3),),
+    ),
     Regime(
         Part("small", "32 completions", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), SMALL, seeds=4, batches=96, every=12),
+        more=((GRPO, 1e-4),),
         changes={CHECK.label: {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}},
     ),
     Regime(
         Part("large", "512 completions", ARMS, (1e-5, 4e-4, 8e-4, 2e-2), LARGE, seeds=4, batches=24, every=3),
+        more=((GRPO, 1.6e-3),),
         changes={CHECK.label: {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16}},
     ),
     Regime(Part("harder", "Longer problems", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), {"max_completion_length": 48}, seeds=4)),
