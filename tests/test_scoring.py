@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close_parameters, double_model, logged, make_trainer, parameters, text_reward, train
+from helpers import assert_close_parameters, double_model, logged, make_trainer, parameters, train
 from test_compaction import OFF, SAMPLED, half_without_spread
 from trl import GRPOTrainer
 
@@ -155,7 +155,7 @@ def test_of_a_batch_for_several_steps_only_the_first_leaves_them_out(tmp_path, f
     [
         {"generation_backend": "transformers"},
         pytest.param({"generation_backend": "grouped", "generation_kwargs": {"temperature": 0.5}}, marks=SLOW),
-        {"generation_backend": "grouped", "generation_kwargs": {"do_sample": False}, "reward": text_reward},
+        {"generation_backend": "grouped", "generation_kwargs": {"do_sample": False}},
     ],
     ids=str,
 )
