@@ -34,11 +34,11 @@ def test_a_trainer_loads_what_trl_loads_and_nothing_else():
     assert added <= {"gxpo_trl", "trl", "transformers", "torch", "accelerate", "peft"}  # whose modules may be lazy
 
 
-def test_the_trainer_overrides_at_most_eight_methods_and_each_once():
+def test_the_trainer_overrides_at_most_ten_methods_and_each_once():
     def overridden(trainer_class) -> set[str]:
         return {name for name, value in vars(trainer_class).items() if callable(value) and hasattr(GRPOTrainer, name)}
 
-    assert len(overridden(LookaheadTrainer)) <= 8
+    assert len(overridden(LookaheadTrainer)) <= 10
     assert LookaheadTrainer.__bases__ == (GRPOTrainer,)
     for trainer_class in (GXPOTrainer, SFPOTrainer):
         assert trainer_class.__bases__ == (LookaheadTrainer,) and not overridden(trainer_class)

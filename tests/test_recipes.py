@@ -299,7 +299,6 @@ def test_a_model_that_cannot_be_read_is_said(tmp_path):
 
 IN_SHORT = [  # one of each update rule, with adapters and without, and the loop; `make slow` rehearses each kind
     *("24gb/gxpo.yaml", "tiny/grpo.yaml", "tiny/next.yaml"),
-    "qwen2.5-math-1.5b/dapo_sfpo.yaml",
 ]
 
 

@@ -20,7 +20,7 @@ from gxpo_trl.trainer.replays import MOVED_BY_LOSS
 
 BOTH = [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)]
 UPDATE, REPLAYS, LOG = (f"trainer/{name}.py" for name in ("update", "replays", "step_log"))
-LAYOUT, GROUPED, SCORING, RULES = (f"trainer/{name}.py" for name in ("layout", "grouped", "scoring", "rules"))
+LAYOUT, GROUPED, RULES = (f"trainer/{name}.py" for name in ("layout", "grouped", "rules"))
 BENCHMARKS, RECORDS, SCRIPTS = "callbacks/benchmarks.py", "callbacks/records.py", "scripts/"
 
 NAMES = [
@@ -49,7 +49,6 @@ NAMES = [
             ("_buffered_inputs", LAYOUT, "lays the micro-batches there out anew"),
             ("_step", LAYOUT, "knows by it which micro-batch is under way"),
             ("num_iterations", LAYOUT, "knows by it whether the policy has moved since generation"),
-            ("_generate_and_score_completions", SCORING, "adds entropies to what it returns"),
             *((name, LAYOUT, "knows by it whether the loss is TRL's own") for name in LOSS if name != "_compute_loss"),
             ("loss_is_scaled_for_ga", REPLAYS, "divides losses by the accumulation steps where it is false"),
             ("_metrics", LOG, "logs through it"),
