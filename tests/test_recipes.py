@@ -297,9 +297,8 @@ def test_a_model_that_cannot_be_read_is_said(tmp_path):
 # ---- Running them in small
 
 
-IN_SHORT = [  # one of each update rule, with adapters and without, and the loop; `make slow` rehearses each kind
-    *("24gb/gxpo.yaml", "tiny/grpo.yaml", "tiny/next.yaml"),
-]
+IN_SHORT = ["24gb/gxpo.yaml", "tiny/grpo.yaml", "tiny/next.yaml"]
+"""With adapters and without, and the loop; `make slow` rehearses each kind."""
 
 
 def dry_run(name: str, folder: Path, capsys, *options: str) -> str:
