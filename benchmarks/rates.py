@@ -177,12 +177,12 @@ def tuned(by_rate: dict[float, dict[int, dict]], name: str) -> dict[int, float]:
     found = {}
     for seed in seeds:
         others = [other for other in seeds if other != seed] or [seed]
-
-        def on_others(rate: float, others=others) -> float:
-            aucs = [by_rate[rate][other]["auc"] for other in others if other in by_rate[rate]]
-            return statistics.fmean(aucs) if aucs else 0.0
-
-        found[seed] = by_rate[max((rate for rate in by_rate if seed in by_rate[rate]), key=on_others)][seed][name]
+        aucs = {  # of the rates that this seed was run at
+            rate: statistics.fmean([runs[other]["auc"] for other in others if other in runs] or [0.0])
+            for rate, runs in by_rate.items()
+            if seed in runs
+        }
+        found[seed] = by_rate[max(aucs, key=aucs.get)][seed][name]
     return found
 
 
@@ -216,6 +216,7 @@ def summary(results: dict[str, dict]) -> str:
             means = [statistics.fmean(run["auc"] for run in runs.values()) for runs in by_rate.values()]
             least = f"{min(means) / statistics.fmean(base['auc'].values()):.2f}"
             rates = f"{min(by_rate):g} to {max(by_rate):g}" if is_controlled else "tuned"
+            rates = f"{min(by_rate):g}" if len(by_rate) == 1 else rates
             lines.append(f"| {' | '.join([regime.part.title, arm, rates, *shown, least, str(count)])} |")
     return "\n".join(lines)
 

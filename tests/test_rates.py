@@ -9,6 +9,24 @@ import pytest
 
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "rates.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import rates  # noqa: E402
+
+
+RUNS = {
+    1e-4: {0: {"auc": 0.9, "final": 0.1}, 1: {"auc": 0.5, "final": 0.2}, 2: {"auc": 0.5, "final": 0.3}},
+    1e-3: {0: {"auc": 0.6, "final": 0.4}, 1: {"auc": 0.6, "final": 0.5}},
+}
+
+
+def test_a_tuned_arm_has_the_rate_that_is_best_on_the_other_seeds():
+    assert rates.tuned(RUNS, "final") == {0: 0.4, 1: 0.2, 2: 0.3}
+    assert rates.tuned({rate: {0: runs[0]} for rate, runs in RUNS.items()}, "auc") == {0: 0.9}
+
+
+def test_a_controlled_arm_is_the_mean_over_its_rates():
+    assert rates.over_rates(RUNS, "auc") == {0: 0.75, 1: 0.55}
 
 
 @pytest.mark.slow
