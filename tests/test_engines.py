@@ -79,7 +79,7 @@ METHODS = {  # every pair of choices occurs
     "sfpo-carry-lora": method("sfpo", "carry", True, 2, lookahead_steps=2),
     "sfpo-carry-lora-1": method("sfpo", "carry", True, 1, lookahead_steps=2),
     "sfpo-rollback-full": method("sfpo", "rollback", False, 1, lookahead_steps=3, gradient_checkpointing=True),
-    "pruned": {"prunes": True, **method("gxpo", "carry", False, 2)},
+    "pruned": {"prunes": True, **method("gxpo", "carry", False, 2, num_iterations=2)},
     "packed": {"prunes": True, **method("sfpo", "carry", True, 2, max_tokens_per_micro_batch=500, loss_type="dapo")},
     "controlled": method("gxpo", "carry", False, 2, lookahead_steps=1, step_control="cosine", learning_rate=1e-3),
     "diagnostics": method("gxpo", "carry", False, 2, lookahead_diagnostics_steps=1),
@@ -315,6 +315,16 @@ def test_two_processes_equal_one(ranks, single, float64, engine, name):
     assert_close_parameters(two[0]["parameters"], one["parameters"], atol=1e-6)
     for ours, theirs in zip(without_trl(two[0]["log"]), without_trl(one["log"]), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@on(ENGINES, "pruned")
+def test_all_ranks_leave_out_the_completions_whose_entropy_scoring_has_seen(ranks, single, float64, engine, name):
+    """In the first of two iterations; in the second the policy has moved."""
+    runs = [*ranks(f"{engine}/{name}"), single(name, METHODS[name])]
+    computed = [[e["lookahead/forward_only_token_fraction"] for e in our_metrics(run["log"]) if e] for run in runs]
+    assert all(first == third == 0.0 < second for first, second, third in computed)
+    entropies = [[entry["entropy"] for entry in run["log"] if "entropy" in entry] for run in runs]
+    assert entropies[0] == entropies[1] == pytest.approx(entropies[2], rel=1e-4) and min(entropies[0]) > 0.1
 
 
 def assert_samples_like_one_process(ranks: list[dict], lora: bool) -> None:
