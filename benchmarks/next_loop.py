@@ -1,14 +1,18 @@
 """NExt on the embedded task: does a run that is extrapolated during training get further in as many steps?
 
-    python benchmarks/next_loop.py                   # 35 runs, two at a time: about twelve minutes
+    python benchmarks/next_loop.py                   # 50 runs, two at a time: half an hour
+    python benchmarks/next_loop.py --again           # also those arms that the JSON has
 
 Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method continues from there, and so does
 a control that is only restarted (α = 0: another optimizer, other prompts). The peer is the same recipe without an
 extrapolation. Printed are held-out pass@1 before, right after, and at the end, and steps per point gained (ICER).
+Arms that the JSON has are not run again, where the run up to the extrapolation still comes to the same figures.
 Further options go to all runs.
 """
 
 import argparse
+import itertools
+import json
 import shutil
 import statistics
 import subprocess
@@ -17,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
-from common import describe_machine, save_result
+from common import RESULTS, describe_machine, save_result
 
 from gxpo_trl.reporting.runs import HELD_OUT, load_run
 from gxpo_trl.reporting.statistics import icer
@@ -33,6 +37,7 @@ ARMS = {  # what continues after the extrapolation
     "AlphaRL": ["--extrapolate_method", "alpharl"],
     "RL-Extra": ["--extrapolate_method", "rl-extra"],
     "least-squares line": ["--extrapolate_method", "linear"],
+    "RELEX": ["--extrapolate_method", "relex"],
 }
 
 
@@ -43,18 +48,27 @@ def train(folder: Path, seed: int, arguments: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, env=environment)
 
 
-def one_seed(seed: int, overrides: list[str]) -> dict[str, dict[str, float]]:
-    """pass@1 of all arms: at the start, before and right after the extrapolation, at the end."""
+def one_seed(seed: int, overrides: list[str], known: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """pass@1 of all arms: at the start, before and right after the extrapolation, at the end.
+
+    `known` has those of arms that were run before.
+    """
     settings = yaml.safe_load(RECIPE.read_text())
     after, steps = settings["extrapolate_after"], settings["max_steps"]
     folder = OUT / f"seed-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    train(folder / "plain", seed, [*_without_loop(), *overrides])
-    plain = {point.step: point.value for point in load_run(folder / "plain").points[HELD_OUT]}
-    found = {"GRPO": {"start": plain[0], "before": plain[after], "after": plain[after], "end": plain[steps]}}
     common = folder / "common"
     train(common / "before", seed, [*_without_loop(), "--max_steps", str(after), *overrides])
+    points = load_run(common / "before").points[HELD_OUT]
+    ends = {"start": points[0].value, "before": points[-1].value}
+    found = {label: run for label, run in known.items() if ends.items() <= run.items()}
+    if "GRPO" not in found:
+        train(folder / "plain", seed, [*_without_loop(), *overrides])
+        plain = {point.step: point.value for point in load_run(folder / "plain").points[HELD_OUT]}
+        found["GRPO"] = {"start": plain[0], "before": plain[after], "after": plain[after], "end": plain[steps]}
     for label, arguments in ARMS.items():
+        if label in found:
+            continue
         arm = folder / label.replace(" ", "_")
         shutil.copytree(common, arm)
         train(arm, seed, ["--resume_from_checkpoint", "last", *arguments, *overrides])
@@ -77,9 +91,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--result", default="next_loop", help="name of the file in benchmarks/results")
+    parser.add_argument("--again", action="store_true", help="run what the JSON has, too")
     options, overrides = parser.parse_known_args()
+    path = RESULTS / f"{options.result}.json"
+    known: list[dict[str, dict[str, float]]] = [{} for _ in range(options.seeds)]
+    if path.is_file() and not options.again:
+        for row in json.loads(path.read_text())["rows"]:
+            for of_seed, run in zip(known, row["runs"], strict=False):
+                of_seed[row["arm"]] = run
     with ThreadPoolExecutor(2) as pool:
-        seeds = list(pool.map(lambda seed: one_seed(seed, overrides), range(options.seeds)))
+        seeds = list(pool.map(one_seed, range(options.seeds), itertools.repeat(overrides), known))
     steps = yaml.safe_load(RECIPE.read_text())["max_steps"]
     rows = []
     print("| after 60 steps | pass@1 before | right after | after 40 more | difference to GRPO | ICER |")

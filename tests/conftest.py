@@ -1,6 +1,8 @@
 """Tests run offline and on one thread, whatever the machine has."""
 
+import functools
 import gc
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+# Accelerate asks for the metadata of thirty packages for each trainer, and Python parses their files again each time.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
 def set_modules_aside() -> None:

@@ -101,8 +101,9 @@ BF16_METHODS = {  # and how well the displacement is to be aligned with that of 
 FALL_BACKS = [f"poisoned {when} pass {number}" for when in ("in", "after") for number in (1, 2, 3)]
 BROKEN = ["broken before the step", "broken in pass 3"]
 
-# `make test` runs one job on each engine, and a few more; `make slow` runs the rest of the table.
+# `make test` runs one job on most engines, and a few more; `make slow` runs the rest of the table.
 ON_EACH = {"gxpo-rollback-lora", "bf16-gxpo"}
+ONLY_SLOW = {"zero2-offload", "zero3-persistent", "zero3-offload", "zero2-offload-bf16", "ddp-bf16"}
 IN_SHORT = {
     "ddp": {"packed", "plain", "trl", "controlled", "resume-lora"},
     "fsdp2": {"gate", "poisoned after pass 2", "broken in pass 3"},
@@ -186,7 +187,7 @@ UNGATHERED = {"kind": "sample", "lora": False, "settings": SAMPLED | {"ds3_gathe
 
 
 def is_slow(engine: str, name: str) -> bool:
-    return engine not in OTHERS and name not in ON_EACH | IN_SHORT.get(engine, set())
+    return engine in ONLY_SLOW or (engine not in OTHERS and name not in ON_EACH | IN_SHORT.get(engine, set()))
 
 
 def on(engines, *names: str):
@@ -292,7 +293,10 @@ def without_trl(log: list[dict]) -> list[dict]:
     return [{k: v for k, v in entry.items() if not k.endswith(theirs)} for entry in our_metrics(log)]
 
 
-@pytest.mark.parametrize("engine", ENGINES | IN_BF16)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(e, marks=[pytest.mark.slow] if e in ONLY_SLOW else []) for e in ENGINES | IN_BF16],
+)
 def test_the_engine_is_the_one_asked_for(ranks, engine):
     job = "bf16-gxpo" if engine in IN_BF16 else "gxpo-rollback-lora"
     for rank in ranks(f"{engine}/{job}"):

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gxpo_trl.scripts.recipes import recipe_path
 
 
+pytestmark = pytest.mark.slow
 OPTIONS = ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--eval_on_start", "false"]
 OPTIONS += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--log_completions", "true"]
 OPTIONS += ["--disable_tqdm", "true", "--resume_from_checkpoint", "last"]

@@ -28,6 +28,7 @@ from gxpo_trl.callbacks.hub import HubCallback
 SLOW = pytest.mark.slow
 TIMES = ("time", "runtime", "per_second")
 SAMPLED = {"scripted": False, "learning_rate": 1e-3, "beta": 0.02, "eval_strategy": "steps", "eval_steps": 2}
+SAMPLED |= {"per_device_eval_batch_size": 64}  # all at once
 INERT = {"reposition_alpha": 0.0, "rule": {"rollback": True}}
 """The lookahead makes its three passes, and the corrective gradient is taken where it started."""
 
