@@ -422,7 +422,7 @@ def extrapolated(bench: Bench, seeds: int, batches: int) -> list[dict]:
     for arm in arms:
         loops = [jobs[(arm.label, seed)].result() for seed in range(seeds)]
         anew = [final(load_run(loop[0.0] / "after").points[HELD_OUT]) for loop in loops]
-        for alpha, name in ((0.0, "begun anew"), (1.0, "NExt, α 1")):
+        for alpha, name in ((0.0, "restarted"), (1.0, "NExt, α 1")):
             before = [final(load_run(loop[alpha] / "before").points[HELD_OUT]) for loop in loops]
             after = [load_run(loop[alpha] / "after").points[HELD_OUT] for loop in loops]
             values = {"before": before, "right_after": [points[0].value for points in after]}

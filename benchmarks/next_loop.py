@@ -30,7 +30,7 @@ from gxpo_trl.reporting.statistics import icer
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny" / "next.yaml"
 OUT = Path("out/benchmarks/next_loop")
 ARMS = {  # what continues after the extrapolation
-    "begun anew (α = 0)": ["--extrapolate_alpha", "0"],
+    "restarted (α = 0)": ["--extrapolate_alpha", "0"],
     "NExt, α = 0.5": ["--extrapolate_alpha", "0.5"],
     "NExt, α = 1": [],
     "NExt, α = 1.5": ["--extrapolate_alpha", "1.5"],

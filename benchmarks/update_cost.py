@@ -129,7 +129,7 @@ class Arm:
         rule (`str`): The update rule, or `"iterations"` for several iterations of GRPO.
         steps (`int`): K.
         layout (`str`): Of `make_layouts`.
-        fraction (`float`): Of the groups, those without spread.
+        fraction (`float`): Of the groups, those whose rewards are equal.
         copies_on_host (`bool`): Whether the copies of an active step are in host memory (`snapshot_device: cpu`).
         knows_entropies (`bool`): Whether the rollouts have entropies, as from grouped sampling, and from TRL's scoring
             where vLLM samples; not from `generate` or a `rollout_func`.
@@ -582,7 +582,7 @@ def draw(rows: list[dict], path: Path) -> None:
                 axis.plot([], [], color=color, label=update)
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_title(f"{name} completions")
-        axis.set_xlabel("fraction of groups without spread")
+        axis.set_xlabel("fraction of groups with equal rewards")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("update time, TRL's GRPO = 1")
     for style, label in ((":", "TRL's layout"), ("--", "sorted, trimmed"), ("-", "and pruned")):

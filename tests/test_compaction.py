@@ -20,8 +20,8 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadTrainer, SFPOConfig, SFPOTrainer
@@ -38,7 +38,7 @@ from gxpo_trl.rollout.compaction import (
 )
 from gxpo_trl.rollout.generators import Generators
 from gxpo_trl.rollout.window import RolloutWindow
-from gxpo_trl.sampling.model_traits import draws_at_random, has_relative_positions
+from gxpo_trl.sampling.model_traits import draws_at_random, has_relative_positions, width_bound
 
 
 VOCABULARY, PROMPT, COMPLETION = 30, 5, 9
@@ -485,6 +485,55 @@ def test_attention_that_is_cut_at_absolute_positions_is_not_relative():
     assert not has_relative_positions(model)
 
 
+ROPES = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 48},
+    "dynamic": {"factor": 4.0},
+}
+
+
+def model_with(rope: str) -> LlamaForCausalLM:
+    """A random model whose frequencies change from 48 columns on."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": tiny_model().config.vocab_size, "initializer_range": 0.5}
+    rope = {"rope_type": rope, "rope_theta": 10.0, **ROPES[rope]}
+    return LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, max_position_embeddings=48)).double()
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("longest, compacts", [(6, True), (40, False)])
+def test_batches_are_not_compacted_where_frequencies_depend_on_their_width(
+    tmp_path, caplog, float64, rope, longest, compacts
+):
+    """TRL has one width for all micro-batches of a generation batch; old log-probabilities are scored too."""
+    options = {**SAMPLED, "max_completion_length": longest, "num_iterations": 2, "max_steps": 4}
+    options |= {"update_rule": "grpo", "reward": half_without_spread}
+    trainer = train(tmp_path, model=model_with(rope), **options)
+    stock = train(tmp_path, model=model_with(rope), **OFF, **options)
+    assert (min(logged(trainer, "lookahead/token_fraction")) < 0.9) == compacts
+    said = [r.getMessage() for r in caplog.records if "rotary embeddings depend" in r.getMessage()]
+    assert len(said) == (not compacts)
+    assert_close_parameters(parameters(trainer), parameters(stock), atol=1e-7)
+    with pytest.raises(ValueError, match="max_tokens_per_micro_batch.*fixed frequencies"):
+        make_trainer(tmp_path, model=model_with(rope), max_tokens_per_micro_batch=100)
+
+
+def test_prompts_with_virtual_tokens_before_their_padding_are_not_trimmed():
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    assert not has_relative_positions(get_peft_model(tiny_model(), settings))
+    assert width_bound(get_peft_model(tiny_model(), settings)) is None
+    assert width_bound(get_peft_model(model_with("dynamic"), settings)) == 0
+    assert has_relative_positions(get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear")))
+
+
+def test_a_micro_batch_keeps_two_columns_that_trl_takes_for_tokens():
+    """With one, TRL's means would count its rows, not its tokens."""
+    window = make_window(rows=2, lengths=[3, 1, 1, 0], prompts=[1] * 4, advantages=[1.0] * 4)
+    assert [batch["completion_ids"].size(1) for batch in compact(window, Compaction()).batches] == [3, 2]
+    one_token = [{key: value[:, :1] if value.dim() == 2 else value for key, value in b.items()} for b in window]
+    assert [batch["completion_ids"].size(1) for batch in compact(one_token, Compaction()).batches] == [1, 1]
+
+
 def test_an_entry_that_is_not_known_is_warned_of_once(tmp_path, caplog):
     """Images, say: how they belong to rows is not known here, and compaction is off."""
 
@@ -528,9 +577,7 @@ def test_rows_change_micro_batches_only_where_all_have_one_divisor_and_none_drew
 def test_a_rank_that_drew_keeps_the_others_from_packing(tmp_path, monkeypatch):
     """Ranks have to agree on the micro-batches of a replay."""
     trainer = make_trainer(tmp_path, reward=half_without_spread, **{**SAMPLED, "max_steps": 2})
-    monkeypatch.setattr(
-        trainer.lookahead.layout, "_max_over_ranks", lambda values: torch.maximum(values, torch.ones_like(values))
-    )
+    monkeypatch.setattr(trainer.lookahead.layout, "agree", lambda here: False)
     trainer.train()
     assert logged(trainer, "lookahead/replay_token_fraction") == logged(trainer, "lookahead/token_fraction")
     assert len(logged(trainer, "lookahead/token_fraction")) == 2

@@ -58,8 +58,8 @@ def test_the_comparison_runs_and_goes_on_where_it_broke_off(tmp_path):
     measured = json.loads((results / "precision.json").read_text())["rows"]
     assert all(0 < row["diagnostics"]["noise_retention_std"] < 1 for row in measured)
     loops = {row["arm"]: row["runs"] for row in json.loads((results / "next.json").read_text())["rows"]}
-    assert loops["GRPO, begun anew"]["before"] == loops["GRPO, NExt, α 1"]["before"]
-    assert loops["GRPO, begun anew"]["right_after"] != loops["GRPO, NExt, α 1"]["right_after"]
+    assert loops["GRPO, restarted"]["before"] == loops["GRPO, NExt, α 1"]["before"]
+    assert loops["GRPO, restarted"]["right_after"] != loops["GRPO, NExt, α 1"]["right_after"]
     states = {path: path.stat().st_mtime for path in tmp_path.rglob("trainer_state.json")}
     again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert {path: path.stat().st_mtime for path in tmp_path.rglob("trainer_state.json")} == states

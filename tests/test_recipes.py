@@ -58,7 +58,7 @@ def test_there_is_one_for_every_setting():
     expected = {f"{model}/{method}.yaml" for model in GXPO_MODELS for method in GXPO_METHODS}
     expected |= {f"{model}/{method}.yaml" for model in SFPO_MODELS for method in SFPO_METHODS}
     expected |= {f"{model}/next.yaml" for model in NEXT_MODELS}
-    expected |= {f"{machine}/{method}.yaml" for machine in HOME for method in ("grpo", "gxpo")}
+    expected |= {f"{machine}/{method}.yaml" for machine in HOME for method in ("grpo", "gxpo", "step-control")}
     expected |= {f"tiny/{method}.yaml" for method in ("grpo", "sfpo", "gxpo", "next")}
     expected |= {f"{folder}/step-control.yaml" for folder in (*GXPO_MODELS, *SFPO_MODELS, REAL, "tiny")}
     expected |= {"reasoning-gym/gxpo.yaml"}

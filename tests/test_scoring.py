@@ -1,5 +1,7 @@
 """TRL's scoring passes on fewer tokens, and completions without advantage whose entropy is known beforehand."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_close_parameters, double_model, logged, make_trainer, parameters, train
@@ -84,7 +86,7 @@ def window(entropies: bool) -> list[dict]:
             "advantages": torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 2.0]][start // 3]),
             "num_items_in_batch": COUNT,
         }
-        batches.append(batch | ({ENTROPIES: lengths * 0.5} if entropies else {}))
+        batches.append(batch | ({ENTROPIES: torch.full((3, 6), 0.5)} if entropies else {}))
     return batches
 
 
@@ -99,7 +101,7 @@ def test_rows_are_left_out_where_their_entropies_are_those_of_the_policy(known, 
     assert sorted(kept) == [1, 3, 5] and len(result.batches) == 2
     if known and hold:
         assert not result.forward_only and result.left_out["completion_ids"][:, 0].tolist() == [2, 0, 4]
-        assert result.left_out[ENTROPIES].tolist() == [1.5, 1.0, 0.5]
+        assert result.left_out[ENTROPIES].tolist() == [[0.5] * 3] * 3
     else:
         assert result.left_out is None and sum(map(count_rows, result.forward_only)) == 3
     assert compact(window(True), Compaction(prunes=False), entropies_hold=True).left_out is None
@@ -163,3 +165,31 @@ def test_where_sampling_does_not_tell_the_entropy_a_forward_pass_does(tmp_path, 
     options = {"reward": half_without_spread, **SAMPLED, "scripted": False, "max_steps": 1, **options}
     trainer = train(tmp_path, GXPOTrainer, GXPOConfig, **options)
     assert logged(trainer, FORWARD_ONLY)[0] > 0.1
+
+
+@pytest.mark.parametrize("scored", ["some of them", "others", "by a teacher"])
+def test_what_a_reward_scores_says_nothing_of_the_completions(tmp_path, scored):
+    """The trainer has no entropies then, so that a forward pass finds them."""
+
+    def reward(completions, completion_ids, **kwargs):
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in completion_ids], batch_first=True)
+        ids = {"some of them": ids[:1], "others": ids.flip(0), "by a teacher": ids}[scored]
+        model = copy.deepcopy(trainer.model) if scored == "by a teacher" else trainer.model
+        with torch.no_grad():
+            trainer._get_per_token_logps_and_entropies(
+                model, torch.cat([ids, ids], 1), torch.ones(len(ids), 2 * ids.size(1)), ids.size(1), batch_size=4
+            )
+        return half_without_spread(completions)
+
+    trainer = make_trainer(tmp_path, reward=reward, **{**SAMPLED, "max_steps": 1})
+    trainer.train()
+    assert logged(trainer, FORWARD_ONLY)[0] > 0.1 and logged(trainer, "entropy")[0] > 0.1
+
+
+def test_entropies_that_another_rank_does_not_know_are_not_used(tmp_path, monkeypatch):
+    options = {**SAMPLED, "max_steps": 1, "num_iterations": 2, "reward": half_without_spread}
+    trainer = make_trainer(tmp_path, **options)
+    asked = []
+    monkeypatch.setattr(trainer.lookahead.layout, "agree", lambda here: asked.append(here))
+    trainer.train()
+    assert asked[0] and logged(trainer, FORWARD_ONLY)[0] > 0.1

@@ -140,9 +140,10 @@ def test_a_plain_grpo_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_parameters_stored_in_low_precision_are_refused(tmp_path, dtype):
+@pytest.mark.parametrize("rule", ["gxpo", "check"])
+def test_parameters_stored_in_low_precision_are_refused(tmp_path, rule, dtype):
     with pytest.raises(ValueError, match="allow_low_precision_parameters"):
-        make_trainer(tmp_path, model=tiny_model(dtype=dtype))
+        make_trainer(tmp_path, LookaheadTrainer, LookaheadConfig, model=tiny_model(dtype=dtype), update_rule=rule)
 
 
 def test_parameters_stored_in_low_precision_are_taken_when_the_user_insists(tmp_path):

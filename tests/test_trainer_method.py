@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from types import MethodType
 
 import pytest
 import torch
@@ -364,6 +365,18 @@ class SharperMask(LookaheadTrainer):
         return super().get_high_entropy_mask(entropies, mask, threshold) * (entropies > entropies.mean())
 
 
+class TemperedGRPO(GRPOTrainer):
+    """A trainer of TRL's family, which does not know of lookaheads."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return logps / 1.5, entropies, aux_loss
+
+
+class BelowOurs(LookaheadTrainer, TemperedGRPO):
+    """Its log-probabilities are those of a class that comes after this package's."""
+
+
 def with_another_loss(trainer):
     compute_loss = trainer.compute_loss
     trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * 2.0
@@ -383,8 +396,14 @@ def with_a_patched_mask(trainer):
     trainer.get_off_policy_mask = lambda **kwargs: GRPOTrainer.get_off_policy_mask(**kwargs)
 
 
+def with_a_bound_method(trainer):
+    compute_loss = trainer._compute_loss
+    trainer._compute_loss = MethodType(lambda self, model, inputs: compute_loss(model, inputs) * 2.0, trainer)
+
+
 SUBCLASSES = (WeighsAdvantages, ChangesInputsInPlace, Regularized, Tempered, NotDivided, NoisyLoss, SharperMask)
-PATCHES = (with_another_loss, with_other_logps, with_a_patched_mask)
+SUBCLASSES = (*SUBCLASSES, BelowOurs)
+PATCHES = (with_another_loss, with_other_logps, with_a_patched_mask, with_a_bound_method)
 
 
 @pytest.mark.parametrize("own", [*SUBCLASSES, *PATCHES], ids=lambda own: own.__name__)

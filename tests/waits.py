@@ -23,7 +23,7 @@ DESIGN = {
     "gxpo_trl.rollout.compaction:partition": 3,
     "gxpo_trl.rollout.compaction:take": 12,
     # Whether all ranks have the same layout; tokens and rows, for the log.
-    "gxpo_trl.trainer.layout:_agree": 1,
+    "gxpo_trl.trainer.layout:agree": 1,
     "gxpo_trl.trainer.layout:of": 1,
     # The norm of each probe's gradient, which says whether it is finite, and what it was multiplied with.
     "gxpo_trl.engines.replicated:clip_gradients": 4,
@@ -36,7 +36,7 @@ DESIGN = {
 COPIES = {
     "gxpo_trl.rollout.compaction:_choose": 2,
     "gxpo_trl.rollout.compaction:take": 12,
-    "gxpo_trl.trainer.layout:_agree": 1,
+    "gxpo_trl.trainer.layout:agree": 1,
     "gxpo_trl.trainer.layout:of": 1,
 }
 """Where torch may warn, besides: a small tensor is made on the host and sent. Read in the code, not found by a run."""

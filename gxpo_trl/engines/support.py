@@ -202,6 +202,6 @@ def check_parameter_precision(accelerator: Accelerator, model: torch.nn.Module) 
     if low:
         raise ValueError(
             f"Trainable parameters are stored in {', '.join(sorted(map(str, low)))}: a step of a small learning "
-            "rate vanishes in its rounding, and with it the retention ratio. Load the model in fp32 (`dtype: "
+            "rate vanishes in its rounding, and with it what later passes measure. Load the model in fp32 (`dtype: "
             "float32`; `bf16: true` still computes in bf16), or set `allow_low_precision_parameters: true`."
         )

@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 
 LOSS_WEIGHT = "loss_weight"
 ENTROPIES = "entropies"
-"""Of the policy that generated, in nats, summed over the tokens of each completion, (B,)."""
+"""Of the policy that generated, of each token of a completion, in nats, (B, T)."""
 PROMPT_COLUMNS = ("prompt_ids", "prompt_mask")  # (B, P), padded on the left
 COMPLETION_COLUMNS = (  # (B, T), padded on the right
     "completion_ids",
@@ -34,8 +34,9 @@ COMPLETION_COLUMNS = (  # (B, T), padded on the right
     "sampling_per_token_logps",
     "importance_sampling_ratio",
     "advantages",
+    ENTROPIES,
 )
-ROWS = ("advantages", "old_logps", "importance_sampling_ratio", ENTROPIES)  # (B,) or (B, 1)
+ROWS = ("advantages", "old_logps", "importance_sampling_ratio")  # (B,) or (B, 1)
 CONSTANTS = ("num_items_in_batch", LOSS_WEIGHT)
 MOST_ROWS = 512  # up to which the best partition is searched: this takes rows² × micro-batches steps
 KNOWN = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *ROWS, *CONSTANTS}
@@ -281,9 +282,12 @@ def merge(batches: list[Batch]) -> Batch:
 
 
 def take(batch: Batch, rows: torch.Tensor, how: Compaction) -> Batch:
-    """Some rows of a batch, without the columns that all of them have masked; one column is kept in any case."""
+    """Some rows of a batch, without the columns that all of them have masked.
+
+    Two columns are kept in any case, where there are two: TRL takes one for a figure of the whole completion.
+    """
     taken = {key: value[rows.to(value.device)] for key, value in _tensors(batch)}
-    end = max(1, int(completion_lengths(taken).max()))
+    end = max(2, int(completion_lengths(taken).max()))
     start = 0
     if how.trims_prompts:
         start = min(int(taken["prompt_mask"].argmax(1).min()), taken["prompt_mask"].size(1) - 1)

@@ -31,11 +31,30 @@ def draws_at_random(model: torch.nn.Module) -> bool:
 
 
 def has_relative_positions(model: torch.nn.Module) -> bool:
-    """Whether a sequence may start at any position: attention is not cut at absolute positions, and the frequencies of
-    rotary embeddings don't depend on the length.
+    """Whether a sequence may start at any position: attention is not cut at absolute positions, the frequencies of
+    rotary embeddings don't depend on the length, and no adapter puts virtual tokens before the padding.
     """
     config = model.config.get_text_config()
-    return not _cuts_attention(config) and bool(_ropes(config)) and _has_fixed_ropes(config)
+    is_rotary = bool(_ropes(config)) and _has_fixed_ropes(config)
+    return is_rotary and not _cuts_attention(config) and not _has_virtual_tokens(model)
+
+
+def width_bound(model: torch.nn.Module) -> int | None:
+    """The width, in columns of prompt and completion, below which the log-probabilities of a row don't depend on how
+    wide its batch is; `None` if they never do.
+
+    Frequencies of `dynamic` and `longrope` embeddings follow the longest sequence of a batch beyond the length that
+    the model was first trained with.
+    """
+    config = model.config.get_text_config()
+    bounds = []
+    for rope in _ropes(config):
+        if rope.get("rope_type") in FIXED_ROPES:
+            continue
+        lengths = (rope.get("original_max_position_embeddings"), getattr(config, "max_position_embeddings", None))
+        is_known = rope.get("rope_type") in ("dynamic", "longrope") and not _has_virtual_tokens(model)
+        bounds.append(min((length for length in lengths if length), default=0) if is_known else 0)
+    return min(bounds, default=None)
 
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -90,7 +109,7 @@ def why_not_row_by_row(model: torch.nn.Module, in_training: bool) -> str | None:
         `str`, *optional*: The reason, to stand after a colon; `None` if they can.
     """
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    if any(adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+    if _has_virtual_tokens(model) or any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
         return "the adapter changes the prompt"
     if reason := why_not_known():
         return reason
@@ -115,6 +134,11 @@ def why_not_row_by_row(model: torch.nn.Module, in_training: bool) -> str | None:
     if in_training and draws_at_random(model):
         return "the model has dropout, which copies of a prompt would share"
     return None
+
+
+def _has_virtual_tokens(model: torch.nn.Module) -> bool:
+    """Whether an adapter puts tokens of its own before the prompt, and before its padding."""
+    return isinstance(model, PeftModel) and any(adapter.is_prompt_learning for adapter in model.peft_config.values())
 
 
 def _cuts_attention(config: Any) -> bool:

@@ -3,7 +3,7 @@
 # dependencies = ["gxpo_trl"]
 #
 # [tool.uv.sources]
-# gxpo_trl = { git = "https://github.com/gxpo-trl/gxpo_trl", tag = "v0.1.0" }
+# gxpo_trl = { git = "https://github.com/gxpo-trl/gxpo_trl", tag = "v0.2.0" }
 # ///
 """Trains a language model from a recipe.
 

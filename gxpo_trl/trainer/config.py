@@ -116,14 +116,14 @@ class LookaheadConfig(GRPOConfig):
             `per_device_train_batch_size` × processes × accumulation steps. Unset for what these come to.
         compact_batches (`bool`, *optional*, defaults to `True`):
             Whether the rows of an optimizer step are sorted by completion length and their micro-batches trimmed, and
-            passes after the first leave out completions whose advantage is 0, where that leaves the gradient what it
+            backward passes leave out completions whose advantage is 0, where that leaves the gradient what it
             is. Turn it off to have `update_rule: grpo` equal TRL bit for bit.
         max_tokens_per_micro_batch (`int`, *optional*):
             Pack micro-batches by tokens, padding included, instead of by rows. The first pass keeps its number of
             micro-batches, and exceeds this where it has to; later passes take as few as hold. Needs `compact_batches`.
         allow_low_precision_parameters (`bool`, *optional*, defaults to `False`):
-            Whether to accept trainable parameters stored in bf16 or fp16, where small steps, and with them the
-            retention ratio, vanish in rounding.
+            Whether to accept trainable parameters stored in bf16 or fp16, where small steps, and with them what later
+            passes measure, vanish in rounding.
     """
 
     update_rule: str = field(
@@ -266,7 +266,7 @@ class LookaheadConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Whether the rows of an optimizer step are sorted by completion length and their micro-batches "
-            "trimmed, and passes after the first leave out completions whose advantage is 0, where that leaves the "
+            "trimmed, and backward passes leave out completions whose advantage is 0, where that leaves the "
             "gradient what it is. Turn it off to have 'grpo' equal TRL bit for bit."
         },
     )
@@ -282,7 +282,7 @@ class LookaheadConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Whether to accept trainable parameters stored in bf16 or fp16, where small steps, and with them "
-            "the retention ratio, vanish in rounding."
+            "what later passes measure, vanish in rounding."
         },
     )
 

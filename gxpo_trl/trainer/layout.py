@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,7 @@ from ..rollout.compaction import (
     unknown_entries,
 )
 from ..rollout.window import RolloutWindow
-from ..sampling.model_traits import has_relative_positions
+from ..sampling.model_traits import has_relative_positions, width_bound
 
 
 logger = get_logger(__name__)
@@ -102,7 +103,7 @@ class Shares:
             sum(map(count_tokens, replayed)),
             sum(arranged.stock_tokens for arranged in first),
             sum(scored_tokens(batch) for batch in left_out),
-            sum(batch[ENTROPIES].sum() for batch in left_out),
+            sum((batch[ENTROPIES] * batch["completion_mask"]).sum() for batch in left_out),
         ]
         counts = torch.stack([*scored, *torch.tensor(computed, device=scored[0].device)]).to(torch.float32)
         *scored, first_computed, forward_only, replay_computed, stock, tokens, entropy = accelerator.reduce(
@@ -146,6 +147,7 @@ class BatchLayout:
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
         self.compaction = _allowed_compaction(trainer)
+        self.width_bound = width_bound(trainer.model)
         self.upcoming: deque[Arranged] = deque()  # micro-batches that pass 1 has not come to
         self.first_pass: list[Arranged] = []  # those of the current step so far
         self.left_out: list[Batch] = []  # the rows of the current step that no pass computes
@@ -188,12 +190,10 @@ class BatchLayout:
         count = max(1, trainer.current_gradient_accumulation_steps - self.position)
         batches = trainer._buffered_inputs[start : start + count]
         stock_tokens, self.nominal_rows = count_tokens(batches[0]), count_rows(batches[0])
-        if (unknown := unknown_entries(batches)) and not self.warned:
-            self.warned = True
-            logger.warning(
-                f"Batches are not compacted, which costs time: the rollouts hold {', '.join(unknown)}, and how that "
-                "belongs to rows is not known. Set `compact_batches: false` if that is intended."
-            )
+        if unknown := unknown_entries(batches):
+            self._warn_once(f"the rollouts hold {', '.join(unknown)}, and how that belongs to rows is not known")
+        if self.compaction.max_tokens is None and not self._rows_may_move_on_all_ranks(batches):
+            return [Arranged(batch, None, stock_tokens) for batch in batches]
         since_generation = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations)
         compacted = compact(batches, self.compaction, self._max_over_ranks, entropies_hold=since_generation == 0)
         if compacted.left_out is not None:
@@ -204,15 +204,48 @@ class BatchLayout:
     def pack(self, window: RolloutWindow) -> list[Batch]:
         """The micro-batches that replays compute on; empty if none of their completions has an advantage."""
         rollouts = window.rollouts()
-        if self.compaction is None or not self.compaction.changes_replays or not self._agree(window.may_be_packed()):
+        if self.compaction is None or not self.compaction.changes_replays:
+            return rollouts
+        if not self.agree(window.may_be_packed() and self._rows_may_move(rollouts)):
             return rollouts
         replayed = prune(rollouts, self.nominal_rows, self.compaction, self._max_over_ranks)
         if replayed is not rollouts:
             window.packed = replayed
         return replayed
 
-    def _agree(self, here: bool) -> bool:
+    def is_narrow(self, width: int) -> bool:
+        """Whether the log-probabilities of a row are the same in all batches up to this width."""
+        return self.width_bound is None or width < self.width_bound
+
+    def _rows_may_move(self, batches: list[Batch]) -> bool:
+        """Whether on this rank rows are the same in other micro-batches."""
+        widths = (batch["prompt_ids"].size(1) + batch["completion_ids"].size(1) for batch in batches)
+        return self.is_narrow(max(widths)) and not unknown_entries(batches)
+
+    def _rows_may_move_on_all_ranks(self, batches: list[Batch]) -> bool:
+        """Another rank may have all images, or all long completions."""
+        may_move = self._rows_may_move(batches)
+        if self.trainer._is_vlm or self.width_bound is not None:
+            may_move = self.agree(may_move)
+        if not may_move and self.width_bound is not None:
+            self._warn_once(
+                f"prompt and completion take {self.width_bound} columns or more, where the model's rotary embeddings "
+                "depend on the longest sequence of a batch"
+            )
+        return may_move
+
+    def _warn_once(self, reason: str) -> None:
+        if not self.warned:
+            self.warned = True
+            logger.warning(
+                f"Batches are not compacted, which costs time: {reason}. Set `compact_batches: false` if that is "
+                "intended."
+            )
+
+    def agree(self, here: bool) -> bool:
         """Whether it is true on every rank."""
+        if self.trainer.accelerator.num_processes == 1:
+            return here
         return not self._max_over_ranks(torch.tensor([not here], device=self.trainer.accelerator.device).int()).any()
 
     def _max_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -261,9 +294,13 @@ def own_parts_of_loss(trainer: GRPOTrainer) -> list[str]:
 def _is_known(trainer: GRPOTrainer, name: str) -> bool:
     """Whether a method is TRL's, or this package's around it."""
     if name in vars(trainer):
-        return type(getattr(vars(trainer)[name], "__self__", None)).__module__.startswith(__package__)
-    owner = next(part for part in type(trainer).__mro__ if name in vars(part))
-    return owner in GRPOTrainer.__mro__ or owner.__module__.startswith(__package__)
+        return _is_ours(vars(trainer)[name])
+    owners = (part for part in type(trainer).__mro__ if name in vars(part) and not _is_ours(part))
+    return next(owners) in GRPOTrainer.__mro__
+
+
+def _is_ours(part: Any) -> bool:
+    return (getattr(part, "__module__", None) or "").startswith(__package__)  # a method has that of its function
 
 
 def _allowed_compaction(trainer: GRPOTrainer) -> Compaction | None:
@@ -279,6 +316,11 @@ def _allowed_compaction(trainer: GRPOTrainer) -> Compaction | None:
         return None
     longer, shorter = sorted((args.steps_per_generation, args.gradient_accumulation_steps), reverse=True)
     is_additive = allowed is not None and allowed.regroup
+    if args.max_tokens_per_micro_batch is not None and width_bound(trainer.model) is not None:
+        raise ValueError(
+            "`max_tokens_per_micro_batch` needs rotary embeddings of fixed frequencies: those of the model depend on "
+            "the longest sequence of a batch. Leave it out."
+        )
     if args.max_tokens_per_micro_batch is not None and not (is_additive and longer % shorter == 0):
         raise ValueError(
             "`max_tokens_per_micro_batch` needs a loss of TRL's that is additive over completions, and a "

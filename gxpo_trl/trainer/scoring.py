@@ -30,28 +30,42 @@ class Scoring:
     def __init__(self, trainer: GRPOTrainer, layout: BatchLayout):
         self.trainer, self.layout = trainer, layout
         self._records = False
-        self._entropies: torch.Tensor | None = None  # (B,), of the completions that are being generated
+        self._entropies: torch.Tensor | None = None  # (B, T), of the completions that are being generated
+        self._scored: torch.Tensor | None = None  # (B, T), the tokens that they are of, where completions were scored
 
     @property
     def wants_entropies(self) -> bool:
         """Whether completions are being generated whose entropies will be of use, and are not known."""
         return self._records and self._entropies is None
 
-    def keep_entropies(self, entropies: torch.Tensor) -> None:
-        """Takes the entropies of the tokens of all completions, (B, T), in nats, 0 where there is no token."""
-        self._entropies = entropies.float().sum(1)
+    def keep_entropies(self, entropies: torch.Tensor, ids: torch.Tensor | None = None) -> None:
+        """Takes the entropies of the tokens of all completions, (B, T), in nats, and these tokens if they were
+        scored.
+        """
+        self._entropies, self._scored = entropies.float(), ids
 
     def generate_and_score(self, by_trl: Callable[[Any], Batch], inputs: Any) -> Batch:
-        """TRL's rollouts, with `ENTROPIES` where they are known and may save a forward pass."""
+        """TRL's rollouts, with `ENTROPIES` where all ranks know them and they may save a forward pass."""
         compaction = self.layout.compaction
-        self._records = compaction is not None and compaction.prunes and self.trainer.model.training
+        self._records = records = compaction is not None and compaction.prunes and self.trainer.model.training
         try:
-            rollouts, entropies = by_trl(inputs), self._entropies
+            rollouts = by_trl(inputs)
+            entropies = self._entropies if records and self._are_of(rollouts) else None
         finally:
-            self._records, self._entropies = False, None
-        if entropies is not None and "tool_mask" not in rollouts:
-            rollouts[ENTROPIES] = entropies * rollouts["completion_mask"].any(1)  # truncated ones may be masked
+            self._records, self._entropies, self._scored = False, None, None
+        if records and self.layout.agree(entropies is not None):
+            missing = rollouts["completion_ids"].size(1) - entropies.size(1)  # where TRL pads beyond the longest
+            rollouts[ENTROPIES] = torch.nn.functional.pad(entropies, (0, missing))
         return rollouts
+
+    def _are_of(self, rollouts: Batch) -> bool:
+        """Whether the entropies are those of the completions. A `rollout_func` or a reward may have scored others."""
+        ids = rollouts["completion_ids"]
+        if self._entropies is None or "tool_mask" in rollouts:
+            return False
+        if self._scored is None:
+            return len(self._entropies) == len(ids)
+        return torch.equal(self._scored, ids)
 
     def score(
         self,
@@ -69,9 +83,11 @@ class Scoring:
         TRL gives a `batch_size` where it scores; its loss, and rows with images, are left as they are.
         """
         how = self.layout.compaction
-        if how is None or batch_size is None or torch.is_grad_enabled() or any(v is not None for v in inputs.values()):
+        is_loss = batch_size is None or torch.is_grad_enabled()
+        has_images = any(value is not None for value in inputs.values())
+        if how is None or is_loss or has_images or not self.layout.is_narrow(input_ids.size(1)):
             return by_trl(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **inputs)
-        prompt, records = input_ids.size(1) - logits_to_keep, self.wants_entropies
+        prompt, records = input_ids.size(1) - logits_to_keep, self.wants_entropies and model is self.trainer.model
         rows = {
             **{"prompt_ids": input_ids[:, :prompt], "prompt_mask": attention_mask[:, :prompt]},
             **{"completion_ids": input_ids[:, prompt:], "completion_mask": attention_mask[:, prompt:]},
@@ -90,7 +106,7 @@ class Scoring:
             scored.append(by_trl(model, ids, mask, width, len(part), compute_entropy=wants_entropy)[:2])
         logps, entropies = (_in_place(found, parts, logits_to_keep) for found in zip(*scored, strict=True))
         if records:
-            self.keep_entropies(entropies * rows["completion_mask"])
+            self.keep_entropies(entropies, rows["completion_ids"])
         return logps, entropies if compute_entropy else None, None
 
 

@@ -83,10 +83,10 @@ class LookaheadTrainer(GRPOTrainer):
         self.add_callback(FlatGroupsCallback())
         if args.update_rule != "grpo":
             check_engine(self.accelerator, self.model)
-        if self.lookahead.rule is not None:
-            reduce_in_fp32(self.accelerator)
             if not args.allow_low_precision_parameters:
                 check_parameter_precision(self.accelerator, self.model)
+        if self.lookahead.rule is not None:  # `check` leaves the plain step as it is, bit for bit
+            reduce_in_fp32(self.accelerator)
         if self.use_vllm and is_peft_model(self.model):
             merge_out_of_place(self.vllm_generation, self._log_adapter_share)
         self.accelerator.print(self._describe_batch())
