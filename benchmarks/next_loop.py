@@ -1,7 +1,7 @@
 """NExt on the embedded task: does a run that is extrapolated during training get further in as many steps?
 
-    python benchmarks/next_loop.py                   # 50 runs, two at a time: half an hour
-    python benchmarks/next_loop.py --again           # also those arms that the JSON has
+    python benchmarks/next_loop.py            # 50 runs, two at a time: half an hour; if interrupted, it continues
+    python benchmarks/next_loop.py --again    # also those arms that the JSON has
 
 Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method continues from there, and so does
 a control that is only restarted (α = 0: another optimizer, other prompts). The peer is the same recipe without an
@@ -25,6 +25,7 @@ from common import RESULTS, describe_machine, save_result
 
 from gxpo_trl.reporting.runs import HELD_OUT, load_run
 from gxpo_trl.reporting.statistics import icer
+from gxpo_trl.run_folder import TRAINER_STATE_NAME
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny" / "next.yaml"
@@ -41,22 +42,29 @@ ARMS = {  # what continues after the extrapolation
 }
 
 
-def train(folder: Path, seed: int, arguments: list[str]) -> None:
+def train(folder: Path, seed: int, arguments: list[str], common: Path | None = None) -> None:
+    """A run, or the part of a loop that follows after a common one, unless it is there."""
+    if ((folder / "after" if common else folder) / TRAINER_STATE_NAME).is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if common is not None:
+        shutil.copytree(common, folder)
     command = [sys.executable, "-m", "gxpo_trl.scripts.train", "--config", str(RECIPE), "--output_dir", str(folder)]
     command += ["--seed", str(seed), "--disable_tqdm", "true", *arguments]
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
 
 
-def one_seed(seed: int, overrides: list[str], known: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def one_seed(
+    seed: int, out: Path, overrides: list[str], known: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
     """pass@1 of all arms: at the start, before and right after the extrapolation, at the end.
 
     `known` has those of arms that were run before.
     """
     settings = yaml.safe_load(RECIPE.read_text())
     after, steps = settings["extrapolate_after"], settings["max_steps"]
-    folder = OUT / f"seed-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = out / f"seed-{seed}"
     common = folder / "common"
     train(common / "before", seed, [*_without_loop(), "--max_steps", str(after), *overrides])
     points = load_run(common / "before").points[HELD_OUT]
@@ -70,8 +78,7 @@ def one_seed(seed: int, overrides: list[str], known: dict[str, dict[str, float]]
         if label in found:
             continue
         arm = folder / label.replace(" ", "_")
-        shutil.copytree(common, arm)
-        train(arm, seed, ["--resume_from_checkpoint", "last", *arguments, *overrides])
+        train(arm, seed, ["--resume_from_checkpoint", "last", *arguments, *overrides], common)
         before, points = (load_run(arm / part).points[HELD_OUT] for part in ("before", "after"))
         found[label] = {
             "start": before[0].value,
@@ -100,7 +107,8 @@ def main() -> None:
             for of_seed, run in zip(known, row["runs"], strict=False):
                 of_seed[row["arm"]] = run
     with ThreadPoolExecutor(2) as pool:
-        seeds = list(pool.map(one_seed, range(options.seeds), itertools.repeat(overrides), known))
+        same = (OUT / options.result, overrides)
+        seeds = list(pool.map(one_seed, range(options.seeds), *map(itertools.repeat, same), known))
     steps = yaml.safe_load(RECIPE.read_text())["max_steps"]
     rows = []
     print("| after 60 steps | pass@1 before | right after | after 40 more | difference to GRPO | ICER |")
