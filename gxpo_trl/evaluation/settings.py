@@ -41,7 +41,7 @@ class EvaluationArguments:
         max_new_tokens (`int`, *optional*, defaults to `3072`):
             The maximum number of tokens of a completion.
         prompt (`str`, *optional*):
-            Template of the user's message with `{problem}` in it; unset for the problem alone.
+            Template of the user's message with `{problem}` in it; unset for the problem without any other text.
         system_prompt (`str`, *optional*):
             System message; unset for none.
         problems_per_batch (`int`, *optional*, defaults to `32`):
