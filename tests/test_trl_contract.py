@@ -54,6 +54,7 @@ NAMES = [
             ("_metrics", LOG, "logs through it"),
             ("_compute_loss", LAYOUT, "knows by it whether the loss is TRL's own", "model, inputs"),
             ("aux_loss_enabled", LAYOUT, "knows by it that the loss sees padding"),
+            ("_is_vlm", LAYOUT, "knows by it whether one rank alone may have images"),
             ("loss_type", LAYOUT, "knows by it whether the loss is additive"),
             ("beta", LAYOUT, "knows by it whether there is a KL term"),
             ("importance_sampling_level", LAYOUT, "knows by it whether each token has a ratio"),
