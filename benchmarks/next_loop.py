@@ -1,13 +1,13 @@
 """NExt on the embedded task: does a run that is extrapolated during training get further in as many steps?
 
     python benchmarks/next_loop.py            # 50 runs, two at a time: half an hour; if interrupted, it continues
-    python benchmarks/next_loop.py --again    # also those arms that the JSON has
+    python benchmarks/next_loop.py --again    # everything anew
 
 Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method continues from there, and so does
 a control that is only restarted (α = 0: another optimizer, other prompts). The peer is the same recipe without an
 extrapolation. Printed are held-out pass@1 before, right after, and at the end, and steps per point gained (ICER).
-Arms that the JSON has are not run again, where the run up to the extrapolation still comes to the same figures.
-Further options go to all runs.
+Arms that the JSON has with the same options are not run again, where the run up to the extrapolation still comes to the
+same figures. Further options go to all runs.
 """
 
 import argparse
@@ -98,16 +98,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--result", default="next_loop", help="name of the file in benchmarks/results")
-    parser.add_argument("--again", action="store_true", help="run what the JSON has, too")
+    parser.add_argument("--again", action="store_true", help="run what is there, too")
     options, overrides = parser.parse_known_args()
-    path = RESULTS / f"{options.result}.json"
+    path, out = (
+        RESULTS / f"{options.result}.json",
+        OUT / "_".join(word.replace("/", "-") for word in ("runs", *overrides)),
+    )
     known: list[dict[str, dict[str, float]]] = [{} for _ in range(options.seeds)]
-    if path.is_file() and not options.again:
-        for row in json.loads(path.read_text())["rows"]:
+    if options.again:
+        shutil.rmtree(out, ignore_errors=True)
+    elif path.is_file() and (result := json.loads(path.read_text()))["overrides"] == overrides:
+        for row in result["rows"]:
             for of_seed, run in zip(known, row["runs"], strict=False):
                 of_seed[row["arm"]] = run
     with ThreadPoolExecutor(2) as pool:
-        same = (OUT / options.result, overrides)
+        same = (out, overrides)
         seeds = list(pool.map(one_seed, range(options.seeds), *map(itertools.repeat, same), known))
     steps = yaml.safe_load(RECIPE.read_text())["max_steps"]
     rows = []
@@ -124,7 +129,7 @@ def main() -> None:
         cells = [f"{row[name][0]:.3f} ± {row[name][1]:.3f}" for name in ("before", "after", "end")]
         difference = "" if label == "GRPO" else f"{row['ahead'][0]:+.3f} ± {row['ahead'][1]:.3f}"
         print(f"| {label} | {' | '.join(cells)} | {difference} | {row['icer']:.2f} |")
-    result = {"seeds": options.seeds, "rows": rows, **describe_machine(threads=1)}
+    result = {"seeds": options.seeds, "overrides": overrides, "rows": rows, **describe_machine(threads=1)}
     print(f"written to {save_result(options.result, result)}")
 
 
