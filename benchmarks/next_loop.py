@@ -6,8 +6,8 @@
 Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method continues from there, and so does
 a control that is only restarted (α = 0: another optimizer, other prompts). The peer is the same recipe without an
 extrapolation. Printed are held-out pass@1 before, right after, and at the end, and steps per point gained (ICER).
-Arms that the JSON has with the same options are not run again, where the run up to the extrapolation still comes to the
-same figures. Further options go to all runs.
+Arms that the JSON has with the same options are not run again, where the run up to the extrapolation still comes to
+the same figures. Further options go to all runs.
 """
 
 import argparse
@@ -100,10 +100,8 @@ def main() -> None:
     parser.add_argument("--result", default="next_loop", help="name of the file in benchmarks/results")
     parser.add_argument("--again", action="store_true", help="run what is there, too")
     options, overrides = parser.parse_known_args()
-    path, out = (
-        RESULTS / f"{options.result}.json",
-        OUT / "_".join(word.replace("/", "-") for word in ("runs", *overrides)),
-    )
+    path = RESULTS / f"{options.result}.json"
+    out = OUT / "_".join(word.replace("/", "-") for word in ("runs", *overrides))
     known: list[dict[str, dict[str, float]]] = [{} for _ in range(options.seeds)]
     if options.again:
         shutil.rmtree(out, ignore_errors=True)
