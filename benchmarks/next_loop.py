@@ -1,7 +1,7 @@
 """NExt on the embedded task: does a run that is extrapolated during training get further in as many steps?
 
     python benchmarks/next_loop.py            # 50 runs, two at a time: half an hour; if interrupted, it continues
-    python benchmarks/next_loop.py --again    # everything anew
+    python benchmarks/next_loop.py --again    # run everything again
 
 Each seed trains `recipes/tiny/next.yaml` up to its extrapolation once; every method continues from there, and so does
 a control that is only restarted (α = 0: another optimizer, other prompts). The peer is the same recipe without an
