@@ -295,7 +295,7 @@ class WithEntropies:
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self.plan.steps[self.who][self.state.global_step][1].knows_entropies:
-            output[ENTROPIES] = output["completion_mask"].sum(1).float()
+            output[ENTROPIES] = output["completion_mask"].float()
         return output
 
 
