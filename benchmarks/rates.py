@@ -3,11 +3,14 @@
     python benchmarks/rates.py                          # all parts, two runs at a time: hours
     python benchmarks/rates.py --parts full --seeds 2   # less of it
     python benchmarks/rates.py --quick --results DIR    # minutes, to see that it runs
+    python benchmarks/rates.py --costs                  # after that: whole runs by turns, for their CPU time
     python benchmarks/rates.py --draw                   # trains nothing: tables and figure from the committed JSON
 
 Each part is a regime: full fine-tuning, LoRA, longer problems, batches of 32 and 512 completions, bf16, a long run.
-In each, arms are trained at learning rates up to a factor of 2,000 apart, on the same prompts seed by seed. Figures
-are the mean held-out pass@1 over a run (AUC) and at its end (final), as means over seeds with 95 % intervals.
+In each, arms are trained at learning rates up to a factor of 2,000 apart, on the same prompts seed by seed; others at
+rates around their best. Figures are the mean held-out pass@1 over a run (AUC) and at its end (final), as means over
+seeds with 95 % intervals. `--costs` measures the CPU time of each arm's run, and with it the AUC over the CPU time of
+a run of GRPO.
 
 `results/rates/PART.json` has every run that was made, and what it has is not made again, so that a part can be begun
 on one day and continued on another; what has no JSON yet is looked for in `--out`. Prodigy and schedule-free need
@@ -16,16 +19,29 @@ on one day and continued on another; what has no JSON yet is looked for in `--ou
 
 import argparse
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import statistics
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import RESULTS, describe_machine
-from compare_rules import GRPO, GXPO, HELD_OUT, LORA, THREE_ITERATIONS, Arm, Bench, Part, gxpo, make_tasks
+from compare_rules import (
+    GRPO,
+    GXPO,
+    HELD_OUT,
+    LORA,
+    THREE_ITERATIONS,
+    Arm,
+    Bench,
+    Part,
+    gxpo,
+    make_tasks,
+    minibatches,
+)
 from matplotlib.figure import Figure
 from training import Settings, start_worker, train_run
 
@@ -37,6 +53,9 @@ from gxpo_trl.scripts.demo import quieten
 CONTROL = {"step_control": "cosine"}
 TWO_PASSES = gxpo("two passes, controlled", steps=1, **CONTROL)
 THREE_PASSES = gxpo("three passes, controlled", steps=2, **CONTROL)
+PHANTOM = gxpo("phantom K 5", extrapolation="optimizer")
+PHANTOM_CONTROLLED = gxpo("phantom K 5, controlled", extrapolation="optimizer", **CONTROL)
+FOUR_MINIBATCHES = minibatches(4)
 EIGHT_MICRO_BATCHES = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
 CHECK = Arm("check", {"update_rule": "check", **EIGHT_MICRO_BATCHES})
 RIVALS = (
@@ -48,8 +67,14 @@ RIVALS = (
 PRODIGY = Arm("Prodigy", {}, ("prodigy",))
 PACKAGES = {"schedule-free": "schedulefree", PRODIGY.label: "prodigyopt"}
 """What an arm needs that the project does not install."""
-ARMS = (GRPO, THREE_ITERATIONS, TWO_PASSES, THREE_PASSES, CHECK)
-CONTROLLED = {arm.label for arm in (TWO_PASSES, THREE_PASSES, CHECK)}
+ARMS = (GRPO, TWO_PASSES, CHECK)
+CONTROLLED = {arm.label for arm in (TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK)}
+COMPARED = (
+    *(GRPO, FOUR_MINIBATCHES, TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK),
+    *(THREE_ITERATIONS, GXPO, PHANTOM),
+)
+LABELS = [arm.label for arm in (*COMPARED, *RIVALS, PRODIGY)]
+"""Of all arms, in the order of tables."""
 COLORS = {
     **{"GRPO": "#888888", THREE_ITERATIONS.label: "#4c78a8", GXPO.label: "#72b7b2"},
     **{TWO_PASSES.label: "#d62728", THREE_PASSES.label: "#ff9d3b", CHECK.label: "#9467bd"},
@@ -71,32 +96,54 @@ class Regime:
     more: tuple[tuple[Arm, float], ...] = ()
     changes: dict[str, Settings] = field(default_factory=dict)
 
+    def runs(self) -> list[tuple[Arm, float]]:
+        """Of a seed: arms and their learning rates."""
+        of_part = ((arm, rate) for rate in self.part.learning_rates for arm in self.part.arms)
+        return list({(arm.label, rate): (arm, rate) for arm, rate in (*of_part, *self.more)}.values())
 
+
+def others(*rates: float) -> tuple[tuple[Arm, float], ...]:
+    """What else could be done with a batch: at rates around the best, or with step control at the middle one."""
+    tuned = (FOUR_MINIBATCHES, THREE_ITERATIONS, GXPO, PHANTOM)
+    controlled = (THREE_PASSES, PHANTOM_CONTROLLED)
+    return (*((arm, rate) for arm in tuned for rate in rates), *((arm, rates[1]) for arm in controlled))
+
+
+EVERYWHERE = (*ARMS, THREE_PASSES, THREE_ITERATIONS, GXPO, *RIVALS)
 FULL = (1e-5, 5e-5, 2e-4, 4e-4, 8e-4, 5e-3, 2e-2)
 SMALL = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
 LARGE = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16}
 REGIMES = (
     Regime(
-        Part("full", "Full fine-tuning, 128 completions", (*ARMS, GXPO, *RIVALS), FULL, seeds=8),
-        more=((PRODIGY, 1.0),),
+        Part("full", "Full fine-tuning, 128 completions", EVERYWHERE, FULL, seeds=8),
+        more=(*others(1e-4, 2e-4, 4e-4), (PRODIGY, 1.0)),
     ),
     Regime(
-        Part("lora", "LoRA of rank 8", ARMS, (5e-5, 1e-3, 4e-3, 1e-1), LORA, seeds=4),
-        more=((GRPO, 2e-3),),
+        Part("lora", "LoRA of rank 8", ARMS, (5e-5, 1e-3, 4e-3, 1e-1), LORA, seeds=8),
+        more=((GRPO, 2e-3), *others(5e-4, 1e-3, 2e-3)),
     ),
     Regime(
-        Part("small", "32 completions", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), SMALL, seeds=4, batches=96, every=12),
-        more=((GRPO, 1e-4),),
-        changes={CHECK.label: {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}},
+        Part("small", "32 completions", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), SMALL, seeds=8, batches=96, every=12),
+        more=((GRPO, 1e-4), *others(5e-5, 1e-4, 2e-4)),
+        changes={
+            CHECK.label: {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+            FOUR_MINIBATCHES.label: {"per_device_train_batch_size": 8},
+        },
     ),
     Regime(
-        Part("large", "512 completions", ARMS, (1e-5, 4e-4, 8e-4, 2e-2), LARGE, seeds=4, batches=24, every=3),
-        more=((GRPO, 1.6e-3),),
-        changes={CHECK.label: {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16}},
+        Part("large", "512 completions", ARMS, (1e-5, 4e-4, 8e-4, 2e-2), LARGE, seeds=8, batches=24, every=3),
+        more=((GRPO, 1.6e-3), *others(2e-4, 4e-4, 8e-4)),
+        changes={
+            CHECK.label: {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16},
+            FOUR_MINIBATCHES.label: {"gradient_accumulation_steps": 4, "steps_per_generation": 16},
+        },
     ),
-    Regime(Part("harder", "Longer problems", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), {"max_completion_length": 48}, seeds=4)),
+    Regime(
+        Part("harder", "Longer problems", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), {"max_completion_length": 48}, seeds=8),
+        more=others(1e-4, 2e-4, 4e-4),
+    ),
     Regime(Part("bf16", "bf16", ARMS, (1e-5, 4e-4, 2e-2), {"bf16": True}, seeds=4)),
-    Regime(Part("long", "300 batches", ARMS, (4e-4, 8e-4), seeds=2, batches=300, every=30)),
+    Regime(Part("long", "300 batches", ARMS, (4e-4, 8e-4), seeds=4, batches=300, every=30)),
 )
 
 
@@ -104,18 +151,21 @@ def key(run: dict) -> tuple[str, float, int]:
     return run["arm"], run["learning_rate"], run["seed"]
 
 
+def submit(bench: Bench, regime: Regime, arm: Arm, rate: float, seed: int, place: Path = Path()) -> Future:
+    """Trains a run, in a folder below `place` in that of the bench."""
+    folder = bench.folder / place / regime.part.name / f"{arm.label}, lr {rate:g}".replace(" ", "_") / f"seed-{seed}"
+    settings = bench.settings(regime.part, arm, rate, seed) | regime.changes.get(arm.label, {})
+    return bench.pool.submit(train_run, folder, settings, arm.hooks)
+
+
 def measure(bench: Bench, regime: Regime, seeds: int, arms: set[str], path: Path) -> dict:
     """Trains what `path` does not have of these arms, and writes each run there as soon as it is there."""
-    part = regime.part
-    result = json.loads(path.read_text()) if path.is_file() else {"batches": part.batches, "runs": []}
+    result = json.loads(path.read_text()) if path.is_file() else {"batches": regime.part.batches, "runs": []}
     there, jobs = {key(run) for run in result["runs"]}, {}
     for seed in range(seeds):
-        for arm, rate in (*((arm, rate) for rate in part.learning_rates for arm in part.arms), *regime.more):
-            if (arm.label, rate, seed) in there or arm.label not in arms:
-                continue
-            folder = bench.folder / part.name / f"{arm.label}, lr {rate:g}".replace(" ", "_") / f"seed-{seed}"
-            settings = bench.settings(part, arm, rate, seed) | regime.changes.get(arm.label, {})
-            jobs[bench.pool.submit(train_run, folder, settings, arm.hooks)] = (arm.label, rate, seed)
+        for arm, rate in regime.runs():
+            if (arm.label, rate, seed) not in there and arm.label in arms:
+                jobs[submit(bench, regime, arm, rate, seed)] = (arm.label, rate, seed)
     machine = describe_machine(threads=1)
     for job in as_completed(jobs):
         label, rate, seed = jobs[job]
@@ -138,10 +188,46 @@ def measure(bench: Bench, regime: Regime, seeds: int, arms: set[str], path: Path
     return result
 
 
+def measure_costs(bench: Bench, regime: Regime, seeds: int, result: dict, path: Path) -> None:
+    """The CPU time of each arm's run over that of GRPO's, at the learning rate of its best mean AUC.
+
+    The runs are made again, those of all arms one after the other, since the runs in `result` are of different days.
+    """
+    best: dict[str, tuple[float, float]] = {}
+    for label, rate, runs in cells(result):
+        best[label] = max(best.get(label, (0.0, rate)), (statistics.fmean(run["auc"] for run in runs), rate))
+    arms = {arm.label: arm for arm, _ in regime.runs() if arm in COMPARED and arm.label in best}
+    jobs = {
+        (label, seed): submit(bench, regime, arm, best[label][1], seed, Path("costs"))
+        for seed in range(seeds)
+        for label, arm in arms.items()
+    }
+    seconds: dict[str, list[float]] = {label: [] for label in arms}
+    for (label, _), job in jobs.items():
+        seconds[label].append(load_run(job.result(), label).points[HELD_OUT][-1].hours * 3600)
+    result["cost"] = {
+        label: statistics.median(a / b for a, b in zip(of_arm, seconds[GRPO.label], strict=True))
+        for label, of_arm in seconds.items()
+    }
+    result["cost_seconds"], result["cost_machine"] = seconds, describe_machine(threads=1)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print("  CPU time over GRPO's: " + ", ".join(f"{label} {cost:.2f}" for label, cost in result["cost"].items()))
+
+
+def area_until(curve: list[list[float]], share: float) -> float:
+    """The mean of the linear interpolation over the first share of a run."""
+    end, whole = curve[0][0] + share * (curve[-1][0] - curve[0][0]), 0.0
+    for (x0, y0, *_), (x1, y1, *_) in itertools.pairwise(curve):
+        x = min(x1, end)
+        y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+        whole += max(x - x0, 0.0) * (y0 + y) / 2
+    return whole / (end - curve[0][0])
+
+
 def cells(result: dict) -> Iterator[tuple[str, float, list[dict]]]:
     """Arm, learning rate, and the runs of both, in the order in which arms came first."""
     runs = sorted(result["runs"], key=lambda run: run["seed"])
-    for arm in dict.fromkeys(arm.label for regime in REGIMES for arm in (*regime.part.arms, PRODIGY)):
+    for arm in LABELS:
         for rate in sorted({run["learning_rate"] for run in runs if run["arm"] == arm}):
             yield arm, rate, [run for run in runs if (run["arm"], run["learning_rate"]) == (arm, rate)]
 
@@ -195,7 +281,7 @@ def over_rates(by_rate: dict[float, dict[int, dict]], name: str) -> dict[int, fl
 def summary(results: dict[str, dict]) -> str:
     """Each arm as a user gets it: tuned, or with step control at any learning rate; differences are paired by seed."""
     heads = ("regime", "arm", "learning rate", "AUC", "− tuned GRPO's", "at the end", "− tuned GRPO's")
-    heads = (*heads, "least AUC / tuned GRPO's", "seeds")
+    heads = (*heads, "least AUC / tuned GRPO's", "passes", "CPU time / GRPO's", "AUC in its CPU time", "seeds")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for regime in REGIMES:
         found: dict[str, dict[float, dict[int, dict]]] = {}
@@ -204,11 +290,12 @@ def summary(results: dict[str, dict]) -> str:
         if GRPO.label not in found:
             continue
         base = {name: tuned(found[GRPO.label], name) for name in ("auc", "final")}
+        costs = results[regime.part.name].get("cost", {})
         for arm, by_rate in found.items():
             is_controlled = arm in CONTROLLED
-            shown, count = [], 0
+            choose, shown, count = over_rates if is_controlled else tuned, [], 0
             for name in ("auc", "final"):
-                values = (over_rates if is_controlled else tuned)(by_rate, name)
+                values = choose(by_rate, name)
                 count = len(values)
                 shown.append(show(mean_of(list(values.values()))))
                 pairs = [values[seed] - base[name][seed] for seed in values if seed in base[name]]
@@ -217,7 +304,13 @@ def summary(results: dict[str, dict]) -> str:
             least = f"{min(means) / statistics.fmean(base['auc'].values()):.2f}"
             rates = f"{min(by_rate):g} to {max(by_rate):g}" if is_controlled else "tuned"
             rates = f"{min(by_rate):g}" if len(by_rate) == 1 else rates
-            lines.append(f"| {' | '.join([regime.part.title, arm, rates, *shown, least, str(count)])} |")
+            passes = statistics.fmean(run["curve"][-1][2] for runs in by_rate.values() for run in runs.values())
+            shown += [least, f"{passes:.0f}", "", ""]
+            if cost := costs.get(arm):
+                for run in (run for runs in by_rate.values() for run in runs.values()):
+                    run["in_time"] = area_until(run["curve"], min(1 / cost, 1.0))
+                shown[-2:] = f"{cost:.2f}", show(mean_of(list(choose(by_rate, "in_time").values())))
+            lines.append(f"| {' | '.join([regime.part.title, arm, rates, *shown, str(count)])} |")
     return "\n".join(lines)
 
 
@@ -268,10 +361,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [regime.part.name for regime in REGIMES]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
-    labels = list(dict.fromkeys(arm.label for regime in REGIMES for arm in (*regime.part.arms, PRODIGY)))
-    parser.add_argument("--arms", nargs="+", choices=labels, default=labels, metavar="LABEL", help=", ".join(labels))
+    parser.add_argument("--arms", nargs="+", choices=LABELS, default=LABELS, metavar="LABEL", help=", ".join(LABELS))
     parser.add_argument("--seeds", type=int, help="at most so many; each part has a number of its own")
     parser.add_argument("--quick", action="store_true", help="one part, two rates, one seed, few batches")
+    parser.add_argument("--costs", action="store_true", help="whole runs of `--seeds`, by turns, for their CPU time")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/rates"), help="where runs are kept")
@@ -295,8 +388,11 @@ def main() -> None:
             bench = Bench(folder, pool)
             for regime in regimes:
                 print(f"\n{regime.part.name}", flush=True)
-                seeds = min(options.seeds or regime.part.seeds, regime.part.seeds)
-                measure(bench, regime, seeds, arms, options.results / f"{regime.part.name}.json")
+                path, seeds = options.results / f"{regime.part.name}.json", options.seeds or regime.part.seeds
+                if options.costs:
+                    measure_costs(bench, regime, seeds, json.loads(path.read_text()), path)
+                else:
+                    measure(bench, regime, min(seeds, regime.part.seeds), arms, path)
     found = {}
     for regime in regimes:
         if (path := options.results / f"{regime.part.name}.json").is_file():

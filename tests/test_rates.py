@@ -29,6 +29,21 @@ def test_a_controlled_arm_is_the_mean_over_its_rates():
     assert rates.over_rates(RUNS, "auc") == {0: 0.75, 1: 0.55}
 
 
+def test_the_area_in_an_arms_time_is_that_of_the_first_part_of_its_run():
+    curve = [[0, 0.0, 0], [100, 1.0, 2], [200, 1.0, 4]]
+    assert rates.area_until(curve, 1.0) == pytest.approx(0.75)
+    assert rates.area_until(curve, 0.5) == pytest.approx(0.5)
+    assert rates.area_until(curve, 0.75) == pytest.approx(2 / 3)
+    assert rates.area_until(curve, 0.25) == pytest.approx(0.25)
+
+
+def test_no_run_of_a_regime_is_made_twice():
+    for regime in rates.REGIMES:
+        runs = [(arm.label, rate) for arm, rate in regime.runs()]
+        assert len(runs) == len(set(runs)) and {label for label, _ in runs} <= set(rates.LABELS)
+        assert regime.changes.keys() <= {label for label, _ in runs}
+
+
 @pytest.mark.slow
 def test_runs_are_made_once_and_drawn(tmp_path):
     arms = ["GRPO", "two passes, controlled", "check", "adaptive KL", "hypergradient"]
