@@ -16,7 +16,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from pages import fill
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 PAGES = ("README.md", "docs/results.md", "docs/gpu.md")
-BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
 COMMAND = "python benchmarks/gpu.py"
 GRACE = 45.0  # seconds over its limit after which a part is killed
 SMALL_LIMIT = 1800.0  # seconds of a part in small: the machine may be busy
@@ -367,18 +366,6 @@ def summary(results: dict[str, dict]) -> str:
     )
 
 
-def fill(page: str, text: str) -> str:
-    """A page whose text between the markers is another.
-
-    Raises:
-        ValueError: If the page has not one pair of markers.
-    """
-    pattern = re.compile(rf"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
-    if len(pattern.findall(page)) != 1:
-        raise ValueError(f"A page needs one {BEGIN} and one {END} after it, each on a line of its own.")
-    return pattern.sub(lambda _: f"{BEGIN}\n{text}\n{END}", page)
-
-
 def text_for(page: str, results: dict[str, dict]) -> str:
     """All figures, the goals that are not met, or how many they are."""
     if page == "docs/gpu.md":
@@ -389,7 +376,7 @@ def text_for(page: str, results: dict[str, dict]) -> str:
 def write_pages(results: dict[str, dict], root: Path = ROOT) -> None:
     for name in PAGES:
         path = root / name
-        path.write_text(fill(path.read_text(), text_for(name, results)))
+        path.write_text(fill(path.read_text(), "gpu", text_for(name, results)))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@
     python benchmarks/rates.py --quick --results DIR    # minutes, to see that it runs
     python benchmarks/rates.py --costs                  # after that: whole runs by turns, for their CPU time
     python benchmarks/rates.py --draw                   # trains nothing: tables and figure from the committed JSON
+    python benchmarks/rates.py --write                  # nor does this, which puts the tables into docs/results.md
 
 Each part is a regime: full fine-tuning, LoRA, longer problems, batches of 32 and 512 completions, bf16, a long run.
 In each, arms are trained at learning rates up to a factor of 2,000 apart, on the same prompts seed by seed; others at
@@ -43,6 +44,7 @@ from compare_rules import (
     minibatches,
 )
 from matplotlib.figure import Figure
+from pages import fill
 from training import Settings, start_worker, train_run
 
 from gxpo_trl.reporting.runs import load_run
@@ -50,6 +52,7 @@ from gxpo_trl.reporting.statistics import Mean, area, final, mean_of
 from gxpo_trl.scripts.demo import quieten
 
 
+PAGE = RESULTS.parents[1] / "docs" / "results.md"
 CONTROL = {"step_control": "cosine"}
 TWO_PASSES = gxpo("two passes, controlled", steps=1, **CONTROL)
 THREE_PASSES = gxpo("three passes, controlled", steps=2, **CONTROL)
@@ -73,6 +76,7 @@ COMPARED = (
     *(GRPO, FOUR_MINIBATCHES, TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK),
     *(THREE_ITERATIONS, GXPO, PHANTOM),
 )
+RIVALS_IN_PASSES = [arm.label for arm in (FOUR_MINIBATCHES, THREE_ITERATIONS, GXPO)]
 LABELS = [arm.label for arm in (*COMPARED, *RIVALS, PRODIGY)]
 """Of all arms, in the order of tables."""
 COLORS = {
@@ -143,7 +147,7 @@ REGIMES = (
         more=others(1e-4, 2e-4, 4e-4),
     ),
     Regime(Part("bf16", "bf16", ARMS, (1e-5, 4e-4, 2e-2), {"bf16": True}, seeds=4)),
-    Regime(Part("long", "300 batches", ARMS, (4e-4, 8e-4), seeds=4, batches=300, every=30)),
+    Regime(Part("long", "A long run", ARMS, (4e-4, 8e-4), seeds=4, batches=300, every=30)),
 )
 
 
@@ -232,25 +236,24 @@ def cells(result: dict) -> Iterator[tuple[str, float, list[dict]]]:
             yield arm, rate, [run for run in runs if (run["arm"], run["learning_rate"]) == (arm, rate)]
 
 
-def table(regime: Regime, result: dict) -> str:
-    """AUC / final by arm and learning rate, with the number of seeds, passes and CPU seconds."""
-    found = {(arm, rate): runs for arm, rate, runs in cells(result)}
-    rates = sorted({rate for arm, rate in found if arm != PRODIGY.label})
-    lines = [f"| {' | '.join(['arm', *(f'{rate:g}' for rate in rates), 'passes', 'CPU s', 'seeds'])} |"]
-    lines.append("|---" * (len(rates) + 4) + "|")
+def table(result: dict) -> str:
+    """AUC / final by arm and learning rate, with the number of passes and seeds."""
+    found = {(arm, rate): runs for arm, rate, runs in cells(result) if arm != PRODIGY.label}
+    rates = sorted({rate for _, rate in found})
+    lines = [f"| {' | '.join(['arm', *(f'{rate:g}' for rate in rates), 'passes', 'seeds'])} |"]
+    lines.append("|---" * (len(rates) + 3) + "|")
     for arm in dict.fromkeys(arm for arm, _ in found):
         runs = [run for (label, _), those in found.items() if label == arm for run in those]
         shown = [
             "{:.2f} / {:.2f}".format(*(statistics.fmean(run[name] for run in those) for name in ("auc", "final")))
             if (those := found.get((arm, rate)))
             else ""
-            for rate in (rates if arm != PRODIGY.label else [1.0] * len(rates))
+            for rate in rates
         ]
         passes = statistics.fmean(run["curve"][-1][2] for run in runs)
-        seconds = statistics.median(run["cpu_seconds"] for run in runs)
         seeds = sorted({len(those) for (label, _), those in found.items() if label == arm})
         count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        lines.append(f"| {' | '.join([arm, *shown, f'{passes:.0f}', f'{seconds:.0f}', count])} |")
+        lines.append(f"| {' | '.join([arm, *shown, f'{passes:.0f}', count])} |")
     return "\n".join(lines)
 
 
@@ -278,39 +281,55 @@ def over_rates(by_rate: dict[float, dict[int, dict]], name: str) -> dict[int, fl
     return {seed: statistics.fmean(runs[seed][name] for runs in by_rate.values()) for seed in sorted(seeds)}
 
 
-def summary(results: dict[str, dict]) -> str:
+def by_seed(arm: str, by_rate: dict[float, dict[int, dict]], name: str) -> dict[int, float]:
+    """A figure of an arm as a user gets it."""
+    return (over_rates if arm in CONTROLLED else tuned)(by_rate, name)
+
+
+def by_arm(result: dict) -> dict[str, dict[float, dict[int, dict]]]:
+    """Runs by arm, learning rate and seed."""
+    found: dict[str, dict[float, dict[int, dict]]] = {}
+    for arm, rate, runs in cells(result):
+        found.setdefault(arm, {})[rate] = {run["seed"]: run for run in runs}
+    return found
+
+
+def against(result: dict, rival: str) -> str:
+    """What two controlled passes are ahead of another arm by, seed by seed."""
+    found, parts = by_arm(result), []
+    for name, what in (("auc", "AUC"), ("final", "at the end")):
+        ours, theirs = (by_seed(arm, found[arm], name) for arm in (TWO_PASSES.label, rival))
+        parts.append(f"{what} {show(mean_of([ours[seed] - theirs[seed] for seed in ours if seed in theirs]), '+')}")
+    return f"Two controlled passes − {rival}, tuned: {', '.join(parts)}."
+
+
+def summary(result: dict) -> str:
     """Each arm as a user gets it: tuned, or with step control at any learning rate; differences are paired by seed."""
-    heads = ("regime", "arm", "learning rate", "AUC", "− tuned GRPO's", "at the end", "− tuned GRPO's")
-    heads = (*heads, "least AUC / tuned GRPO's", "passes", "CPU time / GRPO's", "AUC in its CPU time", "seeds")
+    heads = ("arm", "learning rate", "AUC", "− tuned GRPO's", "at the end", "− tuned GRPO's", "least / tuned GRPO's")
+    costs = result.get("cost", {})
+    heads = (*heads, "passes", *(("CPU time / GRPO's", "AUC in GRPO's CPU time") if costs else ()), "seeds")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for regime in REGIMES:
-        found: dict[str, dict[float, dict[int, dict]]] = {}
-        for arm, rate, runs in cells(results.get(regime.part.name, {"runs": []})):
-            found.setdefault(arm, {})[rate] = {run["seed"]: run for run in runs}
-        if GRPO.label not in found:
-            continue
-        base = {name: tuned(found[GRPO.label], name) for name in ("auc", "final")}
-        costs = results[regime.part.name].get("cost", {})
-        for arm, by_rate in found.items():
-            is_controlled = arm in CONTROLLED
-            choose, shown, count = over_rates if is_controlled else tuned, [], 0
-            for name in ("auc", "final"):
-                values = choose(by_rate, name)
-                count = len(values)
-                shown.append(show(mean_of(list(values.values()))))
-                pairs = [values[seed] - base[name][seed] for seed in values if seed in base[name]]
-                shown.append("" if arm == GRPO.label else show(mean_of(pairs), "+"))
-            means = [statistics.fmean(run["auc"] for run in runs.values()) for runs in by_rate.values()]
-            least = f"{min(means) / statistics.fmean(base['auc'].values()):.2f}"
-            rates = f"{min(by_rate):g} to {max(by_rate):g}" if is_controlled else "tuned"
-            rates = f"{min(by_rate):g}" if len(by_rate) == 1 else rates
-            passes = statistics.fmean(run["curve"][-1][2] for runs in by_rate.values() for run in runs.values())
-            shown += [least, f"{passes:.0f}", "", ""]
-            if cost := costs.get(arm):
-                for run in (run for runs in by_rate.values() for run in runs.values()):
-                    run["in_time"] = area_until(run["curve"], min(1 / cost, 1.0))
-                shown[-2:] = f"{cost:.2f}", show(mean_of(list(choose(by_rate, "in_time").values())))
-            lines.append(f"| {' | '.join([regime.part.title, arm, rates, *shown, str(count)])} |")
+    found = by_arm(result)
+    base = {name: tuned(found[GRPO.label], name) for name in ("auc", "final")}
+    for arm, by_rate in found.items():
+        shown, count = [], 0
+        for name in ("auc", "final"):
+            values = by_seed(arm, by_rate, name)
+            count = len(values)
+            shown.append(show(mean_of(list(values.values()))))
+            pairs = [values[seed] - base[name][seed] for seed in values if seed in base[name]]
+            shown.append("" if arm == GRPO.label else show(mean_of(pairs), "+"))
+        means = [statistics.fmean(run["auc"] for run in runs.values()) for runs in by_rate.values()]
+        least = f"{min(means) / statistics.fmean(base['auc'].values()):.2f}"
+        rates = f"{min(by_rate):g} to {max(by_rate):g}" if arm in CONTROLLED else "tuned"
+        rates = f"{min(by_rate):g}" if len(by_rate) == 1 else rates
+        passes = statistics.fmean(run["curve"][-1][2] for runs in by_rate.values() for run in runs.values())
+        shown += [least, f"{passes:.0f}", *([""] * 2 if costs else [])]
+        if arm in costs:
+            for run in (run for runs in by_rate.values() for run in runs.values()):
+                run["in_time"] = area_until(run["curve"], min(1 / costs[arm], 1.0))
+            shown[-2:] = f"{costs[arm]:.2f}", show(mean_of(list(by_seed(arm, by_rate, "in_time").values())))
+        lines.append(f"| {' | '.join([arm, rates, *shown, str(count)])} |")
     return "\n".join(lines)
 
 
@@ -318,6 +337,19 @@ def show(mean: Mean | None, sign: str = "") -> str:
     if mean is None:
         return ""
     return f"{mean.value:{sign}.3f}" + ("" if mean.low is None else f" ± {mean.high - mean.value:.3f}")
+
+
+def text(results: dict[str, dict]) -> str:
+    """All tables, for the page of results."""
+    blocks = []
+    for regime in REGIMES:
+        if (result := results.get(regime.part.name)) is None:
+            continue
+        blocks += [f"**{regime.part.title}**, {regime.part.batches} batches:", summary(result)]
+        there = by_arm(result)
+        blocks += ["\n".join(f"- {against(result, rival)}" for rival in RIVALS_IN_PASSES if rival in there)]
+        blocks += [table(result)]
+    return "\n\n".join(block for block in blocks if block)
 
 
 def draw(results: Path) -> Path | None:
@@ -366,10 +398,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one part, two rates, one seed, few batches")
     parser.add_argument("--costs", action="store_true", help="whole runs of `--seeds`, by turns, for their CPU time")
     parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--write", action="store_true", help="train nothing, and fill docs/results.md")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/rates"), help="where runs are kept")
     parser.add_argument("--results", type=Path, default=RESULTS / "rates")
     options = parser.parse_args()
+    options.draw |= options.write
     options.results.mkdir(parents=True, exist_ok=True)
     regimes = [regime for regime in REGIMES if regime.part.name in options.parts]
     if options.quick:
@@ -394,11 +428,12 @@ def main() -> None:
                 else:
                     measure(bench, regime, min(seeds, regime.part.seeds), arms, path)
     found = {}
-    for regime in regimes:
+    for regime in REGIMES if options.write else regimes:
         if (path := options.results / f"{regime.part.name}.json").is_file():
             found[regime.part.name] = json.loads(path.read_text())
-            print(f"\n{regime.part.title}\n\n{table(regime, found[regime.part.name])}")
-    print(f"\n{summary(found)}")
+    print(f"\n{text(found)}")
+    if options.write:
+        PAGE.write_text(fill(PAGE.read_text(), "rates", text(found)))
     if figure := draw(options.results):
         print(f"\ndrawn in {figure}")
 

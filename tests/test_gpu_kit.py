@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import gpu_wheels  # noqa: E402
+import pages  # noqa: E402
 import waits  # noqa: E402
 from helpers import METHOD, make_trainer  # noqa: E402
 
@@ -153,18 +154,18 @@ def test_goals_are_judged(results):
 
 
 def test_text_between_the_markers_is_filled_in_and_the_rest_stays():
-    page = f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n"
-    assert gpu.fill(page, r"new \1") == f"before\n{gpu.BEGIN}\nnew \\1\n{gpu.END}\nafter\n"
+    page = "before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n"
+    assert pages.fill(page, "gpu", r"new \1") == "before\n<!-- gpu -->\nnew \\1\n<!-- /gpu -->\nafter\n"
     for without in ("none", page + page):
         with pytest.raises(ValueError, match="one <!-- gpu -->"):
-            gpu.fill(without, "new")
+            pages.fill(without, "gpu", "new")
 
 
 def test_the_pages_have_what_the_results_there_say():
     there = gpu.load(gpu.RESULTS)
     for name in gpu.PAGES:
         page = (ROOT / name).read_text()
-        assert page == gpu.fill(page, gpu.text_for(name, there)), "run `python benchmarks/gpu.py --write`"
+        assert page == pages.fill(page, "gpu", gpu.text_for(name, there)), "run `python benchmarks/gpu.py --write`"
 
 
 # ---- Waits

@@ -44,6 +44,12 @@ def test_no_run_of_a_regime_is_made_twice():
         assert regime.changes.keys() <= {label for label, _ in runs}
 
 
+def test_the_page_has_the_tables_of_the_results_there():
+    there = {path.stem: json.loads(path.read_text()) for path in (rates.RESULTS / "rates").glob("*.json")}
+    page = rates.PAGE.read_text()
+    assert page == rates.fill(page, "rates", rates.text(there)), "run `python benchmarks/rates.py --write`"
+
+
 @pytest.mark.slow
 def test_runs_are_made_once_and_drawn(tmp_path):
     arms = ["GRPO", "two passes, controlled", "check", "adaptive KL", "hypergradient"]
