@@ -8,21 +8,26 @@ from .find import after_thinking, final_answer
 LETTERS = "ABCDEFGHIJ"
 
 _DECORATION = r"(?:[*_$(\[{\s\"']|\\[(\[]|\\(?:text|math)[a-z]{0,6}\s?\{|\b(?i:option|choice|answer)\b[\s:]){0,8}"
-_LETTER = re.compile(rf"{_DECORATION}([A-Ja-j])(?![\w'’^_])([^\n]{{0,40}})")
+_LETTER = re.compile(rf"{_DECORATION}([A-Ja-j])(?![^\W\u4e00-\u9fff]|['’]\w|[\^_])([^\n]{{0,40}})")
 _CUE = re.compile(
     r"\b(?:answers?|choices?|options?|it|i (?:choose|pick|select)|would (?:choose|pick|select)|go with)\b|答案"
     r"|\b(?:choose|pick|select)\b",
     re.IGNORECASE,
 )
 _LINK = re.compile(
-    r"(?:[\s*_#:=：—–-]{1,5}|'s\b|\b(?:is|was|be|are|must|would|should|will|seems|to|i|think|believe|it|therefore|final|clearly"
+    r"(?:[\s*_#:=：—–是为-]{1,5}|'s\b|\b(?:is|was|be|are|must|would|should|will|seems|to|i|think|believe|it|therefore|final|clearly"
     r"|correct|right|probably|definitely|option|choice|answer)\b){0,12}",
     re.IGNORECASE,
 )
+_SAYS = re.compile(r"[:：=—–是为]|'s\b|\b(?:is|was|be|are|must|would|should|will|seems)\b|答案", re.IGNORECASE)
+_CHOOSES = re.compile(r"(?:i|would) (?:choose|pick|select)|go with|答案", re.IGNORECASE)
+_RIGHT = re.compile(r"\b(?:correct|right|best|final|my)\s$", re.IGNORECASE)
+_REJECTED = re.compile(r"[\s)*}\]$\"']{0,9}(?:is|are|was|would be|can)\s?(?:not\b|n't\b|in\w|wrong\b|false\b|too\b)")
 _PREDICATE = re.compile(
     rf"(?<![\w'’])([{LETTERS}])\)?\**\s(?:is|must be|would be|seems to be)\s(?:the\s|clearly\s){{0,2}}"
-    r"(?:correct|right|best|answer)\b"
+    r"(?:correct|right|best|answer)\b(?!\s(?:if|only|had)\b)"
 )
+_CONCLUSION = re.compile(rf"\b(?i:so|thus|hence|therefore)\b[,:]?\s{_DECORATION}([{LETTERS}])[\W_]{{0,9}}$")
 _DOUBT = re.compile(r"\b(?:if|not|never|suppose|assume|assuming|unless|whether)\b|n't\b", re.IGNORECASE)
 _MARKED = re.compile(rf"(?:^|[\s,(/*])[{LETTERS}](?=\s?[):.,*]|\s(?:or|and)\b|\s*$)")
 _REASON = re.compile(r"[\s)*}\]$\"']{0,9}(?:[.,;:!)*}\]$—–]|- |because\b|since\b|as\b|for\b|not\b|$)|\\\)|\s[—–-]\s")
@@ -39,8 +44,9 @@ def choose(completion: str, gold: str) -> tuple[float | None, str | None]:
 
     Args:
         completion (`str`): Only the text after its thoughts is read. A last boxed letter comes first, then the last
-            one that is called the answer, then one that is by itself or in bold at the end. Several letters are not a
-            choice, and neither is one that is denied, asked for or supposed.
+            one that is called the answer, then the last one that is only named as a choice, then one that is by itself
+            or in bold at the end, or by itself in the first line. Several letters are not a choice, and neither is one
+            that is denied, asked for or supposed.
         gold (`str`): The right letter.
 
     Returns:
@@ -68,19 +74,32 @@ def _boxed(text: str) -> str | None:
 
 
 def _stated(text: str) -> str | None:
-    letters = []
+    """The last letter that is said to be the answer, or else the last that is only named: "option C"."""
+    said, named, listed = [], [], []
     for cue in _CUE.finditer(text):
         found = _LETTER.match(text, _LINK.match(text, cue.end()).end())
-        if found and _is_stated(found[1], found[2]) and not _DOUBT.search(_sentence(text, cue.start())):
-            letters.append((found.start(1), found[1]))
+        if not found or not _is_stated(found[1], found[2]) or _DOUBT.search(_sentence(text, cue.start())):
+            continue
+        place = found.start(1), found[1]
+        is_said = _CHOOSES.fullmatch(cue[0]) or _SAYS.search(text[cue.end() : found.start(1)])
+        if is_said or _RIGHT.search(text[max(0, cue.start() - 9) : cue.start()]):
+            said.append(place)
+        elif re.match(r"[)*\s]{0,4}:", found[2]):  # one of several that are gone through, or the only one
+            listed.append(place)
+        elif _REASON.match(found[2]):
+            named.append(place)
     for found in _PREDICATE.finditer(text):
         if not _DOUBT.search(_sentence(text, found.start())):
-            letters.append((found.start(1), found[1]))
-    return max(letters)[1] if letters else None
+            said.append((found.start(1), found[1]))
+    if not said and (concluded := _CONCLUSION.search(text[-60:])):
+        return concluded[1]
+    if not (said or named) and len({letter for _, letter in listed}) == 1:
+        named = listed
+    return max(said or named)[1] if said or named else None
 
 
 def _is_stated(letter: str, after: str) -> bool:
-    if _LIST.match(after) or re.match(r"[\s)*.]{0,4}\?", after):
+    if _LIST.match(after) or _REJECTED.match(after) or re.match(r"[\s)*.]{0,4}\?", after):
         return False
     if letter.isupper() and letter not in "AI":
         return not re.match(r"\s?[=+^<>]", after)
@@ -96,6 +115,8 @@ def _standing_alone(text: str) -> str | None:
     lines = text.splitlines() or [""]
     found = _ALONE.fullmatch(lines[-1].strip()) or (len(lines) == 1 and _WITH_OPTION.fullmatch(text))
     found = found or (_BOLD_AT_THE_END.search(lines[-1].strip()[-20:]) if not _DOUBT.search(lines[-1][-80:]) else None)
+    if not found and (first := _ALONE.fullmatch(lines[0].strip())) and not any(map(_ALONE.fullmatch, lines[1:])):
+        found = first
     return found[1] if found else None
 
 

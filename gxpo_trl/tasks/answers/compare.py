@@ -77,8 +77,14 @@ def _same(gold: Element, answer: Element, tolerance: mp.mpf = mp.zero) -> bool:
     if len(parts) != len(other_parts):
         return False
     table = [[_same(one, other, tolerance) for other in other_parts] for one in parts]
-    if brackets == other_brackets == "{}":  # in any order
-        return all(map(any, table)) and all(map(any, zip(*table, strict=True)))
+    if brackets == other_brackets == "{}":  # in any order, each as often
+        free = set(range(len(parts)))
+        for row in table:
+            found = next((place for place in free if row[place]), None)
+            if found is None:
+                return False
+            free.remove(found)
+        return True
     is_interval = len(parts) == 2 and not isinstance(parts[0].value, tuple)
     is_alike = brackets == other_brackets or not is_interval and {brackets, other_brackets} == {"()", "[]"}
     return is_alike and all(row[place] for place, row in enumerate(table))

@@ -10,12 +10,14 @@ _SAME = {
     name: same + " " * same[-1:].isalpha()
     for same, names in {
         "": r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \limits \underline \mathop \ensuremath **",
-        " ": r"~ \, \; \: \! \quad \qquad \displaystyle \textstyle \large \Large \rm \bf \it \( \) \[ \]",
+        " ": r"~ \, \; \: \! \quad \qquad \enspace \thinspace \medspace \thickspace \negthinspace \displaystyle \rm "
+        r"\textstyle \scriptstyle \tiny \small \normalsize \large \Large \LARGE \huge \Huge \bf \it \( \) \[ \]",
         r"\text": r"\textrm \textbf \textit \textsf \textnormal \textup \mathrm \mathbf \mathit \mathsf \mathtt \mbox "
         r"\hbox \bm \boldsymbol \operatorname \boxed \fbox",
-        r"\frac": r"\dfrac \tfrac \cfrac", r"\cdot": "· ⋅ ∙ ∗", r"\times": "×", r"\div": "÷", "/": "⁄", "-": "− – —",
+        r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", "|": r"\vert",
+        r"\cdot": "· ⋅ ∙ ∗", r"\times": "×", r"\div": "÷", "/": "⁄", "-": "− – —",
         r"\le": r"\leq \leqslant <= ≤", r"\ge": r"\geq \geqslant >= ≥", "<": r"\lt", ">": r"\gt",
-        r"\ne": r"\neq != ≠", r"\approx": r"\sim ≈", r"\in": "∈", r"\cup": "∪", r"\emptyset": r"\varnothing ∅",
+        r"\ne": r"\neq != ≠", r"\approx": "≈", r"\in": "∈", r"\cup": "∪", r"\emptyset": r"\varnothing ∅",
         r"\dots": r"\ldots \cdots", "i": r"\imath", r"\epsilon": r"\varepsilon", r"\phi": r"\varphi", r"\vee": r"\lor",
         ":": r"\mid \colon", "'": "′ ’", r"\pm": "±", r"\sqrt": "√", r"\infty": r"∞ \infinity", r"\{": r"\lbrace",
         r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle", r"\degree": r"° \degrees \deg", r"\mod": r"\pmod \bmod",
@@ -25,7 +27,8 @@ _SAME = {
 } | {
     "\\ ": " ", **{letter: rf"^{{{plain}}}" for letter, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True)},
     **{letter: rf"_{{{plain}}}" for letter, plain in zip("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n", strict=True)},
-    **{letter: f" {plain} " for letter, plain in zip("½⅓⅔¼¾⅕", "1/2 1/3 2/3 1/4 3/4 1/5".split(), strict=True)},
+    **{letter: f" {plain} " for letter, plain in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒", "1/2 1/3 2/3 1/4 3/4 1/5 2/5 3/5 4/5 "
+       "1/6 5/6 1/7 1/8 3/8 5/8 7/8 1/9 1/10".split(), strict=True)},
     **{letter: rf"\{name} " for letter, name in zip("αβγδεθλμµπρσφωΔΩ", "alpha beta gamma delta epsilon theta lambda "
        "mu mu pi rho sigma phi omega Delta Omega".split(), strict=True)},
 }  # fmt: skip
@@ -52,7 +55,8 @@ _REWRITES = [
     # A backslash that was escaped, thousands, characters and commands
     (r"\s", " "), (r"\\\\(?=[a-zA-Z])(?!.*\\end)", r"\\"),
     (r"(?<=\d)(?:\{,\}|,?\\[,;:! ]\s*,?|['~\u2009\u202f\xa0]|(?<!\d{4}) )(?=\d{3}(?!\d))", ""),
-    (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
+    (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"), (r"\\(?:[hv]space|tag|label|[hv]?phantom)\*?\s*\{[^{}]*\}", " "),
+    (r"\\sim(?=\s*[-+]?[\d.])", r"\\approx "), (r"^\s*([a-zA-Z]+(?: +[a-zA-Z]+)+)[ .!]*$", lambda m: _phrase(m[1])),
     (r"\\[a-zA-Z]+|\\.|[<>!]=|~|\*\*|[^\0-\x7f]", lambda m: _SAME.get(m[0], unicodedata.normalize("NFKC", m[0]))),
     (r"\^\{([^{}]*)\}\^\{", r"^{\1"), (r"\}_\{\}", "}"),  # 10⁻⁵, letter by letter
     (r"(?<!\\)\$|\\(?:text)?color\s*\{\w*\}", " "), (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
@@ -61,7 +65,8 @@ _REWRITES = [
     (r"(?<=\d)\.(?![\d.\\])", ""), (r"(?<=\d)[eE]([+-]?\d+)(?![\d.])", r"\\times 10^{\1}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}",
      lambda m: rf"({m[1]}.{m[2]}0+\frac{{{m[3]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}})"),
-    (r"\\(frac|sqrt)\s*(\d|\\[a-zA-Z]+)(?!\s*\[)", r"\\\1{\2}"), (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"\\(frac|sqrt|binom)\s*(\d|\\[a-zA-Z]+)(?!\s*\[)", r"\\\1{\2}"),
+    (r"\\(frac|binom)\s*(\{[^{}]*\})\s*(\d)", r"\\\1\2{\3}"),
     (r"(?<![\w.^_}\\])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|(?<=\s)(\d+)\s*/\s*(\d+)(?!\d))",
      lambda m: f"({m[1]}+\\frac{{{m[2] or m[4]}}}{{{m[3] or m[5]}}})"),
     # Words, units, bases; then forms
@@ -85,7 +90,8 @@ _REWRITES = [
      r"(-\\infty,\1)\\cup(\1,\\infty)"),
     (r"^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\}\s*)?[:|](.*)\\\}$", r"\1"), (r"(?<=\d)\s*\\Omega", r"\\unit{Ω}"),
     (r"^\\lvert\s*(\w)\s*\\rvert\s*(<|\\le\b)(.*)", r"-(\3)\2 \1\2\3"),
-    (r"^\s*([A-Za-z]{3}[A-Za-z ]*)$", r"\\text{\1}"), (r"\s+", " "), (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
+    (r"^\s*((?i:no)|[A-Za-z]{3}[A-Za-z ]*)$", lambda m: _WORDS.get(m[1].strip().lower(), rf"\text{{{m[1]}}}")),
+    (r"^[^:,<>=]+(?::[^:,<>=]+){2,}$", lambda m: _ratio(m[0])), (r"\s+", " "), (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
 ]  # fmt: skip
 
 
@@ -93,7 +99,22 @@ def normalize(text: str) -> str:
     r"""One spelling for an answer: `\frac{5}{9}` for `$\dfrac 59$`, `\sqrt{2}` for `√2`, `10080` for `10{,}080`."""
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
-    return text.strip(" .,;:")
+    return re.sub(r"^[ ,;:]*(?:\.(?!\d)[ .,;:]*)?", "", text).rstrip(" .,;:")
+
+
+def _phrase(text: str) -> str:
+    """Words by themselves: "no solution" is a text, "three halves" and "sin x" are formulas."""
+    known = {*_WORDS, *_NO_NOUN, *(form for unit in _UNITS for form in (unit, unit + "s"))}
+    words = text.lower().split()
+    if any(len(word) > 3 and word not in known for word in words):
+        return rf"\text{{{text}}}"
+    return " ".join(_WORDS.get(word, word) for word in words) if set(words) <= known else text
+
+
+def _ratio(text: str) -> str:
+    """Of three numbers or more, over the first one: 2:4:6 is (4/2, 6/2)."""
+    first, *others = text.split(":")
+    return text if r"\{" in text else "(" + ",".join(f"({other})/({first})" for other in others) + ")"
 
 
 def _word(found: re.Match) -> str:
