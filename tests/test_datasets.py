@@ -10,6 +10,7 @@ from datasets import Dataset
 from gxpo_trl.tasks import load_arithmetic, load_problems, resolve_dataset
 from gxpo_trl.tasks.answers import verify_maths
 from gxpo_trl.tasks.datasets import PROBLEM_SETS, find_overlap, fold, hub_dataset, problem_set, to_prompts
+from gxpo_trl.tasks.task import load_task
 
 
 DAPO = "Solve the following math problem step by step. The last line is …\n\n{}\n\nRemember to put your answer on …"
@@ -104,6 +105,39 @@ def test_the_embedded_benchmark_is_the_held_out_split():
     assert problems["answer"][:] == task["test"]["solution"][:] and len(problems) == 200
     assert problems["problem"][0] == task["test"][0]["prompt"][0]["content"]
     assert find_overlap(task["train"], problems) == []
+
+
+def test_the_chosen_columns_are_read_where_data_has_the_usual_ones_too(tmp_path):
+    """Other columns stay as they are, for the reward."""
+    row = {"question": "What is 1 + 1?", "problem": "P7", "answer": "We add. #### 2", "final": "2"}
+    write(path := tmp_path / "mine.jsonl", [row])
+    columns = {"problem_column": "question", "answer_column": "final"}
+    examples = resolve_dataset(str(path), **columns)["train"]
+    Dataset.from_list([row]).save_to_disk(tmp_path / "saved")
+    for found in (examples, resolve_dataset(str(tmp_path / "saved"), **columns)["train"]):
+        assert found[0]["prompt"][0]["content"] == "What is 1 + 1?" and found[0]["solution"] == "2"
+        assert {name: found[0][name] for name in row} == row
+    task = load_task(str(path), **columns)
+    assert task.problems[0]["prompt"] == examples[0]["prompt"] and task.golds(task.problems) == ["2"]
+    problems = load_problems(str(path), **columns)
+    assert (problems[0]["problem"], problems[0]["answer"]) == ("What is 1 + 1?", "2")
+    assert find_overlap(examples, task.problems) and find_overlap(examples, problems.remove_columns("question"))
+    swapped = load_task(str(path), problem_column="question", answer_column="answer")
+    assert swapped.golds(swapped.problems) == ["We add. #### 2"] == swapped.problems["solution"][:]
+
+
+def test_a_named_answer_of_data_with_prompts_is_the_solution(tmp_path):
+    write(path := tmp_path / "mine.jsonl", [{"prompt": "1 + 1?", "solution": "We add.", "answer": "2"}])
+    for column, gold in (("answer", "2"), (None, "We add.")):
+        examples = resolve_dataset(str(path), answer_column=column)["train"]
+        task = load_task(str(path), answer_column=column)
+        assert examples["solution"][:] == task.golds(task.problems) == [gold] and examples["answer"][:] == ["2"]
+
+
+def test_not_a_number_is_an_empty_cell(tmp_path):
+    path = str(tmp_path / "mine.parquet")
+    Dataset.from_dict({"prompt": ["a", "b"], "answer": [1.5, float("nan")]}).to_parquet(path)
+    assert resolve_dataset(path)["train"]["solution"][:] == ["1.5", ""]
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])

@@ -213,7 +213,7 @@ def load_problems(
 
     Returns:
         `Dataset` with the columns `id`, `problem` and `answer`, and all others that a file, a folder or a Hub path
-        has. Columns that have these names already stay as they are.
+        has. Columns that are called `problem` or `answer` already give way to the chosen ones.
 
     Raises:
         ValueError: If the set, its split or a column does not exist, an answer is empty, or nothing is left.
@@ -240,11 +240,18 @@ def problems_of(rows: Dataset, chosen: ProblemSet, name: str, limit: int | None 
         raise ValueError(f"{name} has {len(empty)} rows without a problem or an answer, the first is row {empty[0]}.")
     if has_name(name):
         return Dataset.from_list(_numbered(problems))
+    rows = rows.select(range(len(problems))).remove_columns(shadowed(rows, chosen))
     return with_columns(
-        rows.select(range(len(problems))),
+        rows,
         id=[str(i) for i in range(len(problems))],
         **{key: [row[key] for row in problems] for key in ("problem", "answer")},
     )
+
+
+def shadowed(rows: Dataset, chosen: ProblemSet) -> list[str]:
+    """The columns that are called as those of a problem set are, where others were chosen."""
+    names = {"problem": chosen.problem, "answer": chosen.answer}
+    return [name for name, column in names.items() if column != name and name in rows.column_names]
 
 
 def with_columns(rows: Dataset, **columns: list) -> Dataset:
@@ -326,7 +333,7 @@ def text_of_cell(value: Any) -> str:
         value = value[-1]["content"] if value and isinstance(value[-1], dict) else ", ".join(map(str, value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return "" if value is None else str(value).strip()
+    return "" if value is None or value != value else str(value).strip()  # NaN is an empty cell
 
 
 def to_prompts(problems: Dataset, prompt: str | None = None, system_prompt: str | None = None) -> Dataset:
@@ -362,14 +369,16 @@ def find_overlap(train: Dataset, evaluation: Dataset) -> list[str]:
     """The problems of `evaluation` that are in `train` too, by text without case, spacing, punctuation and dollars.
 
     Args:
-        train, evaluation (`Dataset`): With the column `problem`, or else `prompt`, whose last message is compared.
+        train, evaluation (`Dataset`): With the column `problem`, or `prompt`, whose last message is compared, or both.
     """
-    known = {fold(text) for text in _problem_texts(train)}
-    return [problem for problem in _problem_texts(evaluation) if fold(problem) in known]
+    known = {fold(text) for texts in _problem_texts(train) for text in texts}
+    return [texts[0] for texts in _problem_texts(evaluation) if any(fold(text) in known for text in texts)]
 
 
-def _problem_texts(rows: Dataset) -> list[str]:
-    return [text_of_cell(cell) for cell in rows["problem" if "problem" in rows.column_names else "prompt"][:]]
+def _problem_texts(rows: Dataset) -> list[tuple[str, ...]]:
+    """Of each row. The column `problem` of data where another was chosen may be something else."""
+    names = [name for name in ("problem", "prompt") if name in rows.column_names]
+    return list(zip(*([text_of_cell(cell) for cell in rows[name][:]] for name in names), strict=True))
 
 
 def fold(text: str) -> str:

@@ -22,6 +22,7 @@ from .datasets import (
     load_rows,
     problem_set,
     problems_of,
+    shadowed,
     text_of_cell,
     to_prompts,
     with_columns,
@@ -93,7 +94,9 @@ def with_prompts(
     """Rows with their own prompts, or with prompts made from their problems."""
     has_template = prompt is not None or system_prompt is not None
     if not has_own_prompts(rows, name, problem_column, has_template):
-        return to_prompts(problems_of(rows, chosen, name, limit), prompt, system_prompt)
+        examples = to_prompts(problems_of(rows, chosen, name, limit), prompt, system_prompt)
+        own = [] if has_name(name) else shadowed(rows, chosen)
+        return replace_columns(examples, **{column: rows[column][: len(examples)] for column in own})
     if has_template:
         said = f"{name} has prompts of its own, and would not use `prompt` and `system_prompt`."
         if needs_template:
@@ -104,7 +107,14 @@ def with_prompts(
     rows = rows.select(range(min(len(rows), limit or len(rows))))
     _check_prompts(rows, name)
     gold = gold_column(rows, name, answer_column)
-    return rows if gold is None else with_columns(rows, solution=[text_of_cell(cell) for cell in rows[gold][:]])
+    if gold in (None, "solution"):
+        return rows
+    return replace_columns(rows, solution=[text_of_cell(cell) for cell in rows[gold][:]])
+
+
+def replace_columns(rows: Dataset, **columns: list) -> Dataset:
+    """Adds these columns to the rows, in the place of those of these names."""
+    return with_columns(rows.remove_columns([name for name in columns if name in rows.column_names]), **columns)
 
 
 def has_own_prompts(rows: Dataset, name: str, problem_column: str | None, has_template: bool) -> bool:
@@ -216,7 +226,7 @@ def _joined(sets: list[Dataset]) -> Dataset:
     first = {json.dumps(cell): i for i, cell in reversed(list(enumerate(rows["prompt"][:])))}
     rows = rows.select(sorted(first.values()))
     if "id" in rows.column_names and len(set(rows["id"][:])) < len(rows):
-        rows = with_columns(rows.remove_columns("id"), id=[str(i) for i in range(len(rows))])
+        rows = replace_columns(rows, id=[str(i) for i in range(len(rows))])
     return rows
 
 
@@ -232,7 +242,7 @@ def without_chat_template(rows: Dataset, model: str) -> Dataset:
     if isinstance(rows[0]["prompt"], str):
         return rows
     prompts = [_as_text(prompt, model) for prompt in rows["prompt"][:]]
-    return with_columns(rows.remove_columns("prompt"), prompt=prompts)
+    return replace_columns(rows, prompt=prompts)
 
 
 def _as_text(prompt: list[dict[str, Any]], model: str) -> str:
