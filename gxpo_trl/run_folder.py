@@ -209,7 +209,7 @@ class Linearity(TypedDict):
 
 
 class PredictionError(TypedDict):
-    error: float
+    error: float | None  # of something that did not move there is none
     cosine: float | None
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from helpers import ON_CPU, assert_equal_parameters, logged, make_trainer, scripted_rollouts, tiny_model
 from hub_server import TOKEN, hub_server
 from huggingface_hub import constants
-from peft import LoraConfig, inject_adapter_in_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, inject_adapter_in_model
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.utils import hub as transformers_hub
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
@@ -272,6 +272,14 @@ def test_trajectories_are_those_of_adapters(tmp_path):
     for change, message in (({"use_dora": True}, "`use_dora`"), ({"init_lora_weights": "pissa"}, "pissa")):
         with pytest.raises(ValueError, match=message):
             TrajectoryCallback(trl_trainer(tmp_path, "sft", {**LORA, **change}), 1)
+
+
+def test_adapters_of_a_config_without_a_task_type_load_as_those_of_peft_do(tmp_path):
+    trainer = trl_trainer(tmp_path, lora={**LORA, "task_type": None})
+    TrajectoryCallback(trainer, 1).save_adapter(tmp_path / "ours")
+    trainer.model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (AutoPeftModelForCausalLM.from_pretrained(tmp_path / name) for name in ("ours", "theirs"))
+    assert_equal_parameters(ours, theirs)
 
 
 @pytest.mark.parametrize(

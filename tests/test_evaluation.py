@@ -11,10 +11,11 @@ import torch
 from accelerate import PartialState
 from helpers import tiny_model
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from gxpo_trl.evaluation.benchmark import read_samples, slug
-from gxpo_trl.evaluation.sampling import load_model, load_tokenizer, read_sample, transformers_sampler
+from gxpo_trl.evaluation.benchmark import checksum, read_samples, run_benchmark, slug
+from gxpo_trl.evaluation.sampling import Sample, load_model, load_tokenizer, read_sample, transformers_sampler
 from gxpo_trl.evaluation.scoring import evaluate, verify_again, verify_gold
 from gxpo_trl.evaluation.settings import EvaluationArguments
 from gxpo_trl.run_folder import BenchmarkResults, Score
@@ -387,6 +388,40 @@ def test_results_of_other_benchmarks_stay_and_samples_of_other_problems_are_refu
 )
 def test_names_become_folders(name, folder):
     assert slug(name) == folder
+
+
+def test_the_working_directory_has_a_name_too(tmp_path, monkeypatch):
+    (tmp_path / "run" / "checkpoint-10").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "checkpoint-10")
+    assert slug(".") == "run--checkpoint-10" and slug("..").endswith("--run")
+
+
+def test_images_are_told_apart_by_their_content():
+    """Their texts have addresses, which are others each time."""
+    rows = [
+        {"problem": "1 + 1", "figure": Image.new("RGB", (4, 4), color), "made": object()} for color in ("red", "blue")
+    ]
+    again = [{**row, "figure": row["figure"].copy(), "made": object()} for row in rows]
+    assert [checksum(row) for row in rows] == [checksum(row) for row in again]
+    assert checksum(rows[0]) != checksum(rows[1])
+
+
+def test_further_arguments_reach_the_chat_template(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+    tokenizer.chat_template = "{{ messages[0].content }}{% if twice %}{{ messages[0].content }}{% endif %}"
+    task, arguments = load_task("arithmetic", limit=2), '{"twice": true}'
+    seen = []
+    for more in ({}, {"chat_template_kwargs": arguments}):
+
+        def sampler(prompts, n, seed):
+            seen.append(prompts)
+            return [[Sample("", [1], truncated=False)] * n for _ in prompts]
+
+        chosen = settings(tmp_path, samples=1, ks=[1], **more)
+        run_benchmark(task, sampler, tokenizer, tmp_path / str(len(more)), chosen)
+    assert seen[1] == [ids + ids for ids in seen[0]]
+    with pytest.raises(ValueError, match="`chat_template_kwargs` must be a mapping"):
+        settings(tmp_path, chat_template_kwargs="[1]")
 
 
 def test_a_file_that_holds_no_samples_is_named(tmp_path):

@@ -275,6 +275,15 @@ def test_log_probabilities_and_entropies_are_those_of_the_model_at_the_sampling_
     assert (ids[:, prompts:][~real] == 0).all()
 
 
+def test_no_temperature_is_one_of_1():
+    model, outputs = build(MODELS["llama"]), []
+    for temperature in (None, 1.0):
+        torch.manual_seed(0)
+        settings = {**SAMPLED, "temperature": temperature, "return_dict_in_generate": True}
+        outputs.append(grouped(model, REQUEST, **settings))
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences) and torch.equal(outputs[0].logps, outputs[1].logps)
+
+
 def test_a_fixed_seed_gives_a_fixed_result():
     model = build(MODELS["llama"])
 

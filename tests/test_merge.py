@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import tiny_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gxpo_trl.scripts.merge import main, merge
 from gxpo_trl.tasks import TINY_MODEL_PATH
@@ -114,4 +114,8 @@ def test_what_cannot_be_merged_is_refused_in_one_sentence(tmp_path):
     adapter(tmp_path / "adapter", base)
     with pytest.raises(ValueError, match="base exists already"):
         merge(tmp_path / "adapter", tmp_path / "base")
+    other = str(tmp_path / "other")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY_MODEL_PATH, hidden_size=8)).save_pretrained(other)
+    with pytest.raises(SystemExit, match="RuntimeError: .*size mismatch"):
+        main([str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged"), "--base_model", other])
     assert not (tmp_path / "merged").exists() and json.loads((tmp_path / "base" / "config.json").read_text())

@@ -201,6 +201,14 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert row[1:4] == ["GXPO", "+0.100 [+0.100, +0.100]", "higher"] and row[4].startswith("+0.050") and row[6] == "3"
 
 
+def test_runs_of_the_same_seed_are_paired_one_by_one(tmp_path):
+    for name, end in {"grpo-a": 0.5, "grpo-b": 0.7, "gxpo-a": 0.6, "gxpo-b": 0.9}.items():
+        write_run(tmp_path / name, curve([0, end]), {"update_rule": name[:4], "seed": 7})
+    grpo, gxpo = group_arms(load_runs([str(tmp_path / "*")]))
+    assert paired_difference(gxpo, grpo, HELD_OUT).n == 2
+    assert paired_difference(gxpo, grpo, HELD_OUT).value == pytest.approx(0.15)
+
+
 def test_what_is_within_the_noise_is_no_winner(tmp_path):
     grpo, gxpo = arms_of(tmp_path, grpo=[[0, 0.5], [0, 0.7]], gxpo=[[0, 0.8], [0, 0.6]])
     assert difference_table([grpo, gxpo], grpo).rows[0][3] == "within noise"
@@ -326,6 +334,16 @@ def test_a_mean_ends_where_the_first_seed_does(tmp_path):
     _, axes = new_figure()
     draw_curves(arms_of(tmp_path, gxpo=[[0.0, 0.4, 0.9], [0.2, 0.8]]), HELD_OUT, "step", axes)
     assert lines_of(axes)["GXPO (2 seeds)"][0] == [0, 10]
+
+
+def test_seeds_that_were_evaluated_at_other_steps_are_one_line_in_order(tmp_path):
+    for seed in (0, 1):
+        log = [{**entry, "step": entry["step"] + 5 * seed} for entry in curve([0.0, 0.4, 0.9])]
+        write_run(tmp_path / str(seed), log, {"update_rule": "gxpo", "seed": seed})
+    _, axes = new_figure()
+    draw_curves(group_arms(load_runs([str(tmp_path / "*")])), HELD_OUT, "step", axes)
+    x = lines_of(axes)["GXPO (2 seeds)"][0]
+    assert x == sorted(x) and len(x) == 6
 
 
 def test_what_no_run_logged_is_no_figure(tmp_path):

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gxpo_trl.run_folder import ADAPTER_WEIGHTS
+from gxpo_trl.run_folder import ADAPTER_WEIGHTS, read_extrapolation
 from gxpo_trl.scripts.extrapolate import main
 from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.trajectory import deltas as deltas_module
@@ -269,8 +269,11 @@ def test_a_run_that_comes_to_a_stop_has_no_error_to_speak_of(tmp_path, capsys):
     def stopping(name, layer, step):
         drifting(name, layer, min(step, 40))
 
-    write(save_run(tmp_path, stopping), "--method", "linear")
+    run = save_run(tmp_path, stopping)
+    write(run, "--method", "linear")
     assert "  linear        \n" in capsys.readouterr().out
+    (path,) = run.glob("extrapolated/linear/*/extrapolation.json")
+    assert read_extrapolation(path)["held_out"]["errors"]["linear"]["error"] is None
 
 
 @pytest.mark.parametrize("ahead, k", [(None, 5), (10, 1), (40, 4)])

@@ -213,7 +213,8 @@ class BenchmarkCallback(TrainerCallback):
 
     def _sample_from_model(self, asked: list[Prompt]) -> list[list[Sample]]:
         trainer = self.trainer
-        prompts = tokenize_prompts(asked, self._tokenizer)
+        options = getattr(trainer.args, "chat_template_kwargs", None) or {}
+        prompts = tokenize_prompts(asked, self._tokenizer, **options)
         seed = int(torch.randint(2**31, ()))
         with unwrap_model_for_generation(
             trainer.model_wrapped,

@@ -103,7 +103,10 @@ class TrajectoryCallback(TrainerCallback):
         partial.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, partial / ADAPTER_WEIGHTS)
         config = copy.copy(model.active_peft_config)
-        config.inference_mode = True  # as PEFT saves it
+        config.inference_mode = True  # this and the next as PEFT saves them
+        if config.task_type is None:
+            base = model.get_base_model()
+            config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         config.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)

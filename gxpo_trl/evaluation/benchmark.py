@@ -6,6 +6,7 @@ does not depend on which process made it, or on how many there are.
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 import zlib
@@ -32,7 +33,8 @@ def slug(name: str) -> str:
     path = Path(name)
     if path.suffix in FILE_TYPES:
         path = path.with_suffix("")
-    return "--".join([part for part in path.parts if part not in ("/", "..", ".")][-2:])
+    parts = [part for part in path.parts if part not in ("/", "..", ".")] or path.resolve().parts[1:]
+    return "--".join(parts[-2:])
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def run_benchmark(
         return gathered
     parts = parts_folder(folder, task)
     parts.mkdir(parents=True, exist_ok=True)
-    batches = list(_batches(task, tokenizer, settings.problems_per_batch))
+    batches = list(_batches(task, tokenizer, settings.problems_per_batch, settings.chat_template_kwargs or {}))
     numbers = range(len(batches))[state.process_index :: state.num_processes]
     own = {number: parts / f"{number:05d}.jsonl" for number in numbers}
     missing = [number for number in own if not _is_whole(own[number], task, batches[number][0], settings.samples)]
@@ -145,11 +147,13 @@ def parts_folder(folder: Path, task: Task) -> Path:
     return folder / f"{slug(task.name)}.parts"
 
 
-def _batches(task: Task, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[tuple[list[int], list[list[int]]]]:
+def _batches(
+    task: Task, tokenizer: PreTrainedTokenizerBase, size: int, template_options: dict[str, Any]
+) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Batches of problem indices with prompts of similar length, so that there is little padding; and the prompts'
     tokens.
     """
-    tokens = tokenize_prompts(task.problems["prompt"][:], tokenizer)
+    tokens = tokenize_prompts(task.problems["prompt"][:], tokenizer, **template_options)
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
@@ -203,8 +207,15 @@ def judge_samples(
 
 
 def checksum(row: dict[str, Any]) -> str:
-    """A checksum of a problem with all its columns."""
-    return f"{zlib.crc32(json.dumps(row, sort_keys=True, default=repr).encode()):08x}"
+    """A checksum of a problem with all its columns, the same in every process."""
+    return f"{zlib.crc32(json.dumps(row, sort_keys=True, default=_content).encode()):08x}"
+
+
+def _content(value: Any) -> str:
+    """Of images and arrays their bytes, of others a text without addresses."""
+    if hasattr(value, "tobytes"):
+        return f"{zlib.crc32(value.tobytes()):08x}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def write_samples(path: Path, records: list[Record]) -> None:

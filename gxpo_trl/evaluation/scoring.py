@@ -120,7 +120,9 @@ def _make_sampler(
 ) -> Iterator[Sampler]:
     path = resolve_model(model)
     if settings.backend == "vllm":
-        longest = max(len(ids) for task in tasks for ids in tokenize_prompts(task.problems["prompt"][:], tokenizer))
+        options = settings.chat_template_kwargs or {}
+        prompts = (tokenize_prompts(task.problems["prompt"][:], tokenizer, **options) for task in tasks)
+        longest = max(len(ids) for of_task in prompts for ids in of_task)
         with vllm_sampler(path, settings, longest) as sampler:
             yield sampler
     else:

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..tasks.generated import read_task_settings
+from ..tasks.generated import read_mapping
 
 
 @dataclass
@@ -44,6 +44,8 @@ class EvaluationArguments:
             Template of the user's message with `{problem}` in it; unset for the problem without any other text.
         system_prompt (`str`, *optional*):
             System message; unset for none.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template, as in training; on the command line as JSON.
         problems_per_batch (`int`, *optional*, defaults to `32`):
             Problems that are sampled and saved together: an interruption loses at most one such batch. Other sizes
             draw other samples.
@@ -92,6 +94,9 @@ class EvaluationArguments:
     max_new_tokens: int = field(default=3072, metadata={"help": "Tokens of a completion, at most."})
     prompt: str | None = field(default=None, metadata={"help": "Template of the user's message, with {problem}."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message; unset for none."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the chat template, as JSON."}
+    )
     problems_per_batch: int = field(default=32, metadata={"help": "Problems sampled together and saved together."})
     token_budget: int | None = field(default=None, metadata={"help": "Bounds the memory of generation."})
     backend: str = field(default="transformers", metadata={"help": "'transformers' or 'vllm'."})
@@ -113,7 +118,8 @@ class EvaluationArguments:
     output_dir: str = field(default="out/eval", metadata={"help": "Where results go, a folder for each model."})
 
     def __post_init__(self):
-        self.reasoning_gym = read_task_settings(self.reasoning_gym)
+        for name in ("reasoning_gym", "chat_template_kwargs"):
+            setattr(self, name, read_mapping(name, getattr(self, name)))
         for name in ("samples", "max_new_tokens", "problems_per_batch", "token_budget", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

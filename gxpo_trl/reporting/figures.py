@@ -119,7 +119,8 @@ def draw_curves(arms: Sequence[Arm], benchmark: str, budget: str, axes: Axes) ->
         if not by_step:
             continue
         drawn = True
-        common = [of_it for _, of_it in sorted(by_step.items()) if len(of_it) == len(curves)] or list(by_step.values())
+        in_order = [of_it for _, of_it in sorted(by_step.items())]
+        common = [of_it for of_it in in_order if len(of_it) == len(curves)] or in_order
         x = [statistics.fmean(point.spent(budget) for point in of_it) for of_it in common]
         values = [[point.value for point in of_it] for of_it in common]
         seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""

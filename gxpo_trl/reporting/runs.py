@@ -114,7 +114,7 @@ class Run:
             return None
         accumulation = self.settings.get("gradient_accumulation_steps") or 1
         per_generation = self.settings.get("steps_per_generation") or accumulation
-        uses = per_generation * self.settings.get("num_iterations", 1)
+        uses = per_generation * (self.settings.get("num_iterations") or 1)
         return math.ceil(step * accumulation / uses) * per_generation * completions // accumulation
 
     @property

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,10 +64,14 @@ def area(points: Sequence[Point]) -> float:
     return whole / (points[-1].step - points[0].step)
 
 
-def by_seed(arm: Arm, benchmark: str) -> dict[int, tuple[Point, ...]]:
-    """The evaluations of each run by seed; runs without a known seed are numbered."""
-    curves = [(run, run.points[benchmark]) for run in arm.runs if benchmark in run.points]
-    return {i if run.seed is None else run.seed: points for i, (run, points) in enumerate(curves)}
+def by_seed(arm: Arm, benchmark: str) -> dict[tuple[int | None, int], tuple[Point, ...]]:
+    """The evaluations of each run by its seed and its number among those of that seed, which may be unknown."""
+    counts, found = Counter(), {}
+    for run in arm.runs:
+        if benchmark in run.points:
+            found[run.seed, counts[run.seed]] = run.points[benchmark]
+            counts[run.seed] += 1
+    return found
 
 
 def paired_difference(

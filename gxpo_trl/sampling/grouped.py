@@ -150,7 +150,8 @@ def sample_grouped(
     Args:
         model (`PreTrainedModel`): A decoder with the stock KV cache.
         input_ids (`torch.LongTensor`): Prompts, (B, P), padded on the left.
-        logits_processor, stopping_criteria, generation_config: As `generate` prepared them.
+        logits_processor, stopping_criteria, generation_config: As `generate` prepared them. A processor of your own
+            must not count columns: with a budget, rows of other ages share them.
         token_budget (`int`, *optional*): Limit for the number of unfinished rows times the columns they may grow to,
             in tokens, except for a single row that needs more. The KV cache holds no more than that. Unset: all at
             once.
@@ -434,7 +435,7 @@ class _Sampler:
         else:
             tokens = scores.argmax(-1)
         if self.config.return_dict_in_generate:
-            temperature = self.config.temperature if self.config.do_sample else 1.0
+            temperature = (self.config.temperature or 1.0) if self.config.do_sample else 1.0
             all_logps = (logits / temperature).log_softmax(-1)
             logps = all_logps.gather(1, tokens[:, None])[:, 0]
             self.logps[rows.owner, rows.length] = logps * rows.unfinished

@@ -9,7 +9,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from ..callbacks.benchmarks import BenchmarkArguments
 from ..callbacks.trajectories import TrajectoryArguments
-from ..tasks.generated import read_task_settings
+from ..tasks.generated import read_mapping
 from ..trainer.config import LookaheadConfig
 from ..trainer.grouped import GroupedSamplingArguments
 from .keys import Origin
@@ -41,7 +41,7 @@ class ProblemArguments:
     )
 
     def __post_init__(self):
-        self.reasoning_gym = read_task_settings(self.reasoning_gym)
+        self.reasoning_gym = read_mapping("reasoning_gym", self.reasoning_gym)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from ..trajectory.forecast import extrapolate
 from ..trajectory.predictor import PredictorSettings
 from ..trajectory.settings import ExtrapolationArguments
 from ..trajectory.writing import write_extrapolation
+from .failing import one_sentence
 from .keys import parse_keys
 
 
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     try:
         (settings,) = parse_keys(arguments, (ExtrapolationArguments,), prog)
         folders = run(settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:  # a model's files may raise anything
+        sys.exit(f"error: {one_sentence(error)}")
     for folder in folders:
         print(folder)
 

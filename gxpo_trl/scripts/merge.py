@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from ..run_folder import TOKENIZER_CONFIG, partial_path
 from ..trajectory.merging import load_merged
+from .failing import one_sentence
 
 
 def merge(adapter: Path, folder: Path, base: str | None = None) -> None:
@@ -52,8 +53,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         merge(options.adapter, options.output_dir, options.base_model)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:  # a model's files may raise anything
+        sys.exit(f"error: {one_sentence(error)}")
     print(options.output_dir)
 
 

@@ -85,8 +85,8 @@ def generate(name: str, split: str, settings: dict[str, Any] | None = None) -> D
     )
 
 
-def read_task_settings(said: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """The setting `reasoning_gym` as a mapping: from a recipe, or from JSON on a command line.
+def read_mapping(name: str, said: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A setting as a mapping: from a recipe, or from JSON on a command line.
 
     Raises:
         ValueError: If it is not a mapping.
@@ -94,9 +94,9 @@ def read_task_settings(said: dict[str, Any] | str | None) -> dict[str, Any] | No
     try:
         settings = json.loads(said) if isinstance(said, str) else said
     except json.JSONDecodeError as error:
-        raise ValueError(f"`reasoning_gym` must be a mapping, or one in JSON, got {said!r}: {error}.") from error
+        raise ValueError(f"`{name}` must be a mapping, or one in JSON, got {said!r}: {error}.") from error
     if settings is not None and not isinstance(settings, dict):
-        raise ValueError(f"`reasoning_gym` must be a mapping, got {said!r}.")
+        raise ValueError(f"`{name}` must be a mapping, got {said!r}.")
     return settings
 
 
