@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import numbers
+import re
 import reprlib
 import types
 import typing
@@ -117,6 +118,13 @@ def _read(value: Any, kind: Any) -> Any:
 
 
 def _take(value: Any) -> Any:
+    """Anything, with `1e-5` as a number in it too."""
+    if isinstance(value, dict):
+        return {key: _take(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_take(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
     return value
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import attach, make_trainer, parameters, tiny_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from transformers import TrainerCallback
 
 from gxpo_trl.callbacks.records import describe_run
 from gxpo_trl.callbacks.trajectories import TrajectoryCallback
@@ -149,6 +150,35 @@ def test_a_trajectory_is_of_one_adapter(tmp_path):
     make_trainer(tmp_path, model=peft_model_with_two(), max_steps=1, trajectory_steps=1).train()
     config = json.loads((tmp_path / "trajectory" / "step-000001" / "adapter_config.json").read_text())
     assert config["r"] == 3
+
+
+class AddingAnother(TrainerCallback):
+    """A second adapter is trained together with the first, from the second step on."""
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            torch.manual_seed(1)
+            model.add_adapter("another", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+            model.base_model.set_adapter(["default", "another"])
+            optimizer.param_groups[0]["params"] += [p for name, p in model.named_parameters() if ".another." in name]
+
+
+def test_an_adapter_that_is_added_during_a_run_takes_part_in_its_steps(tmp_path):
+    """A move by 0, with the optimizer's state rolled back, is no move of any of them."""
+    settings = {"max_steps": 3, "learning_rate": 1e-3, "compact_batches": False, "gate_signal": "never"}
+    ended = []
+    for rule in ({"reposition_alpha": 0.0, "rule": {"rollback": True}}, {"update_rule": "grpo"}):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        trainer = make_trainer(
+            tmp_path, model=model, optimizers=(optimizer, None), callbacks=[AddingAnother()], **settings, **rule
+        )
+        trainer.train()
+        ended.append(parameters(trainer))
+    assert any(".another." in name for name in ended[0])
+    for name, p in ended[1].items():
+        assert torch.allclose(ended[0][name], p, atol=1e-5), name
 
 
 def test_a_learned_prompt_is_described(tmp_path):

@@ -21,6 +21,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOConfig, LookaheadTrainer, SFPOConfig
+from gxpo_trl.update import snapshot
+from gxpo_trl.update.snapshot import Origin
 
 
 SLOW = pytest.mark.slow
@@ -271,3 +273,73 @@ def test_what_is_saved_in_the_middle_of_a_step_are_committed_weights(tmp_path):
     for saved in (*trainer.saved, callback.saved):
         assert_same(saved, parameters(before))
     assert_equal_parameters(trainer, undisturbed)
+
+
+def test_what_is_saved_in_real_steps_are_committed_weights(tmp_path):
+    before = train(tmp_path, max_steps=1, **AS_TRL, **METHOD)
+    trainer = make_trainer(tmp_path, SavingInBetween, max_steps=2, lookahead_diagnostics_steps=1, **AS_TRL, **METHOD)
+    trainer.train()
+    assert len(trainer.saved) > 3 * 2
+    for saved in trainer.saved:
+        assert_same(saved, parameters(before))
+
+
+def test_a_save_that_cannot_return_to_the_step_leaves_committed_weights(tmp_path, monkeypatch):
+    before, calls, exchange = train(tmp_path, max_steps=1, **AS_TRL, **METHOD), [], Origin.exchange
+
+    def failing(origin, state):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        exchange(origin, state)
+
+    monkeypatch.setattr(Origin, "exchange", failing)
+    trainer = make_trainer(tmp_path, SavingInBetween, max_steps=2, **AS_TRL, **METHOD)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert_equal_parameters(trainer, before)
+
+
+@pytest.mark.parametrize("place", ["between tensors", "between two sides", "published", "nowhere"])
+def test_an_exchange_is_whole_or_none(monkeypatch, place):
+    class State:
+        publishes_alone = True
+
+        def __init__(self):
+            self.shards, self.published = [torch.full((n,), float(n)) for n in (2, 3, 4)], 0
+
+        def parameters(self):
+            return self.shards
+
+        def publish(self):
+            self.published += 1
+            if place == "published" and self.published == 1:
+                raise KeyboardInterrupt
+
+    write, slices, written = snapshot._write, snapshot.aligned_slices, []
+
+    def failing_slices(*shards):
+        for i, found in enumerate(slices(*shards)):
+            if place == "between tensors" and i == 2:
+                raise torch.OutOfMemoryError
+            yield found
+
+    def failing_write(one, values, other, other_values):
+        written.append(1)
+        if place == "between two sides" and len(written) == 2:
+            one.copy_(values)
+            raise KeyboardInterrupt
+        write(one, values, other, other_values)
+
+    monkeypatch.setattr(snapshot, "aligned_slices", failing_slices)
+    monkeypatch.setattr(snapshot, "_write", failing_write)
+    state, origin = State(), Origin([-torch.ones(n) for n in (2, 3, 4)], [], None)
+    sides = state.shards, origin.theta_0
+    if place == "nowhere":
+        origin.exchange(state)
+        sides = sides[::-1]
+    else:
+        with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt)):
+            origin.exchange(state)
+    assert [shard.tolist() for shard in sides[0]] == [[float(n)] * n for n in (2, 3, 4)]
+    assert [theta.tolist() for theta in sides[1]] == [[-1.0] * n for n in (2, 3, 4)]

@@ -308,6 +308,8 @@ def test_older_checkpoints_go_and_one_that_is_not_whole_takes_no_place(run):
     settings = SAVING | {"max_steps": 7, "save_steps": 1, "save_total_limit": 2}
     trainer = train(run, resume_from_checkpoint=True, **settings)
     assert trainer.args.save_total_limit == 2
+    saved = torch.load(run / "checkpoint-7" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 2
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7"]
     assert all(find_fault(path) is None for path in run.glob("checkpoint-*"))
 

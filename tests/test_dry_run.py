@@ -94,6 +94,8 @@ def test_special_tokens_are_seen_and_a_template_is_not_missed(dry_run, tmp_path)
         ({"model_name_or_path": "empty"}, "empty` is a folder without weights"),
         ({"eval_benchmarks": ["nowhere.jsonl"], "eval_steps": 5}, "no file nowhere.jsonl"),
         ({"reward_weights": [1.0]}, "`reward_weights` has 1 numbers for 2"),
+        ({"extrapolate_after": 10}, "`extrapolate_after` needs a trajectory"),
+        ({"extrapolate_after": 100, "trajectory_steps": 1}, "`extrapolate_after` must be between 0 and `max_steps`"),
     ],
     ids=str,
 )
@@ -103,6 +105,11 @@ def test_what_is_wrong_with_the_users_own_is_one_sentence(dry_run, tmp_path, cha
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(SystemExit, match=message):
         dry_run(**changes)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_the_run_may_log_seldom(dry_run, strategy):
+    assert "3 steps" in dry_run(logging_strategy=strategy)
 
 
 def test_a_reward_that_cannot_tell_right_from_wrong_is_said(dry_run):

@@ -28,6 +28,7 @@ from torch.distributed.tensor import Replicate, Shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, SFPOConfig, SFPOTrainer
+from gxpo_trl.engines.deepspeed import DeepSpeedState
 from gxpo_trl.engines.fsdp2 import FSDP2State
 from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.tasks.task import load_task
@@ -403,6 +404,37 @@ def test_the_gate_trips_on_all_ranks_at_once(ranks, engine, name):
     assert_ranks_agree(results)
     assert not results[0]["gate"]["active"]
     assert results[0]["passes"] == 3 * 3 + 2
+
+
+class OneGroupAtATime(DeepSpeedState):
+    """As DeepSpeed's own step has its optimizer: with the group of one partition, which fails for the second."""
+
+    regions = reduced_gradient = release_gradients = optimized = publish = coordinates = None
+
+    def __init__(self, optimizer):
+        self.zero, self._groups = SimpleNamespace(optimizer=optimizer), optimizer.param_groups
+        self.partitions = [group["params"][0] for group in optimizer.param_groups]
+        self._own_gradients = [torch.ones_like(p) for p in self.partitions]
+        self.optimized = lambda: self.partitions
+
+    def step_partition(self, i):
+        self.base_optimizer.param_groups = [self._groups[i]]
+        if i == 1:
+            raise KeyboardInterrupt
+        self.base_optimizer.step()
+
+
+def test_a_probe_that_fails_leaves_deepspeeds_optimizer_whole():
+    partitions = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in partitions])
+    state = OneGroupAtATime(optimizer)
+    before = state.snapshot_optimizer()
+    with pytest.raises(KeyboardInterrupt):
+        state.step()
+    assert len(optimizer.param_groups) == 2 and [p.grad for p in partitions] == [None, None]
+    optimizer.param_groups = optimizer.param_groups[:1]  # as a step of DeepSpeed's own leaves it
+    state.restore_optimizer(before)
+    assert len(optimizer.param_groups) == 2 and not optimizer.state
 
 
 def test_totals_of_hybrid_sharding_are_of_one_group_and_seen_by_all(monkeypatch):

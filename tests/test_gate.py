@@ -169,3 +169,13 @@ def test_a_state_of_version_0_1_is_taken_up(resting, active):
     assert watched.active == active and watched.observed == 2
     with pytest.raises(ValueError, match="gate_fallback"):
         gate().load_state_dict({**state, "resting": 7})
+
+
+@pytest.mark.parametrize("decay_steps, decaying, active", [(20, 19, True), (5, 5, True), (0, 0, False)])
+def test_fewer_decaying_steps_after_a_resume_do_not_raise_alpha(decay_steps, decaying, active):
+    before = gate(decay_steps=20, threshold=1.0)
+    observe_all(before, [1.0, 3.0, 9.0, 9.0])
+    assert before.decaying == 19
+    after = gate(decay_steps=decay_steps, threshold=1.0)
+    after.load_state_dict(before.state_dict())
+    assert (after.decaying, after.active) == (decaying, active) and after.alpha_factor <= 1

@@ -1,8 +1,10 @@
 """Recipes and command lines that are wrong: one sentence with file, line, key and what was expected, and no folder."""
 
 import dataclasses
+import math
 import os
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -198,6 +200,29 @@ def test_the_command_line_is_named_as_such(tmp_path, words, said):
     assert re.match(f"the command line: {said}", refusal(write(tmp_path), *words))
 
 
+@pytest.mark.parametrize("word, value", [("-inf", -math.inf), ("-1e-1", -0.1), ("-2", -2.0), ("-.5", -0.5)])
+def test_negative_numbers_are_no_keys(tmp_path, word, value):
+    assert parse(write(tmp_path), "--retention_min", word).training.retention_min == value
+
+
+@pytest.mark.parametrize(
+    "words, modules",
+    [
+        (["q_proj"], ["q_proj"]),
+        (["self_attn.q_proj"], ["self_attn.q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["all-linear"], "all-linear"),
+        ([".*[qv]_proj"], ".*[qv]_proj"),
+    ],
+    ids=str,
+)
+def test_one_module_is_a_list_of_one(tmp_path, words, modules):
+    """PEFT takes a text for a pattern of whole paths."""
+    recipe = parse(write(tmp_path), "--use_peft", "true", "--lora_target_modules", *words)
+    assert recipe.model.lora_target_modules == modules
+    assert dataclasses.replace(recipe.model, lora_r=4).lora_target_modules == modules
+
+
 def test_none_is_a_word_for_numbers_only(tmp_path):
     path = write(tmp_path, "max_active_steps: 5")
     recipe = parse(path, "--max_active_steps", "null", "--report_to", "none", "--run_name", "null")
@@ -224,6 +249,9 @@ def test_none_is_a_word_for_numbers_only(tmp_path):
         ({"a": True}, dict[str, bool], {"a": True}),
         ('{"a": true}', dict[str, bool], {"a": True}),
         ("x.json", dict | str | None, "x.json"),
+        ({"a": "1e-6", "b": ["-2.5E3", "e5", "1e"]}, dict | str | None, {"a": 1e-6, "b": [-2500.0, "e5", "1e"]}),
+        ({"a": {"b": "9e-1"}}, dict[str, typing.Any] | None, {"a": {"b": 0.9}}),
+        ({"a": "1e-6"}, dict[str, str], {"a": "1e-6"}),
     ],
 )
 def test_words_are_read_by_what_is_meant(value, kind, read):

@@ -273,6 +273,17 @@ def test_two_runs_do_not_share_a_folder_and_a_lock_dies_with_its_process(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_who_comes_second_to_a_new_folder_removes_nothing(tmp_path, monkeypatch):
+    def taken(path):
+        (path.parent / "theirs").touch()  # both have found no folder, and the other one was first
+        raise ValueError(f"{path.parent} is in use by another run.")
+
+    monkeypatch.setattr(lock, "_lock", taken)
+    with pytest.raises(SystemExit, match="in use by another run"):
+        main(arguments(tmp_path / "new"))
+    assert (tmp_path / "new" / "theirs").is_file()
+
+
 def test_a_folder_that_stays_empty_goes_again(tmp_path):
     with pytest.raises(KeyError), hold_folder(tmp_path / "a" / "b"):
         raise KeyError

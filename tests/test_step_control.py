@@ -185,6 +185,39 @@ def test_without_gain_nothing_changes():
     assert (control.multiplier, control.searching, control.steps_taken_back) == (1.0, False, 0)
 
 
+@pytest.mark.parametrize("rate, searches", [(1e-4, 0), (0.0, 0), (2e-3, 0), (2.1e-3, 1), (1.0, 1)])
+def test_where_the_scheduled_rate_has_more_than_doubled_it_searches_again(rate, searches):
+    control = StepControl(0.6)
+    control.see_rate(1e-3)
+    assert not control.searching
+    control.see_rate(rate)
+    assert control.searches_left == searches
+
+
+def test_a_rate_of_0_is_not_one_to_compare_with():
+    control = StepControl(0.6)
+    for rate in (1e-3, 0.0, 1e-3):
+        control.see_rate(rate)
+    assert not control.searching
+
+
+def test_a_search_that_ends_at_a_bound_is_over():
+    control = StepControl.from_start(0.6, 0.5)
+    for searches in (1, 0):
+        while control.judge(1.0) is Verdict.TRY_AGAIN:
+            pass
+        control.advance()
+        assert control.searches_left == searches and control.multiplier == MOST
+
+
+def test_without_gain_nothing_is_searched_for():
+    control = StepControl.from_start(0.6, 0.5)
+    state = control.state_dict()
+    without = StepControl.from_start(0.6, 0.0)
+    without.load_state_dict(state)
+    assert control.searching and not without.searching
+
+
 def test_it_stays_within_its_bounds():
     assert taken(StepControl(0.6, 0.5, 4000.0), *[1.0] * 9) == MOST
     control = StepControl(0.6, 0.5, 1 / 4000)
@@ -275,6 +308,8 @@ def test_the_target_is_by_passes_and_completions(tmp_path, config_class, setting
         ({"step_control_target": math.nan}, "`step_control_target`"),
         ({"step_control_gain": -0.1}, "`step_control_gain`"),
         ({"step_control_gain": math.inf}, "`step_control_gain`"),
+        ({"update_rule": "gxpo", "reposition_alpha": 0.0}, "`reposition_alpha` above 0"),
+        ({"update_rule": "sfpo", "lookahead_steps": 1, "reposition_alpha": 0.0}, "`reposition_alpha` above 0"),
     ],
     ids=str,
 )
@@ -506,6 +541,49 @@ def test_a_rate_that_is_a_tensor_is_scaled_in_place():
     assert optimizer.stepped_with == [pytest.approx(0.05)]
     assert optimizer.param_groups[0]["lr"] is rate and rate == torch.tensor(0.1)
     rates.release()
+
+
+def test_a_tensor_that_is_the_rate_of_several_groups_is_scaled_once():
+    """As torch shares the default rate."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    rate, other = torch.tensor(0.1), torch.tensor(0.2)
+    groups = [{"params": [weights[0]]}, {"params": [weights[1]]}, {"params": [weights[2]], "lr": other}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, foreach=False)
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]
+    seen = []
+    rates = ScaledRates(optimizer, lambda: 0.5)
+    optimizer.register_step_pre_hook(lambda *_: seen.append([float(group["lr"]) for group in optimizer.param_groups]))
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones(3)
+        optimizer.step()
+        assert (rate, other) == (torch.tensor(0.1), torch.tensor(0.2))
+    assert seen == [[pytest.approx(0.05), pytest.approx(0.05), pytest.approx(0.1)]] * 2
+    rates.release()
+
+
+def test_a_restart_of_the_schedule_is_searched_again(tmp_path, monkeypatch):
+    searched, search = [], StepControl._search
+    monkeypatch.setattr(StepControl, "_search", lambda *args: (searched.append(trainer._step), search(*args))[1])
+    cycles = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 6}
+    trainer = make_trainer(tmp_path, **METHOD, **TWO_PASSES, **COSINE, **cycles)
+    trainer.train()
+    rates = logged(trainer, "learning_rate")
+    (jump,) = (i for i in range(1, 6) if rates[i] > 2 * rates[i - 1])
+    steps = trainer.args.gradient_accumulation_steps
+    assert {(batch - 1) // steps for batch in searched} == {0, 1, jump}
+    assert not trainer.lookahead.control.searching
+
+
+def test_while_alpha_decays_the_multiplier_stays(tmp_path):
+    """The nearer the second gradient is taken to θ0, the nearer their cosine is to 1."""
+    settings = {"update_rule": "sfpo", "lookahead_steps": 2, "gate_signal": "grad_norm", "gate_window": 2}
+    settings |= {"gate_warmup_steps": 2, "gate_threshold": 0.1, "alpha_decay_steps": 3, "max_steps": 8}
+    trainer = train(tmp_path, RisingGateTrainer, **METHOD, **COSINE, **settings)
+    factors = logged(trainer, "lookahead/effective_multiplier")
+    multipliers = logged(trainer, "lookahead/step_multiplier")
+    assert len(factors) == 6 and factors[5] < factors[4] < factors[3] < factors[2]
+    assert len(set(multipliers[:4])) > 1 and len(set(multipliers[3:])) == 1
 
 
 # ---- Taking back
@@ -778,3 +856,20 @@ def test_a_control_that_the_checkpoint_does_not_know_starts_afresh(tmp_path, cap
         resumed = train(tmp_path, **settings, **COSINE, max_steps=2, resume_from_checkpoint=True)
     assert resumed.lookahead.control.steps_tried > 0
     assert any("step_control" in record.getMessage() for record in caplog.records)
+
+
+def test_a_checkpoint_of_version_0_2_has_no_rate():
+    state = {name: value for name, value in StepControl(0.6, multiplier=3.0).state_dict().items() if name != "rate"}
+    control = StepControl(0.6)
+    control.load_state_dict(state)
+    assert (control.multiplier, control.rate) == (3.0, None)
+
+
+def test_a_multiplier_that_is_lost_is_said(tmp_path, caplog):
+    settings = {**TWO_PASSES, "save_strategy": "steps", "save_steps": 1}
+    train(tmp_path, **settings, **COSINE, max_steps=1)
+    saved = json.loads((tmp_path / "checkpoint-1" / LOOKAHEAD_STATE_NAME).read_text())
+    multiplier = saved["step_control"]["multiplier"]
+    with caplog.at_level(logging.WARNING, logger="gxpo_trl"):
+        train(tmp_path, **settings, max_steps=2, resume_from_checkpoint=True)
+    assert any(f"{multiplier}, is lost" in record.getMessage() for record in caplog.records)

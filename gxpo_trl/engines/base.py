@@ -36,6 +36,9 @@ class EngineState(ABC):
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else float("inf")
 
+    def begin_step(self) -> None:  # noqa: B027  most engines have nothing to do
+        """Called before the first pass of a step."""
+
     @abstractmethod
     def optimized(self) -> list[torch.Tensor]:
         """The tensors that the optimizer steps, by which its state is kept."""

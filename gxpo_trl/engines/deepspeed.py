@@ -24,6 +24,7 @@ class DeepSpeedState(EngineState):
     def __init__(self, accelerator, model, optimizer, max_grad_norm: float):
         super().__init__(accelerator, model, optimizer, model.gradient_clipping())  # what DeepSpeed clips by
         self.zero = model.optimizer
+        self._groups = self.base_optimizer.param_groups
         self._regions = [_merge(self.regions(i)) for i in range(len(self.optimized()))]
         self._own_gradients: list[torch.Tensor | None] | None = None  # the gradients, once DeepSpeed has given them up
         accumulation = model.get_data_types()[1]
@@ -67,6 +68,10 @@ class DeepSpeedState(EngineState):
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
         return self.zero.optimizer
+
+    def restore_optimizer(self, snapshot: OptimizerSnapshot) -> None:
+        self.base_optimizer.param_groups = self._groups  # a step of DeepSpeed's that failed has left one of them
+        super().restore_optimizer(snapshot)
 
     # ---- Gradients
 
@@ -118,8 +123,11 @@ class DeepSpeedState(EngineState):
                 partition.grad = gradient
             elif buffer is not gradient:
                 buffer.copy_(gradient)
-            self.step_partition(i)
-            partition.grad = buffer
+            try:
+                self.step_partition(i)
+            finally:
+                partition.grad = buffer
+                self.base_optimizer.param_groups = self._groups
 
     def gather_over_shards(self, totals: torch.Tensor) -> torch.Tensor:
         return gather(totals, self.zero.dp_process_group)

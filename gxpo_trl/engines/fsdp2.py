@@ -14,6 +14,9 @@ class FSDP2State(ReplicatedState):
     """Local shards, uneven and sometimes empty, without padding. Hybrid sharding adds up over the shards of one group:
     the others hold copies of them."""
 
+    def begin_step(self) -> None:
+        """After an interrupted pass there may be gathered parameters in the model; none can be added to it."""
+
     def parameters(self) -> list[torch.Tensor]:
         return [p.detach().to_local() for p in self.optimized()]
 

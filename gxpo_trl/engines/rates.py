@@ -32,20 +32,22 @@ class ScaledRates:
         self.hooks = (before, after)
 
     @property
-    def are_zero(self) -> bool:
-        """Whether a step now would have no length, as the first one of a warm-up."""
-        return not any(float(group["lr"]) for group in self.optimizer.param_groups)
+    def largest(self) -> float:
+        """Of the groups. With 0 a step now would have no length, as the first one of a warm-up."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def _multiply(self, optimizer: torch.optim.Optimizer) -> None:
         self.depth += 1
         if self.depth > 1:
             return
-        multiplier = self.multiplier()
+        multiplier, tensors = self.multiplier(), set()
         for group in optimizer.param_groups:
             rate = group["lr"]
-            if torch.is_tensor(rate):  # captured in a graph, which reads it where it is
-                self.kept.append((group, rate.clone()))
-                rate.mul_(multiplier)
+            if torch.is_tensor(rate):  # captured in a graph, which reads it where it is; groups may share one
+                if id(rate) not in tensors:
+                    tensors.add(id(rate))
+                    self.kept.append((group, rate.clone()))
+                    rate.mul_(multiplier)
             else:
                 self.kept.append((group, rate))
                 group["lr"] = rate * multiplier

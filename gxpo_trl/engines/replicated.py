@@ -24,8 +24,12 @@ class ReplicatedState(EngineState):
 
     @functools.cached_property
     def _of_model(self) -> list[torch.nn.Parameter]:
-        """Listed once, between steps: an interrupted pass of FSDP2 leaves gathered parameters in their place."""
+        """Listed between steps: an interrupted pass of FSDP2 leaves gathered parameters in their place."""
         return list(self.model.parameters())
+
+    def begin_step(self) -> None:
+        """Lists the parameters again: a callback may have added an adapter."""
+        self.__dict__.pop("_of_model", None)
 
     def with_gradients(self) -> list[torch.nn.Parameter]:
         """The parameters that `gradients()` are of."""

@@ -1,6 +1,7 @@
 """A training recipe as one object, made of the dataclasses whose fields are its keys."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,19 @@ from ..tasks.generated import read_mapping
 from ..trainer.config import LookaheadConfig
 from ..trainer.grouped import GroupedSamplingArguments
 from .keys import Origin
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's settings of the model. A list of one module stays a list."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        target = self.lora_target_modules
+        if isinstance(target, str) and re.fullmatch(
+            r"[\w.]+", target
+        ):  # PEFT reads a text as a pattern of whole paths
+            self.lora_target_modules = [target]
 
 
 @dataclass
@@ -101,7 +115,7 @@ class Recipe:
 
     script: GRPOScriptArguments
     training: LookaheadConfig
-    model: ModelConfig
+    model: ModelArguments
     mixture: DatasetMixtureConfig
     problems: ProblemArguments
     sampling: GroupedSamplingArguments

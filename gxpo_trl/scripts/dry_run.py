@@ -21,6 +21,7 @@ from ..tasks.datasets import EMBEDDED_DATASET
 from ..tasks.names import EMBEDDED_MODEL
 from ..tasks.tiny_model import TINY_MODEL_PATH
 from .arguments import Recipe, replace_training
+from .next_loop import check_settings
 from .plan import describe_plan
 from .preview import describe_task, open_data
 
@@ -35,9 +36,11 @@ def rehearse(recipe: Recipe) -> Recipe:
     """Prints the plan of a recipe, and returns the recipe of its rehearsal.
 
     Raises:
-        ValueError: If the rehearsal's folder exists already.
+        ValueError: If the rehearsal's folder exists already, or the recipe's extrapolation can't work.
     """
     sys.dont_write_bytecode = True  # of a file with rewards
+    if recipe.loop.extrapolate_after is not None:
+        check_settings(recipe)
     data = open_data(recipe)
     small = in_small(recipe, has_data=data is not None)
     if (folder := Path(small.training.output_dir)).exists():
@@ -98,6 +101,7 @@ def _short_run(recipe: Recipe, has_data: bool) -> Settings:
         "save_strategy": "steps",
         "save_steps": 3,
         "load_best_model_at_end": False,
+        "logging_strategy": "steps",
         "logging_steps": 1,
         "log_completions": False,
         "log_completions_hub_repo": None,

@@ -8,8 +8,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from accelerate import PartialState
-
 
 MOST = 1500
 """The most characters of a sentence."""
@@ -28,14 +26,17 @@ def one_sentence(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def clear_away(folder: str | Path) -> Iterator[Callable[[], None]]:
-    """Removes a folder that was created here at the end: after an error, Ctrl-C or the SIGTERM of a launcher.
+def clear_away(made: list[Path]) -> Iterator[Callable[[], None]]:
+    """Removes folders at the end: after an error, Ctrl-C or the SIGTERM of a launcher.
+
+    Args:
+        made (`list[Path]`): The folders, the deepest first, that `hold_folder` has made and still holds: another run
+            would lose its own.
 
     Yields:
-        `Callable`: A function that keeps the folder.
+        `Callable`: A function that keeps the folders.
     """
-    folder = Path(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = list(made)
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _end) if is_main_thread else None
     try:
@@ -43,7 +44,7 @@ def clear_away(folder: str | Path) -> Iterator[Callable[[], None]]:
     finally:
         if is_main_thread:
             signal.signal(signal.SIGTERM, before)
-        if made and PartialState().is_main_process:
+        if made:
             shutil.rmtree(made[0], ignore_errors=True)
             with contextlib.suppress(OSError):  # other runs may be in them
                 for path in made[1:]:

@@ -42,6 +42,7 @@ BEYOND = {
     "scale_rewards": str | bool,
 }
 """Values that are accepted in addition to the annotated types."""
+NEGATIVE = r"-(?:inf(?:inity)?|(?:\d+\.?\d*|\.\d+)e[-+]?\d+)"
 OF_THE_SHELL = re.compile(
     "GXPO_ALLOW.*|PYTHON.*|LD_.*|DYLD_.*|(.*_)?(PATH|HOME|PRELOAD|PLUGINS?|COMMAND|SHELL|LIBRARIES)|PATH|BASH_ENV|ENV|"
     ".*TRUST_REMOTE_CODE.*|.*INSECURE.*|CC|CXX|NVCC|EDITOR|VISUAL|PAGER|BROWSER|GIT_.*",
@@ -218,6 +219,7 @@ def find_origin(arguments: list[str]) -> tuple[Origin, list[str]]:
             raise ValueError("`--config` needs a recipe: a file, or one of `gxpo recipes`.")
         file = read_file(recipe_path(words[place + 1]))
         del words[place : place + 2]
+    words = _join_negative_numbers(words)
     given, values = {}, []
     for word in words:
         if word.startswith("--"):
@@ -227,6 +229,17 @@ def find_origin(arguments: list[str]) -> tuple[Origin, list[str]]:
         else:
             values.append(word)
     return Origin(file, given), words
+
+
+def _join_negative_numbers(words: list[str]) -> list[str]:
+    """`--key -inf` as `--key=-inf`: argparse would take such a number for a key."""
+    joined: list[str] = []
+    for word in words:
+        if joined and re.fullmatch(r"--\w[\w-]*", joined[-1]) and re.fullmatch(NEGATIVE, word, re.IGNORECASE):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def read_environment(file: RecipeFile) -> dict[str, str]:

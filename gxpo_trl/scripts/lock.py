@@ -45,26 +45,32 @@ def on_main_process(decide: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def hold_folder(folder: str | Path) -> Iterator[None]:
+def hold_folder(folder: str | Path) -> Iterator[list[Path]]:
     """Holds the folder of a run: no other `gxpo train` can write into it, on this machine or, if the file system locks
     across machines, on another one.
 
     The lock belongs to the main process and ends with it. A new folder that is still empty is then removed.
 
+    Yields:
+        `list[Path]`: The folders that this process has made for it, the deepest first.
+
     Raises:
         ValueError: If another run has the folder.
     """
-    folder, file = Path(folder), None
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder, file, new = Path(folder), None, []
 
     def take() -> None:
         nonlocal file
-        folder.mkdir(parents=True, exist_ok=True)
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # of another run, which began at the same time
+                path.mkdir()
+                new.insert(0, path)
         file = _lock(folder / LOCK_NAME)
 
     try:
         on_main_process(take)
-        yield
+        yield new
     finally:
         if file is not None:
             (folder / LOCK_NAME).unlink(missing_ok=True)

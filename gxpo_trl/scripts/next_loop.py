@@ -23,7 +23,26 @@ from .running import leave_recipe, prepare, train
 
 
 def check_loop(recipe: Recipe) -> None:
-    """Refuses a recipe with an `extrapolate_after` that can't work, before anything is trained.
+    """Refuses a recipe with an `extrapolate_after` that can't work, or whose folder is used, before anything is
+    trained.
+
+    Raises:
+        ValueError: Names the setting and what to do.
+    """
+    args = recipe.training
+    check_settings(recipe)
+    if args.resume_from_checkpoint is None:
+        for name in LOOP_FOLDERS:
+            folder = Path(args.output_dir) / name
+            if folder.is_dir() and any(path.name != RECIPE_NAME for path in folder.iterdir()):
+                raise ValueError(
+                    f"{args.output_dir} holds an earlier run. Resume it (`--resume_from_checkpoint last`), or "
+                    "choose another `output_dir`."
+                )
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuses a recipe with an `extrapolate_after` that can't work.
 
     Raises:
         ValueError: Names the setting and what to do.
@@ -51,14 +70,6 @@ def check_loop(recipe: Recipe) -> None:
             f"`resume_from_checkpoint: {args.resume_from_checkpoint}`, and a loop resumes the one of its runs that "
             "was interrupted. Set `last`."
         )
-    if args.resume_from_checkpoint is None:
-        for name in LOOP_FOLDERS:
-            folder = Path(args.output_dir) / name
-            if folder.is_dir() and any(path.name != RECIPE_NAME for path in folder.iterdir()):
-                raise ValueError(
-                    f"{args.output_dir} holds an earlier run. Resume it (`--resume_from_checkpoint last`), or "
-                    "choose another `output_dir`."
-                )
 
 
 def train_around_extrapolation(recipe: Recipe) -> tuple[LookaheadTrainer | None, str | None]:

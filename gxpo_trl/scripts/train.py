@@ -44,28 +44,33 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
         run(recipe)
         return
     try:
-        small = rehearse(recipe)
-        with clear_away(small.training.output_dir):
-            run(small)
+        run(rehearse(recipe))
     except Exception as error:  # a rehearsal is meant to find it
         sys.exit(f"error: {recipe.origin.explain(error)}")
 
 
 def run(recipe: Recipe) -> None:
-    """Trains what a recipe describes, and prints the result. Its folder is locked during that time."""
+    """Trains what a recipe describes, and prints the result. Its folder is locked during that time.
+
+    A new folder is removed if nothing can be built, and at the end of a rehearsal.
+    """
     if recipe.model.model_name_or_path == EMBEDDED_MODEL:
         torch.set_num_threads(1)  # more threads do not help such a small model
     is_loop, folder = recipe.loop.extrapolate_after is not None, recipe.training.output_dir
     with contextlib.ExitStack() as held:
         try:
             check_output_dir(folder)
-            with clear_away(folder) as keep:
-                held.enter_context(hold_folder(folder))
+            made = held.enter_context(hold_folder(folder))
+            with contextlib.ExitStack() as building:
+                keep = building.enter_context(clear_away(made))
                 if is_loop:
                     on_main_process(lambda: check_loop(recipe))
                 else:
                     trainer = prepare(recipe, build_trainer)
-                keep()
+                if recipe.rehearsal.dry_run:
+                    held.enter_context(building.pop_all())
+                else:
+                    keep()
         except Exception as error:  # TRL's constructors may raise any error
             sys.exit(f"error: {recipe.origin.explain(error)}")
         if is_loop:

@@ -320,6 +320,12 @@ class LookaheadConfig(GRPOConfig):
                 "`update_rule: check`, or `update_rule: gxpo` with `lookahead_steps: 1`, which makes two passes, or "
                 "`step_control: none`."
             )
+        repositions = self.update_rule == "sfpo" or self.update_rule == "gxpo" and self.lookahead_steps > 1
+        if self.step_control != "none" and repositions and self.reposition_alpha == 0:
+            raise ValueError(
+                "`step_control: cosine` compares the gradients at both ends of the move by `reposition_alpha`, and "
+                "with 0 there is none. Set `reposition_alpha` above 0, or `step_control: none`."
+            )
         if self.max_tokens_per_micro_batch is not None and not self.compact_batches:
             raise ValueError(
                 "`max_tokens_per_micro_batch` repacks rows, and `compact_batches: false` forbids that. Set "

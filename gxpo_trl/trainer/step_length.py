@@ -60,6 +60,11 @@ class StepLength:
         finally:
             self._fraction = 1.0
 
+    def see_rate(self) -> None:
+        """Tells the control the schedule's rate at the end of a step's first pass."""
+        if self.rates is not None:
+            self.control.see_rate(self.rates.largest)
+
     def judge(self, report: StepReport, engine: Engine, origin: Origin, step: int) -> bool:
         """Where the step does not stay, undoes it: θ0, g0 and the optimizer's state are what they were before it.
 
@@ -76,7 +81,7 @@ class StepLength:
 
     def judge_only(self, report: StepReport, step: int, repeatable: bool = True) -> Verdict:
         """What the control says of a step, whose parameters stay where they are."""
-        if self.rates is not None and self.rates.are_zero:
+        if self.rates is not None and self.rates.largest == 0:
             return Verdict.KEEP  # its cosine says nothing about lengths
         was_at_bound = self.control.is_at_bound
         verdict = self.control.judge(agreement(report), repeatable)

@@ -52,13 +52,14 @@ class StepLog:
             return math.nan if report.cos_0_slow is None else 1.0 - report.cos_0_slow
         return report.grad_norm_slow
 
-    def add_check(self, report: StepReport, backward_passes: float, seconds: float) -> None:
-        """Adds the result of a check, which comes after the rest of the step was written."""
+    def add_check(self, report: StepReport, totals: dict[str, float], seconds: float) -> None:
+        """Adds the result of a check, and totals that it changes: it comes after the rest of the step was written."""
         log = self.trainer._metrics["train"]
         if report.cos_0_slow is not None:
             log["lookahead/cos_check"].append(report.cos_0_slow)
         log["lookahead/update_time"][-1] += seconds
-        log["lookahead/backward_passes"] = [backward_passes]
+        for name, value in totals.items():
+            log[f"lookahead/{name}"] = [value]
 
     def write(self, metrics: dict[str, float], totals: dict[str, float | None]) -> None:
         """Adds a step's metrics to those that TRL logs next.

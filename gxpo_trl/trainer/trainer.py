@@ -55,6 +55,7 @@ class LookaheadTrainer(GRPOTrainer):
 
     _config_class = LookaheadConfig
     _update_rule: str | None = None  # the one rule of a subclass; here each
+    _limit_put_aside: int | None = None  # `save_total_limit` while a checkpoint is saved
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
         if args is None:
@@ -124,8 +125,14 @@ class LookaheadTrainer(GRPOTrainer):
         return loss * inputs[LOSS_WEIGHT] if LOSS_WEIGHT in inputs else loss
 
     def save_model(self, output_dir=None, _internal_call=False):
-        with self.lookahead.committed():
-            super().save_model(output_dir, _internal_call)
+        args = self.args
+        args.save_total_limit = args.save_total_limit or self._limit_put_aside  # which `training_args.bin` has
+        try:
+            with self.lookahead.committed():
+                super().save_model(output_dir, _internal_call)
+        finally:
+            if self._limit_put_aside is not None:
+                args.save_total_limit = None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Like TRL's. `True` resumes from the newest whole checkpoint; a named one must be whole.
@@ -178,11 +185,12 @@ class LookaheadTrainer(GRPOTrainer):
             state = self.lookahead.state_dict() | {MANIFEST: describe(args)}
             write_whole(folder / LOOKAHEAD_STATE_NAME, json.dumps(state, indent=2))
         self.accelerator.wait_for_everyone()
-        limit, args.save_total_limit = args.save_total_limit, None
+        self._limit_put_aside = limit = args.save_total_limit
+        args.save_total_limit = None
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            args.save_total_limit = limit
+            args.save_total_limit, self._limit_put_aside = limit, None
         self.accelerator.wait_for_everyone()
         if args.should_save:
             rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)

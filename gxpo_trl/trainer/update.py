@@ -18,8 +18,8 @@ from ..update.algorithm import Replay, lookahead_step, one_pass
 from ..update.check import check_step
 from ..update.extrapolation import Extrapolation
 from ..update.json_state import is_amount, is_count
-from ..update.measurements import Measurements, StepReport, take_real_steps
-from ..update.rule import two_passes
+from ..update.measurements import Measurements, RealSteps, StepReport, take_real_steps
+from ..update.rule import LookaheadRule, two_passes
 from ..update.snapshot import Origin, keep
 from ..update.step_control import StepControl, Verdict
 from .advice import Advisor
@@ -153,7 +153,11 @@ class LookaheadUpdate:
         try:
             yield
         finally:
-            self._origin.exchange(self.engine.state)
+            try:
+                self._origin.exchange(self.engine.state)
+            except BaseException:
+                self._origin.theta_0 = []  # they are in the model, and stay there
+                raise
 
     def _break_off(self) -> None:
         """Returns an unfinished step to where it began. Other ranks may be anywhere."""
@@ -247,6 +251,7 @@ class LookaheadUpdate:
     def _open_window(self, model: torch.nn.Module) -> None:
         trainer = self.trainer
         self._find_engine(model)
+        self.engine.state.begin_step()
         self.window = RolloutWindow(
             generators=Generators.of(trainer.model, trainer.accelerator.device),
             freeze_old_logps=trainer.args.ratio_anchor == "rollout",
@@ -258,6 +263,7 @@ class LookaheadUpdate:
     def _finish(self, model: torch.nn.Module) -> dict[str, float]:
         """Runs the rest of the update rule after pass 1, and the gate. Returns the metrics of the step."""
         window, self.window = self.window, None
+        self.length.see_rate()
         replayed = [] if window is None else self.layout.pack(window)
         shares = self.layout.weigh_first_pass([] if self.checks else replayed)
         if not replayed or self.checks:  # the active phase is over, or no completion of this step has an advantage
@@ -284,16 +290,27 @@ class LookaheadUpdate:
         passes, tried_again = 1, True
         while tried_again:
             if every > 0 and self.gate.active_steps % every == 0:
-                extrapolation = rule.extrapolation or Extrapolation(rule.probes)
-                real_steps = take_real_steps(state, lambda: one_pass(state, replay), extrapolation)
+                real_steps = self._take_real_steps(replay, rule)
             if self._origin is None:
                 self._origin = Origin.of(state, rule.copies_on_host, rule.rollback or self.length.takes_back)
             report = lookahead_step(state, replay, rule, Measurements(state, rule, real_steps), self._origin)
             passes += report.passes - 1
+            if self.gate.decaying:  # less and less of the step lies between the two gradients
+                break
             tried_again = self.length.judge(report, self.engine, self._origin, self._step)
         report.passes = passes
         self._origin.grad_0 = []  # the way back from here on is θ0's
         return report
+
+    def _take_real_steps(self, replay: Replay, rule: LookaheadRule) -> RealSteps | None:
+        """The diagnostics of a step. What is saved meanwhile are the weights before it."""
+        state, kept = self.engine.state, self._origin
+        start = Origin.of(state, with_optimizer=True)
+        self._origin = kept or start
+        extrapolation = rule.extrapolation or Extrapolation(rule.probes)
+        real_steps = take_real_steps(state, lambda: one_pass(state, replay), extrapolation, start)
+        self._origin = kept
+        return real_steps
 
     # ---- The check after a step
 
@@ -331,7 +348,8 @@ class LookaheadUpdate:
             report = check_step(self.engine.state, replay, lambda: self._back_at(step.origin))
         self.length.judge_only(report, self._step, repeatable=False)
         self.backward_passes += 2 / len(step.window.micro_batches)
-        self.log.add_check(report, self.backward_passes, time.perf_counter() - started)
+        totals = {"backward_passes": self.backward_passes} | self.length.totals()
+        self.log.add_check(report, totals, time.perf_counter() - started)
 
     @contextlib.contextmanager
     def _back_at(self, origin: Origin) -> Iterator[None]:
@@ -393,6 +411,11 @@ class LookaheadUpdate:
         for name in COUNTS:
             setattr(self, name, state[name])
         if self.control is None:
+            if STEP_CONTROL in state:
+                logger.warning(
+                    "The checkpoint was saved with `step_control`, whose multiplier of the learning rate, "
+                    f"{state[STEP_CONTROL].get('multiplier')}, is lost: steps have the schedule's rate from here on."
+                )
             return
         if STEP_CONTROL in state:
             self.control.load_state_dict(state[STEP_CONTROL])

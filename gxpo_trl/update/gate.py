@@ -141,6 +141,9 @@ class Gate:
         for name, _, _ in PARTS:
             setattr(self, name, state[name])
         self.values = deque(state["values"])
+        if self.decaying > self.decay_steps:  # which are fewer now
+            self.decaying = self.decay_steps
+            self.active = self.decaying > 0
 
 
 def _are_finite(values: Any) -> bool:

@@ -264,7 +264,7 @@ class RealSteps:
 
 @torch.no_grad()
 def take_real_steps(
-    state: TrainingState, one_pass: Callable[[], None], extrapolation: Extrapolation
+    state: TrainingState, one_pass: Callable[[], None], extrapolation: Extrapolation, start: Origin | None = None
 ) -> RealSteps | None:
     """Computes g0 a second time and takes K real optimizer steps from θ0 on the same rollouts, then restores all.
 
@@ -275,11 +275,12 @@ def take_real_steps(
         state (`TrainingState`): Holds θ0 and g0, as pass 1 left it, before and after.
         one_pass (`Callable[[], None]`): Replaces the gradients by those of a new pass at the present parameters.
         extrapolation (`Extrapolation`): K, and the bounds of the retention ratio.
+        start (`Origin`, *optional*): Where the state is, with the optimizer's; unset to copy it.
 
     Returns:
         `RealSteps | None`: `None` if a gradient on the way was not finite.
     """
-    start = Origin.of(state, with_optimizer=True)
+    start = start or Origin.of(state, with_optimizer=True)
     try:
         real_steps = _repeat_and_step(state, one_pass, extrapolation, start)
     except BaseException:

@@ -65,7 +65,7 @@ class Origin:
 
         `alone` says that the other ranks may be anywhere, so that nothing may wait for them.
         """
-        for shard, theta_0 in zip(state.parameters(), self.theta_0, strict=True):
+        for shard, theta_0 in zip(state.parameters() if self.theta_0 else [], self.theta_0, strict=True):
             shard.copy_(theta_0)
         if state.publishes_alone or not alone:
             state.publish()
@@ -79,9 +79,30 @@ class Origin:
         state.set_gradients(self.grad_0)
 
     def exchange(self, state: TrainingState) -> None:
-        """Replaces the present parameters by θ0, and keeps them; a second call reverses the first."""
-        for shard, theta_0 in zip(state.parameters(), self.theta_0, strict=True):
-            present = shard.clone()
-            shard.copy_(theta_0)
-            theta_0.copy_(present)
-        state.publish()
+        """Replaces the present parameters by θ0, and keeps them; a second call reverses the first.
+
+        One that fails, or is interrupted, leaves both as they were.
+        """
+        exchanged, before = [], None
+        try:
+            for _, (here, there) in aligned_slices(state.parameters(), self.theta_0):
+                before = here, here.clone(), there, there.clone()
+                _write(here, before[3], there, before[1])
+                exchanged.append((here, there))
+                before = None
+            state.publish()
+        except BaseException:
+            if before is not None:
+                if exchanged and exchanged[-1][0] is before[0]:
+                    exchanged.pop()
+                _write(*before)
+            for here, there in exchanged:
+                _write(here, there.clone(), there, here.clone())
+            if state.publishes_alone:
+                state.publish()
+            raise
+
+
+def _write(one: torch.Tensor, values: torch.Tensor, other: torch.Tensor, other_values: torch.Tensor) -> None:
+    one.copy_(values)
+    other.copy_(other_values)

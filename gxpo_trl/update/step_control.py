@@ -8,6 +8,7 @@ corrective pass gives away. A step that is too short raises the multiplier M, on
                 arccos(c) is near arccos(c*)
     control:    M_{t+1} = M_t · exp(κ (c - c*))
     take back:  c < -0.1, or the gradient is not finite, or zero where g0 is not: M ← M / 2, and the step again from θ0
+    again:      where the scheduled rate has more than doubled since the last step, the start on one batch
     no change where g0 is zero
 
 The angle between the two gradients is proportional to the length of a short step, so that the start follows secants.
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from .json_state import check_parts, is_count
+from .json_state import check_parts, is_amount, is_count
 from .measurements import StepReport
 
 
@@ -36,6 +37,9 @@ NEAR = 1.25
 CLOSE = 2.0
 """Where a multiplier that is too long is at most so many times one that is too short, the latter is taken."""
 TAKE_BACK_FACTOR = 1 / 2
+RISEN = 2.0
+"""The factor by which the scheduled rate may rise from one step to the next, as in a warm-up, before M is searched for
+again."""
 SEARCH_FACTOR = 8.0
 """What M changes by at most from one try to the next. Rounding hides the angle of a very short step, and the angle of
 a very long one says nothing."""
@@ -136,6 +140,7 @@ class StepControl:
         steps_taken_back (`int`): How many went too far, and of a search at most its last one.
         steps_tried (`int`): How many searches undid.
         search_target (`float`, *optional*): The cosine that searches aim at, if another.
+        rate (`float`, *optional*): The scheduled learning rate of the last step, which M multiplied.
         growth (`float`): The factor of M once the current step has been taken.
         search (`Search`): Of M on the current batch.
     """
@@ -147,6 +152,7 @@ class StepControl:
     steps_taken_back: int = 0
     steps_tried: int = 0
     search_target: float | None = None
+    rate: float | None = None
     growth: float = 1.0
     search: Search = field(init=False)
 
@@ -161,11 +167,18 @@ class StepControl:
     @property
     def searching(self) -> bool:
         """Whether M is not known."""
-        return self.searches_left > 0
+        return self.gain > 0 and self.searches_left > 0
 
     @property
     def is_at_bound(self) -> bool:
         return not LEAST < self.multiplier < MOST
+
+    def see_rate(self, rate: float) -> None:
+        """Takes the scheduled rate of a step. Where it has risen far above the last one's, as at the restart of a
+        cosine, M is not that of the step any more."""
+        if self.rate and rate > RISEN * self.rate * (1 + 1e-6) and not self.searching:
+            self.searches_left = 1
+        self.rate = rate or self.rate  # a step at 0 is not judged
 
     def judge(self, cosine: float | None, repeatable: bool = True) -> Verdict:
         """Takes the `agreement` of a step. Where it is not kept, M is another at once; where it is, with `advance`.
@@ -191,6 +204,7 @@ class StepControl:
             if self.multiplier != before:  # not at a bound
                 self.steps_tried += 1
                 return Verdict.TRY_AGAIN
+            self.searches_left -= 1
         return self._take_back(repeatable=False) if self.search.long == before else Verdict.KEEP
 
     def _take_back(self, repeatable: bool) -> Verdict:
@@ -224,6 +238,7 @@ class StepControl:
         Raises:
             ValueError: If the state is not one of `state_dict`.
         """
+        state = {"rate": None, **state} if isinstance(state, dict) else state  # which 0.2.0 does not have
         check_parts(state, PARTS, "step control")
         for name, _, _ in PARTS:
             setattr(self, name, state[name])
@@ -236,6 +251,7 @@ PARTS = (
         f"a number from 1/4096 to {MOST:g}",
         lambda value: type(value) in (int, float) and LEAST <= value <= MOST,
     ),
+    ("rate", "a number of at least 0, or none", lambda value: value is None or is_amount(value)),
     ("searches_left", "a count", is_count),
     ("steps_taken_back", "a count", is_count),
     ("steps_tried", "a count", is_count),
