@@ -235,14 +235,14 @@ def noise_of_rounding() -> Iterator[None]:
     A CPU repeats itself bit for bit, and the noise under the retention ratio is then none.
     """
 
-    def measure(state, one_pass, rule):
+    def measure(state, one_pass, *rest):
         passes = itertools.count()
 
         def pass_in_reverse_at_first():
             with _rows_in_reverse() if next(passes) == 0 else contextlib.nullcontext():
                 one_pass()
 
-        return take_real_steps(state, pass_in_reverse_at_first, rule)
+        return take_real_steps(state, pass_in_reverse_at_first, *rest)
 
     with patch.object(update, "take_real_steps", measure):
         yield
