@@ -5,7 +5,7 @@
     python benchmarks/rates.py --quick --results DIR    # minutes, to see that it runs
     python benchmarks/rates.py --costs                  # after that: whole runs by turns, for their CPU time
     python benchmarks/rates.py --draw                   # trains nothing: tables and figure from the committed JSON
-    python benchmarks/rates.py --write                  # nor does this, which puts the tables into docs/results.md
+    python benchmarks/rates.py --write                  # nor does this, which puts the tables into the pages
 
 Each part is a regime: full fine-tuning, LoRA, longer problems, batches of 32 and 512 completions, bf16, a long run.
 In each, arms are trained at learning rates up to a factor of 2,000 apart, on the same prompts seed by seed; others at
@@ -52,7 +52,8 @@ from gxpo_trl.reporting.statistics import Mean, area, final, mean_of
 from gxpo_trl.scripts.demo import quieten
 
 
-PAGE = RESULTS.parents[1] / "docs" / "results.md"
+DOCS = RESULTS.parents[1] / "docs"
+RESULTS_PAGE, CONTROL_PAGE = DOCS / "results.md", DOCS / "step-control.md"
 CONTROL = {"step_control": "cosine"}
 TWO_PASSES = gxpo("two passes, controlled", steps=1, **CONTROL)
 THREE_PASSES = gxpo("three passes, controlled", steps=2, **CONTROL)
@@ -339,6 +340,28 @@ def show(mean: Mean | None, sign: str = "") -> str:
     return f"{mean.value:{sign}.3f}" + ("" if mean.low is None else f" ± {mean.high - mean.value:.3f}")
 
 
+def compare(result: dict, arm: str) -> list[str]:
+    """Of an arm at all its rates, by seed: AUC and final less those of tuned GRPO, and the least AUC over GRPO's."""
+    found, cells = by_arm(result), []
+    for name in ("auc", "final"):
+        ours, base = by_seed(arm, found[arm], name), tuned(found[GRPO.label], name)
+        cells.append(show(mean_of([ours[seed] - base[seed] for seed in ours if seed in base]), "+"))
+    means = [statistics.fmean(run["auc"] for run in runs.values()) for runs in found[arm].values()]
+    return [*cells, f"{min(means) / statistics.fmean(tuned(found[GRPO.label], 'auc').values()):.2f}"]
+
+
+def overview(results: dict[str, dict]) -> str:
+    """What matters of all regimes: two controlled passes and *check*, at any rate, against tuned GRPO."""
+    heads = ["regime", *("two passes: AUC", "at the end", "least"), *("check: AUC", "at the end", "least"), "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for regime in REGIMES:
+        if (result := results.get(regime.part.name)) is not None:
+            both = [cell for arm in (TWO_PASSES, CHECK) for cell in compare(result, arm.label)]
+            seeds = len(over_rates(by_arm(result)[TWO_PASSES.label], "auc"))
+            lines.append(f"| {' | '.join([regime.part.title, *both, str(seeds)])} |")
+    return "\n".join(lines)
+
+
 def text(results: dict[str, dict]) -> str:
     """All tables, for the page of results."""
     blocks = []
@@ -350,6 +373,16 @@ def text(results: dict[str, dict]) -> str:
         blocks += ["\n".join(f"- {against(result, rival)}" for rival in RIVALS_IN_PASSES if rival in there)]
         blocks += [table(result)]
     return "\n\n".join(block for block in blocks if block)
+
+
+def pages(results: dict[str, dict]) -> dict[Path, str]:
+    """The pages with the tables of these results."""
+    of_results = fill(RESULTS_PAGE.read_text(), "rates", text(results))
+    short = overview(results)
+    return {
+        RESULTS_PAGE: fill(of_results, "rates overview", short),
+        CONTROL_PAGE: fill(CONTROL_PAGE.read_text(), "rates overview", short),
+    }
 
 
 def draw(results: Path) -> Path | None:
@@ -398,7 +431,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one part, two rates, one seed, few batches")
     parser.add_argument("--costs", action="store_true", help="whole runs of `--seeds`, by turns, for their CPU time")
     parser.add_argument("--draw", action="store_true", help="train nothing")
-    parser.add_argument("--write", action="store_true", help="train nothing, and fill docs/results.md")
+    parser.add_argument("--write", action="store_true", help="train nothing, and fill the pages")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/rates"), help="where runs are kept")
     parser.add_argument("--results", type=Path, default=RESULTS / "rates")
@@ -433,7 +466,8 @@ def main() -> None:
             found[regime.part.name] = json.loads(path.read_text())
     print(f"\n{text(found)}")
     if options.write:
-        PAGE.write_text(fill(PAGE.read_text(), "rates", text(found)))
+        for path, page in pages(found).items():
+            path.write_text(page)
     if figure := draw(options.results):
         print(f"\ndrawn in {figure}")
 
