@@ -386,8 +386,15 @@ def pages(results: dict[str, dict]) -> dict[Path, str]:
 
 
 def draw(results: Path) -> Path | None:
-    """AUC against the learning rate, one panel a part, with 95 % intervals where there are three seeds or more."""
-    there = [regime for regime in REGIMES if (results / f"{regime.part.name}.json").is_file()]
+    """AUC against the learning rate, one panel a part, with 95 % intervals where there are three seeds or more.
+
+    A part at two neighbouring rates is left out.
+    """
+    there = [
+        regime
+        for regime in REGIMES
+        if (results / f"{regime.part.name}.json").is_file() and len(regime.part.learning_rates) > 2
+    ]
     if not there:
         return None
     columns = len(there) if len(there) < 5 else 3
