@@ -689,7 +689,7 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     assert not (folder / "alpha-2").exists() and (folder / "alpha-1" / ADAPTER_WEIGHTS).read_bytes() == before
 
     monkeypatch.setattr("gxpo_trl.trajectory.writing._card", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit, match="error: ZeroDivisionError"):
         write(run, "--alpha", "3")
     assert not (folder / "alpha-3").exists()
 
