@@ -23,9 +23,7 @@ class ModelArguments(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         target = self.lora_target_modules
-        if isinstance(target, str) and re.fullmatch(
-            r"[\w.]+", target
-        ):  # PEFT reads a text as a pattern of whole paths
+        if isinstance(target, str) and re.fullmatch(r"[\w.]+", target):  # which PEFT takes for a pattern of whole paths
             self.lora_target_modules = [target]
 
 
