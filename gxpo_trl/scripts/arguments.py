@@ -22,8 +22,8 @@ class ModelArguments(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        target = self.lora_target_modules
-        if isinstance(target, str) and re.fullmatch(r"[\w.]+", target):  # which PEFT takes for a pattern of whole paths
+        target = self.lora_target_modules  # where it is a text, PEFT takes it for a pattern of whole paths
+        if isinstance(target, str) and re.fullmatch(r"[\w.]+", target):
             self.lora_target_modules = [target]
 
 
