@@ -459,6 +459,23 @@ def draw(results: Path) -> Path:
     return path
 
 
+def show_against(results: Path, part: Part, label: str) -> None:
+    """How far ahead of an arm the others of its part are, from the JSON only."""
+    result = json.loads((results / f"{part.name}.json").read_text())
+    known = {arm.label: arm for arm in (*part.arms, *SCHEDULED)}
+    arms = {
+        row["arm"]: ArmOfRuns(row["arm"], tuple(runs_of(row, part, known[row["arm"]], result["batches"])))
+        for row in result["rows"]
+        if row["arm"] in known
+    }
+    if label not in arms:
+        return
+    print(f"\n{part.name}\n\n| arm | AUC, ahead of {label} | final | seeds |\n|---|---|---|---|")
+    for name, arm in arms.items():
+        found = [paired_difference(arm, arms[label], HELD_OUT, measure) for measure in (area, final)]
+        print(f"| {name} | {around(triple(found[0]))} | {around(triple(found[1]))} | {found[0].n} |")
+
+
 def draw_page(results: Path, part: Part) -> Path:
     """The page of a part from its JSON only, without the runs: they are not in git."""
     result = json.loads((results / f"{part.name}.json").read_text())
@@ -515,6 +532,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few batches, arms and seeds; leaves no results")
     parser.add_argument("--draw", action="store_true", help="train nothing: draw pages and figure from the JSON there")
+    parser.add_argument("--against", metavar="LABEL", help="with `--draw`: differences to this arm, seed by seed")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/compare_rules"), help="where runs are kept")
     options = parser.parse_args()
@@ -527,6 +545,8 @@ def main() -> None:
     else:
         for part in there:
             print(f"drawn in {draw_page(results, part)}", flush=True)
+            if options.against:
+                show_against(results, part, options.against)
     if any((results / f"{part.name}.json").is_file() for part in PARTS if len(part.learning_rates) > 1):
         print(f"drawn in {draw(results)}")
 
