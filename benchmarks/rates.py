@@ -342,12 +342,12 @@ def show(mean: Mean | None, sign: str = "") -> str:
 
 def compare(result: dict, arm: str) -> list[str]:
     """Of an arm at all its rates, by seed: AUC and final less those of tuned GRPO, and the least AUC over GRPO's."""
-    found, cells = by_arm(result), []
+    found, shown = by_arm(result), []
     for name in ("auc", "final"):
         ours, base = by_seed(arm, found[arm], name), tuned(found[GRPO.label], name)
-        cells.append(show(mean_of([ours[seed] - base[seed] for seed in ours if seed in base]), "+"))
+        shown.append(show(mean_of([ours[seed] - base[seed] for seed in ours if seed in base]), "+"))
     means = [statistics.fmean(run["auc"] for run in runs.values()) for runs in found[arm].values()]
-    return [*cells, f"{min(means) / statistics.fmean(tuned(found[GRPO.label], 'auc').values()):.2f}"]
+    return [*shown, f"{min(means) / statistics.fmean(tuned(found[GRPO.label], 'auc').values()):.2f}"]
 
 
 def overview(results: dict[str, dict]) -> str:

@@ -67,3 +67,9 @@ def test_runs_are_made_once_and_drawn(tmp_path):
     assert (tmp_path / "results" / "rates.png").is_file() and "| GRPO | " in first
     again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "seed" in first and "seed 0" not in again
+    subprocess.run([*command, "--costs"], check=True, capture_output=True, text=True)
+    costs = json.loads((tmp_path / "results" / "full.json").read_text())["cost"]
+    assert (
+        costs.keys() == {"GRPO", "two passes, controlled", "check"}
+        and costs["GRPO"] == 1 < costs["two passes, controlled"]
+    )

@@ -262,6 +262,11 @@ def with_columns(rows: Dataset, **columns: list) -> Dataset:
     return rows
 
 
+def replace_columns(rows: Dataset, **columns: list) -> Dataset:
+    """Adds these columns to the rows, in the place of those of these names."""
+    return with_columns(rows.remove_columns([name for name in columns if name in rows.column_names]), **columns)
+
+
 def hub_dataset(name: str | None) -> str | None:
     """Where a dataset is on the Hub, for links; `None` for what is not there, and for several at once."""
     if name in PROBLEM_SETS:
@@ -361,8 +366,7 @@ def to_prompts(problems: Dataset, prompt: str | None = None, system_prompt: str 
 
     asked, answers = (map(text_of_cell, problems[column][:]) for column in ("problem", "answer"))
     prompts = [[*system, {"role": "user", "content": template.format(problem=problem)}] for problem in asked]
-    kept = problems.remove_columns([name for name in ("prompt", "solution") if name in problems.column_names])
-    return with_columns(kept, prompt=prompts, solution=list(answers))
+    return replace_columns(problems, prompt=prompts, solution=list(answers))
 
 
 def find_overlap(train: Dataset, evaluation: Dataset) -> list[str]:

@@ -22,10 +22,10 @@ from .datasets import (
     load_rows,
     problem_set,
     problems_of,
+    replace_columns,
     shadowed,
     text_of_cell,
     to_prompts,
-    with_columns,
 )
 from .generated import generate, is_generated
 
@@ -110,11 +110,6 @@ def with_prompts(
     if gold in (None, "solution"):
         return rows
     return replace_columns(rows, solution=[text_of_cell(cell) for cell in rows[gold][:]])
-
-
-def replace_columns(rows: Dataset, **columns: list) -> Dataset:
-    """Adds these columns to the rows, in the place of those of these names."""
-    return with_columns(rows.remove_columns([name for name in columns if name in rows.column_names]), **columns)
 
 
 def has_own_prompts(rows: Dataset, name: str, problem_column: str | None, has_template: bool) -> bool:

@@ -51,6 +51,7 @@ _PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "micro": "µ", "nano": "n"
 _PREFIXES |= {short: short for short in _PREFIXES.values()}
 _UNITS = {name + alias: short + unit for name, short in _PREFIXES.items() for alias, unit in _UNITS.items()} | _UNITS
 _NO_NOUN = "times plus minus thirds quarters halves hundreds thousands millions".split()
+_OF_FORMULAS = {*_WORDS, *_NO_NOUN, *(form for unit in _UNITS for form in (unit, unit + "s"))}
 _REWRITES = [
     # A backslash that was escaped, thousands, characters and commands
     (r"\s", " "), (r"\\\\(?=[a-zA-Z])(?!.*\\end)", r"\\"),
@@ -104,11 +105,10 @@ def normalize(text: str) -> str:
 
 def _phrase(text: str) -> str:
     """Words by themselves: "no solution" is a text, "three halves" and "sin x" are formulas."""
-    known = {*_WORDS, *_NO_NOUN, *(form for unit in _UNITS for form in (unit, unit + "s"))}
     words = text.lower().split()
-    if any(len(word) > 3 and word not in known for word in words):
+    if any(len(word) > 3 and word not in _OF_FORMULAS for word in words):
         return rf"\text{{{text}}}"
-    return " ".join(_WORDS.get(word, word) for word in words) if set(words) <= known else text
+    return " ".join(_WORDS.get(word, word) for word in words) if set(words) <= _OF_FORMULAS else text
 
 
 def _ratio(text: str) -> str:
