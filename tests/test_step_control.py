@@ -722,6 +722,14 @@ def test_its_multiplier_follows_the_cosine_and_is_in_every_step(tmp_path):
     assert trainer.backward_passes == 5 * 1.5 + tries and 2 < tries <= 2 * MOST_TRIES
 
 
+def test_a_step_that_went_too_far_is_counted_in_its_own_entry(tmp_path):
+    fixed = Fixed(1.0, step1=30.0, step2=30.0, step3=30.0)
+    trainer = train_fixed(tmp_path, fixed=fixed, **{**METHOD, **CHECK, "learning_rate": 1e-3}, max_steps=4)
+    counts = logged(trainer, "lookahead/steps_taken_back")
+    too_far = [cosine < TAKE_BACK_BELOW for cosine in logged(trainer, "lookahead/cos_check")]
+    assert any(too_far) and counts == [sum(too_far[: i + 1]) for i in range(4)]
+
+
 def test_its_first_step_is_as_long_as_both_of_two_passes(tmp_path):
     """Found by the gradients of the whole batch."""
     common = {**METHOD, **CHECK, "max_steps": 1}
