@@ -20,7 +20,7 @@ def test_pages_and_figure_are_drawn_from_the_committed_results(tmp_path):
     command = [sys.executable, str(SCRIPT), "--quick", "--draw", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     pages = {path.stem: path.read_text() for path in results.glob("*.html")}
-    assert pages.keys() == {"tuned", "onepass", "equal", "lora", "decay", "harder"}
+    assert pages.keys() == {"tuned", "onepass", "equal", "lora", "decay", "harder", "cheaper"}
     assert (results / "ahead.png").is_file()
     for name, page in pages.items():
         rows = {row["arm"]: row for row in json.loads((results / f"{name}.json").read_text())["rows"]}
