@@ -23,11 +23,15 @@ them. `gxpo eval` writes table.md, and a folder for each model:
         BENCHMARK.jsonl               one judged sample on each line, collected from BENCHMARK.parts/
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import IO, Any, NotRequired, Required, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
@@ -74,7 +78,7 @@ def checkpoint_step(folder: Path) -> int | None:
 
 def alpha_folder(folder: Path, alpha: float) -> Path:
     """The folder of the model of one α in an extrapolation."""
-    return folder / f"alpha-{alpha:g}"
+    return folder / f"alpha-{f'{alpha:g}' if float(f'{alpha:g}') == alpha else repr(alpha)}"
 
 
 def completion_files(run: Path) -> list[Path]:
@@ -101,6 +105,30 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file that appears only when it is complete."""
     partial_path(path).write_text(text, encoding="utf-8")
     os.replace(partial_path(path), path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Context that yields a folder to write to, which is moved to `path` when the block has ended without an error.
+
+    Nothing is overwritten: the folder has a name that was free.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = (f"{path.name}.partial" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
+    partial = next(free for name in names if (free := _new_folder(path.with_name(name))) is not None)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _new_folder(path: Path) -> Path | None:
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return None
+    return path
 
 
 # ---- Entries of the log

@@ -182,6 +182,17 @@ def test_what_was_spent_goes_on_after_a_resumption(tmp_path):
         assert [entry["step"] for entry in read_log(resumed)] == [1, 2, 3, 3]
 
 
+def test_what_was_spent_begins_anew_with_a_run(tmp_path):
+    trainer = trl_trainer(tmp_path)
+    trainer.add_callback(RunRecordCallback(trainer))
+    trainer.train()
+    before = find_record(trainer).spent()
+    trainer.train()
+    spent = find_record(trainer).spent()
+    assert {**spent, "seconds": 0} == {**before, "seconds": 0} and spent["rollouts"] == 32
+    assert spent["seconds"] < before["seconds"] * 1.9
+
+
 def test_a_run_of_plain_trl_can_be_resumed_with_a_record(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1}
     trl_trainer(tmp_path, **settings, max_steps=1).train()

@@ -14,11 +14,12 @@ from test_scripts import recipe
 from trl import RLOOConfig, RLOOTrainer
 
 from gxpo_trl import SFPOConfig, SFPOTrainer
+from gxpo_trl.callbacks.records import find_record
 from gxpo_trl.evaluation.sampling import load_tokenizer
 from gxpo_trl.reporting.statistics import icer
 from gxpo_trl.run_folder import ADAPTER_WEIGHTS
 from gxpo_trl.scripts import next_loop
-from gxpo_trl.scripts.building import build_trainer
+from gxpo_trl.scripts.building import attach_callbacks, build_trainer
 from gxpo_trl.scripts.next_loop import check_loop
 from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.scripts.train import main
@@ -86,8 +87,20 @@ def test_a_resumed_run_goes_on_recording_and_a_new_one_keeps_the_old(tmp_path):
     assert {path.name: (path / ADAPTER_WEIGHTS).read_bytes() for path in folder.iterdir()} == first
     recorded(tmp_path, max_steps=1, seed=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000", "step-000001"]
-    kept = tmp_path / "trajectory-1"
+    kept = tmp_path / "trajectory-2"
     assert {path.name: (path / ADAPTER_WEIGHTS).read_bytes() for path in kept.iterdir()} == first
+
+
+def test_what_was_recorded_after_the_step_of_a_resumption_is_set_aside(tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    recorded(tmp_path, max_steps=5, **saving)
+    abandoned = {path.name: (path / ADAPTER_WEIGHTS).read_bytes() for path in (tmp_path / "trajectory").iterdir()}
+    again = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2"), "learning_rate": 1e-5}
+    recorded(tmp_path, max_steps=3, **saving, **again)
+    assert load_trajectory(tmp_path).steps == (1, 2, 3)
+    aside = {path.name: (path / ADAPTER_WEIGHTS).read_bytes() for path in (tmp_path / "trajectory-1").iterdir()}
+    assert aside == {name: abandoned[name] for name in ("step-000003", "step-000004", "step-000005")}
+    assert "after step 2, from which the run is resumed, are in trajectory-1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -112,7 +125,11 @@ def test_a_run_starts_from_an_adapter(tmp_path):
     recorded(tmp_path / "first")
     adapter = tmp_path / "first" / "trajectory" / "step-000002"
     arguments = [*recipe("grpo"), "--resume_adapter", str(adapter), "--output_dir", str(tmp_path / "second")]
-    trainer = build_trainer(parse_recipe([*arguments, "--beta", "0.1", "--use_peft", "true", "--lora_r", "7"]))
+    parsed = parse_recipe([*arguments, "--beta", "0.1", "--use_peft", "true", "--lora_r", "7"])
+    trainer = build_trainer(parsed)
+    attach_callbacks(trainer, parsed)
+    described = find_record(trainer).describe_run()["settings"]
+    assert described["resume_adapter"] == str(adapter) and described["dataset_name"] == "gxpo_trl/arithmetic"
     expected = PeftModel.from_pretrained(tiny_model(), adapter).state_dict()
     found = trainer.model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

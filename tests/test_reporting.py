@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import hostile_runs
 import pytest
@@ -50,7 +52,7 @@ from gxpo_trl.reporting.sections.comparison import find_baseline
 from gxpo_trl.reporting.sections.section import Section
 from gxpo_trl.reporting.statistics import area, match_peak, mean_of, paired_difference, peak, shutoff_point, value_at
 from gxpo_trl.reporting.step_costs import factor_needed, share_needed
-from gxpo_trl.reporting.tables import Table, interval, number
+from gxpo_trl.reporting.tables import MISSING, Table, interval, number
 from gxpo_trl.run_folder import ExtrapolationReport, RunDescription
 from gxpo_trl.scripts import extrapolate, report
 
@@ -350,6 +352,192 @@ def test_what_no_run_logged_is_no_figure(tmp_path):
     arms = arms_of(tmp_path, gxpo=[[0.0, 0.4]])
     assert metric_picture(arms, {"kl": ""}, "kl", "KL", "nats") is None
     assert metric_picture(arms, {"reward": ""}, "reward", "Reward", "reward") is not None
+
+
+def test_runs_of_another_model_adapter_or_data_are_another_arm(tmp_path):
+    about = {"trainer": "GXPOTrainer", "model": "a", "adapter": None, "rewards": ["x"], "training_examples": 10}
+    others = {
+        "trainer MyTrainer": {"trainer": "MyTrainer"},
+        "model b": {"model": "b"},
+        "adapter LORA": {"adapter": {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "here"}},
+        "rewards x + y": {"rewards": ["x", "y"]},
+        "training_examples 20": {"training_examples": 20},
+        "prompt {problem}!": {},
+        "resume_adapter True": {},
+    }
+    names = []
+    for i, (change, facts) in enumerate({"": {}, "again": {}, **others}.items()):
+        data = {"prompt": "{problem}!" if "prompt" in change else None}
+        data["resume_adapter"] = f"out/{i}" if "resume" in change else None
+        folder = write_run(tmp_path / str(i), curve([0.1, 0.2]), {**GXPO, **data, "seed": i})
+        (folder / "run.json").write_text(json.dumps({"settings": {**GXPO, **data, "seed": i}, **about, **facts}))
+        names.append(str(folder))
+    arms = group_arms(load_runs(names))
+    assert [len(arm.runs) for arm in arms] == [2, 1, 1, 1, 1, 1, 1, 1]
+    for arm, change in zip(arms[1:], others, strict=True):
+        assert change in arm.label, arm.label
+
+
+def test_settings_that_differ_after_sixty_characters_are_two_arms(tmp_path):
+    path = "/mnt/shared/users/someone/projects/reinforcement/datasets/math-v{}/templates/that/are/long.jinja"
+    for i in (1, 2):
+        write_run(tmp_path / str(i), curve([0.1, 0.2]), {**GXPO, "chat_template_path": path.format(i), "seed": i})
+    for i, rate in enumerate((1e-4, 1.0000001e-4)):
+        write_run(tmp_path / f"rate-{i}", curve([0.1, 0.2]), {**GXPO, "learning_rate": rate})
+    labels = [arm.label for arm in group_arms(load_runs([f"{tmp_path}/*"]))]
+    assert len(set(labels)) == 4 and "lr 0.00010000001" in " ".join(labels)
+
+
+def test_a_setting_that_only_a_newer_version_has_tells_no_arms_apart(tmp_path):
+    write_run(tmp_path / "old", curve([0.1, 0.2]), {**GXPO, "seed": 0})
+    write_run(tmp_path / "new", curve([0.1, 0.2]), {**GXPO, "seed": 1, "step_control": "none"})
+    assert [arm.label for arm in group_arms(load_runs([f"{tmp_path}/*"]))] == ["GXPO"]
+
+
+def test_trainers_of_trl_are_named_by_their_class(tmp_path):
+    for name in ("RLOO", "SFT", "GRPO"):
+        folder = write_run(tmp_path / name, curve([0.1, 0.2]), {"learning_rate": 1e-4, "seed": 0})
+        about = {"trainer": f"{name}Trainer", "settings": {"learning_rate": 1e-4, "seed": 0}}
+        (folder / "run.json").write_text(json.dumps(about))
+    write_run(tmp_path / "ours", curve([0.1, 0.2]), GRPO)
+    labels = [run.label for run in load_runs([f"{tmp_path}/*"])]
+    assert labels == ["GRPO (TRL)", "RLOO (TRL)", "SFT (TRL)", "GRPO"]
+
+
+def test_a_folder_that_is_named_twice_is_one_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_run(tmp_path / "a").parent)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert len(load_runs(["a", "a/", str(tmp_path / "*"), "GXPO=link"])) == 1
+
+
+def test_a_folder_whose_name_is_a_pattern_is_itself(tmp_path):
+    write_run(tmp_path / "run[1]", settings={**GXPO, "seed": 3})
+    write_run(tmp_path / "run1", settings={**GXPO, "seed": 4})
+    assert [run.seed for run in load_runs([str(tmp_path / "run[1]")])] == [3]
+
+
+def test_runs_without_settings_are_pooled_only_by_a_label(tmp_path):
+    for i in range(3):
+        write_run(tmp_path / f"trl-{i}", curve([0.1, 0.2 + i / 10]), None)
+    assert [len(arm.runs) for arm in group_arms(load_runs([f"{tmp_path}/*"]))] == [1, 1, 1]
+    (pooled,) = group_arms(load_runs([f"TRL={tmp_path}/*"]))
+    assert len(pooled.runs) == 3
+    others = group_arms(load_runs([f"B={tmp_path}/trl-[12]", f"A={tmp_path}/trl-0"]))
+    assert paired_difference(*others, HELD_OUT) is None  # which seeds belong together is not known
+
+
+def test_amounts_are_matched_up_to_what_the_cheapest_run_spent(tmp_path):
+    for end in (104, 157, 162, 7):  # x · 3 / 3 is larger than x for some of them
+        points = [tuple(Point(10, v, 1, 1, s / 3600) for v, s in ((0.1, 0), (0.3, end)))]
+        points += [tuple(Point(10, v, 1, 1, s / 3600) for v, s in ((0.1, 0), (0.5, 2 * end)))]
+        arm = SimpleNamespace(label="A", curves=lambda _, points=points: points)
+        table = budget_table([arm], "b", "hours", "b")
+        assert table.rows[0][-1].startswith("0.300 [")
+
+
+def test_matched_amounts_without_all_seeds_are_left_open(tmp_path):
+    curves = [[Point(10, 0.6, 1, 30, 1.0)], [Point(0, 0.0, 1, 0, 0.0), Point(20, 0.4, 1, 60, 2.0)]]
+    table = budget_table([SimpleNamespace(label="A", curves=lambda _: curves)], "b", "backward_passes", "b")
+    assert table.rows[0][1:3] == [MISSING, MISSING] and table.rows[0][3].startswith("0.400 [")
+    assert value_at(curves[0], "backward_passes", 30) == 0.6 and value_at(curves[0], "backward_passes", 31) is None
+
+
+def test_evaluations_between_two_logs_have_spent_a_part(tmp_path):
+    log = [{"step": s, "lookahead/backward_passes": 3 * s, "lookahead/elapsed_time": 10.0 * s} for s in (10, 20)]
+    log += [{"step": s, "eval_reward": 0.5} for s in (0, 5, 15, 20)]
+    points = load_run(write_run(tmp_path, log)).points[HELD_OUT]
+    assert [p.backward_passes for p in points] == [0, 15, 45, 60]
+    assert [p.hours for p in points] == pytest.approx([0, 50 / 3600, 150 / 3600, 200 / 3600])
+
+
+def test_seconds_of_a_resumed_run_of_trl(tmp_path):
+    """`train_runtime` is that of the last session, and evaluations are in the log of all."""
+    log = [{"step": s, "step_time": 2.0, "reward": 0.1} for s in range(10, 110, 10)]
+    log += [{"step": s, "eval_reward": 0.1, "eval_runtime": 30.0} for s in range(10, 110, 10)]
+    ended = {"step": 100, "train_runtime": 55.0}
+    assert load_run(write_run(tmp_path / "grpo", [*log, ended], None)).seconds == 200
+    sft = [{name: v for name, v in entry.items() if name != "step_time"} for entry in log]
+    assert load_run(write_run(tmp_path / "sft", [*sft, ended], None)).seconds is None
+    assert load_run(write_run(tmp_path / "one", [*sft[-1:], ended], None)).seconds == 25
+
+
+def test_a_run_that_ended_and_was_continued_is_shown_to_its_last_step(tmp_path):
+    write_run(tmp_path, curve([0.1, 0.2]), None)
+    os.utime(tmp_path / "trainer_state.json", (1000, 1000))
+    write_run(tmp_path, curve([0.1, 0.2, 0.3]), None, "checkpoint-20/trainer_state.json")
+    run = load_run(tmp_path)
+    assert run.steps == 20 and not run.finished
+    os.utime(tmp_path / "checkpoint-20" / "trainer_state.json", (900, 900))  # of a run before this one
+    assert load_run(tmp_path).steps == 10
+
+
+@pytest.mark.parametrize("last", ['{"step": 2, "reward": {"a": 1}', '{"step": 2', '{"step": 2, "eval": {}'])
+def test_a_last_line_that_is_cut_is_left_out(tmp_path, last):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "reward": 0.5}\n' + last)
+    assert load_run(tmp_path).steps == 1
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.5}')
+    assert load_run(tmp_path).steps == 2
+
+
+def test_steps_per_point_are_those_between_the_evaluations(tmp_path, runs):
+    run = load_run(runs / "next")
+    log = [{"step": 80, "eval_reward": 0.3}, {"step": 90, "reward": 0.1}, {"step": 100, "eval_reward": 0.4}]
+    cost = next_section([replace(run, log=log)]).tables[-1]
+    assert cost.rows[0][2:] == ["0.300", "0.400", "20", "2.00"]
+
+
+def test_predictions_of_other_settings_are_shown_apart(tmp_path, runs):
+    first = sorted((runs / "next").glob("extrapolated/next/*/extrapolation.json"))[0]
+    report = json.loads(first.read_text())
+    run = write_run(tmp_path / "loop" / "before", curve([0.1, 0.2]))
+    after = write_run(tmp_path / "loop" / "after", curve([0.1, 0.2]))
+    for name, epochs, error in (("a", 100, 0.5), ("b", 3, 1.2)):
+        report |= {"run": "/elsewhere/loop/before", "alpha": 1.0}
+        report["predictor"]["epochs"] = epochs
+        report["held_out"]["errors"]["next"]["error"] = error
+        path = tmp_path / "loop" / "extrapolated" / name / "alpha-1" / "extrapolation.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(report))
+    *tables, _ = next_section(load_runs([str(run), str(after)])).tables
+    assert [(table.rows[-1][1], table.note.split("α = ")[1]) for table in tables] == [
+        ("0.500", "1, epochs 100."),
+        ("1.200", "1, epochs 3."),
+    ]
+
+
+def test_an_evaluation_of_a_run_that_was_moved_is_not_dropped_silently(tmp_path):
+    run = write_run(tmp_path / "run")
+    metrics = {"avg@4": {"value": 0.5, "low": 0.4, "high": 0.6, "problems": 8}}
+    results = {"model": "/cluster/run", "benchmarks": {"M": {"problems": 8, "metrics": metrics, "verify_failures": 1}}}
+    path = run / "eval" / "0" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(results))
+    section = evaluation_section(load_runs([str(run)]), tmp_path / "eval")
+    assert not section.tables and section.notes == [
+        f"{path} is of /cluster/run, which is not in this run's folder: it is left out."
+    ]
+
+
+def test_a_sweep_has_a_map_for_each_value_of_the_other_settings(tmp_path):
+    for i, (k, rate, n) in enumerate(itertools.product((3, 5), (1e-4, 1e-5), (4, 8))):
+        settings = {**GXPO, "lookahead_steps": k, "learning_rate": rate, "num_generations": n}
+        write_run(tmp_path / str(i), curve([0.0, 0.2 if n == 4 else 0.8]), settings)
+    section = sweep_section(load_runs([f"{tmp_path}/*"]))
+    maps = [picture for picture in section.pictures if "n seeds" in picture.caption]
+    assert [picture.caption.split(" at ")[1] for picture in maps] == [
+        "num_generations 4; means over n seeds.",
+        "num_generations 8; means over n seeds.",
+    ]
+    for picture, value in zip(maps, ("0.200", "0.800"), strict=True):
+        assert {text.get_text() for text in picture.figure.axes[0].texts} >= {f"{value}\nn = 1"}
+    (table,) = section.tables
+    assert len({tuple(row[:3]) for row in table.rows}) == 8 and table.columns[:3] == ["K", "lr", "num_generations"]
+
+
+def test_file_names_fit_however_many_bytes_a_letter_has(tmp_path):
+    picture = metric_picture(arms_of(tmp_path, gxpo=[[0.0, 0.4]]), {"reward": ""}, "数" * 100, "Reward", "reward")
+    write_report([], [Section("A", [], [], [picture])], tmp_path / "page")
+    assert len(list((tmp_path / "page").glob("数*.png"))) == 1
 
 
 def test_a_sweep_is_a_map_over_the_settings_that_vary(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gxpo_trl.run_folder import ADAPTER_WEIGHTS, read_extrapolation
+from gxpo_trl.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_extrapolation, step_folder
 from gxpo_trl.scripts.extrapolate import main
 from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.trajectory import deltas as deltas_module
@@ -200,6 +201,21 @@ def poison(run: Path) -> None:
     save_file(tensors, path)
 
 
+def replace_by_model(folder: Path) -> None:
+    shutil.rmtree(folder)
+    tiny_model().save_pretrained(folder)
+
+
+def move_into(folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    for file in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        (folder / file).rename(folder / name / file)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
 BAD_RUNS = {
     "no checkpoints": (lambda run: run.rename(run.parent / "elsewhere"), "holds no checkpoints"),
     "uneven": (lambda run: (run / "checkpoint-30").rename(run / "checkpoint-35"), "`last_step: 20`"),
@@ -211,9 +227,37 @@ BAD_RUNS = {
     "pissa": (lambda run: change(run, 70, init_lora_weights="pissa"), "`init_lora_weights: pissa`"),
     "another start": (lambda run: change(run, 70, init_lora_weights=False), "Train with `trajectory_steps`"),
     "no lora": (lambda run: change(run, 70, peft_type="IA3"), "needs plain LoRA"),
-    "not an adapter": (
+    "no weights": (
         lambda run: (run / "checkpoint-20" / ADAPTER_WEIGHTS).unlink(),
+        "checkpoint-20 holds an adapter without adapter_model.safetensors. Save adapters in safetensors",
+    ),
+    "not an adapter": (
+        lambda run: replace_by_model(run / "checkpoint-20"),
         "are adapters and some are not",
+    ),
+    "weights of another format": (
+        lambda run: [p.rename(p.with_name("adapter_model.bin")) for p in run.glob(f"checkpoint-*/{ADAPTER_WEIGHTS}")],
+        "holds an adapter without adapter_model.safetensors. Save adapters in safetensors",
+    ),
+    "a named adapter": (
+        lambda run: [move_into(path, "mine") for path in run.glob("checkpoint-*")],
+        "checkpoint-10 holds its adapter in the folder mine",
+    ),
+    "cut weights": (
+        lambda run: cut(run / "checkpoint-30" / ADAPTER_WEIGHTS),
+        "checkpoint-30/adapter_model.safetensors can't be read",
+    ),
+    "cut settings": (
+        lambda run: (run / "checkpoint-70" / ADAPTER_CONFIG).write_text('{"peft'),
+        "checkpoint-70/adapter_config.json is not complete JSON",
+    ),
+    "only the start": (
+        lambda run: [step_folder(run, 0).mkdir(parents=True)],
+        "holds no checkpoint after the start of the run",
+    ),
+    "a start that is gone": (
+        lambda run: (run / "run.json").write_text('{"settings": {"resume_adapter": "out/elsewhere"}}'),
+        "started from the adapter out/elsewhere, which is not there",
     ),
 }
 
@@ -224,6 +268,52 @@ def test_a_run_that_is_no_trajectory_is_refused(tmp_path, damage, message):
     damage(run)
     with pytest.raises(ValueError, match=message):
         load_trajectory(run)
+
+
+def test_a_checkpoint_that_is_still_being_saved_is_left_out(tmp_path, caplog):
+    run = save_run(tmp_path, at_random)
+    for file in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        (run / "checkpoint-70" / file).unlink()
+    assert load_trajectory(run).steps == (10, 20, 30, 40, 50, 60)
+    assert "checkpoint-70 holds no weights yet: it is left out" in caplog.text
+
+
+def test_settings_that_older_versions_of_peft_do_not_have(tmp_path):
+    run = save_run(tmp_path, drifting, steps=(10, 20))
+    name = all_names(load_trajectory(run))[0]
+    expected = dense_delta(run / "checkpoint-20", name)
+    for path in run.glob(f"*/{ADAPTER_CONFIG}"):
+        settings = json.loads(path.read_text())
+        for gone in ("use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"):
+            del settings[gone]
+        path.write_text(json.dumps(settings))
+    trajectory = load_trajectory(run)
+    assert torch.allclose(dense(trajectory.difference([name], 1, None))[0], expected, atol=1e-6)
+
+
+def test_an_adapted_convolution_is_left_alone(tmp_path):
+    model = torch.nn.Module()
+    model.linear, model.conv = torch.nn.Linear(8, 8), torch.nn.Conv1d(8, 8, 3)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["linear", "conv"]))
+    for step in (10, 20):
+        adapted.save_pretrained(tmp_path / f"checkpoint-{step}")
+    trajectory = load_trajectory(tmp_path)
+    assert all_names(trajectory) == ["linear"]
+    assert [name.split(".")[2] for name in trajectory.left_alone] == ["conv", "conv"]
+
+
+def test_the_adapter_that_a_run_started_from_is_taken_off(tmp_path):
+    """It is recorded in `run.json`; otherwise the start counts as zero."""
+    whole = save_run(tmp_path / "whole", at_random, steps=(0, 10, 20))
+    later = save_run(tmp_path / "later", at_random, steps=(10, 20))
+    for step in (10, 20):
+        shutil.copytree(whole / f"checkpoint-{step}", later / f"checkpoint-{step}", dirs_exist_ok=True)
+    start = (whole / "checkpoint-0").rename(tmp_path / "start")
+    (later / "run.json").write_text(json.dumps({"settings": {"resume_adapter": str(start)}}))
+    trajectory = load_trajectory(later)
+    name = all_names(trajectory)[0]
+    expected = dense_delta(later / "checkpoint-10", name) - dense_delta(start, name)
+    assert torch.allclose(dense(trajectory.difference([name], 0, None))[0], expected, atol=1e-6)
 
 
 def test_checkpoints_that_adapt_other_modules_are_refused(tmp_path):
@@ -691,7 +781,55 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr("gxpo_trl.trajectory.writing._card", lambda *args: 1 / 0)
     with pytest.raises(SystemExit, match="error: ZeroDivisionError"):
         write(run, "--alpha", "3")
-    assert not (folder / "alpha-3").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["alpha-1"]
+
+
+def test_what_lies_beside_the_results_stays(tmp_path):
+    run = save_run(tmp_path / "run", drifting)
+    for name in ("trajectory.png", "alpha-1.partial"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / name).write_text("mine")
+    main([str(run), "--method", "linear", "--steps-ahead", "20", "--output-dir", str(tmp_path / "mine")])
+    assert (tmp_path / "mine" / "alpha-1" / ADAPTER_WEIGHTS).is_file()
+    for name in ("trajectory.png", "alpha-1.partial"):
+        assert (tmp_path / "mine" / name).read_text() == "mine"
+
+
+def test_two_alphas_of_six_equal_digits_are_two_results(tmp_path):
+    folder = write(save_run(tmp_path, drifting), "--alpha", "1.2345671,1.2345674,2")
+    found = {path.name: json.loads((path / "extrapolation.json").read_text())["alpha"] for path in folder.iterdir()}
+    assert found == {"alpha-1.2345671": 1.2345671, "alpha-1.2345674": 1.2345674, "alpha-2": 2.0}
+
+
+@pytest.mark.parametrize("arguments", [("--alpha", "1e45"), ("--learning-rate", "1e25")])
+def test_what_is_not_finite_is_not_written(tmp_path, arguments):
+    run = save_run(tmp_path, drifting)
+    with pytest.raises(SystemExit, match="is not finite at α = .*. Lower `alpha`, or the `learning_rate`"):
+        write(run, *arguments)
+    assert not list((run / "extrapolated").rglob("alpha-*"))
+
+
+def slowly(name: str, layer: LoraLayer, step: int) -> None:
+    """A small movement from a large start."""
+    torch.manual_seed(sum(map(ord, name)))
+    for factor in (layer.lora_A, layer.lora_B):
+        weight = factor["default"].weight.data.normal_(std=0.1)
+        weight.add_(torch.empty_like(weight).normal_(std=0.1) * step / 1000)
+
+
+@pytest.mark.parametrize("method", ["rl-extra", "relex"])
+def test_the_movement_of_an_adapter_in_bf16_is_not_rounded_away(tmp_path, method):
+    run = save_run(tmp_path, slowly)
+    for path in run.glob(f"*/{ADAPTER_WEIGHTS}"):
+        tensors = load_file(path)
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    main([str(run), "--method", method, "--steps-ahead", "20"])
+    trajectory = load_trajectory(run)
+    found = extrapolate(trajectory, method, 20)
+    name = found.deltas[0].names[0]
+    moved = dense_delta(run / "extrapolated" / method / "alpha-1", name) - dense_delta(trajectory.folders[-1], name)
+    expected = dense(found.predict(0, slice(0, 1)))[0]
+    assert (moved - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize(

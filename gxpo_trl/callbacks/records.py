@@ -115,6 +115,8 @@ class RunRecordCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step > 0:
             self._resume(state.stateful_callbacks.get(SPENT_NAME))
+        else:  # `train` may be called again
+            self.rollouts, self._seconds = 0, 0.0
         self._start_clock()
         make_history_plain(state.log_history, 0)
         self._written = len(state.log_history)

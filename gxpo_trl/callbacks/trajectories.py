@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..checks import check_at_least
 from ..engines import whole_parameters
-from ..run_folder import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, partial_path, step_folder
+from ..run_folder import ADAPTER_WEIGHTS, TRAJECTORY_FOLDER, partial_path, saved_steps, step_folder
 from ..trajectory.checkpoints import check_adapter_settings
 from .adapters import adapter_layers, trained_adapters
 
@@ -76,9 +76,11 @@ class TrajectoryCallback(TrainerCallback):
         self.trainer, self.every_steps = trainer, every_steps
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step > 0:
-            return  # resumed
         folder = Path(args.output_dir) / TRAJECTORY_FOLDER
+        if state.global_step > 0:  # resumed
+            if args.should_save:
+                _set_aside(folder, state.global_step)
+            return
         if args.should_save and folder.is_dir():
             _move_away(folder)
         self.save_adapter(step_folder(Path(args.output_dir), 0))
@@ -112,8 +114,25 @@ class TrajectoryCallback(TrainerCallback):
         os.replace(partial, folder)
 
 
+def _free_name(folder: Path) -> Path:
+    numbered = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
+
+
 def _move_away(folder: Path) -> None:
     """Renames the trajectory that an earlier run recorded in the same output folder."""
-    number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-{i}").exists())
-    folder.rename(folder.with_name(f"{folder.name}-{number}"))
-    logger.warning(f"{folder} held the trajectory of another run, which is in {folder.name}-{number} now.")
+    place = _free_name(folder)
+    folder.rename(place)
+    logger.warning(f"{folder} held the trajectory of another run, which is in {place.name} now.")
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    """Moves the adapters away that the run recorded after the step from which it is resumed: it now goes elsewhere."""
+    later = [path for saved, path in saved_steps(folder).items() if saved > step]
+    if not later:
+        return
+    place = _free_name(folder)
+    place.mkdir()
+    for path in later:
+        path.rename(place / path.name)
+    logger.warning(f"The adapters after step {step}, from which the run is resumed, are in {place.name} now.")

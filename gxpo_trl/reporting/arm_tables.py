@@ -92,11 +92,14 @@ def budget_table(arms: Sequence[Arm], benchmark: str, budget: str, slug: str) ->
         cells = [arm.label]
         for amount in amounts:
             values = [value_at(points, budget, amount) for points in arm.curves(benchmark)]
-            cells.append(interval(mean_of([value for value in values if value is not None])))
+            cells.append(MISSING if None in values else interval(mean_of(values)))
         rows.append(cells)
     name = {"hours": "hours", "backward_passes": "backward passes"}[budget]
     columns = ["arm", *(f"{amount:,.{digits}f} {name}" for amount in amounts)]
-    note = "Interpolated linearly between evaluations; at fractions of what the cheapest run has spent."
+    note = (
+        "Interpolated linearly between evaluations; at fractions of what the cheapest run has spent. "
+        f"{MISSING}: some run of the arm was not evaluated before or after it."
+    )
     return Table(f"{slug}-at-{budget}", f"{benchmark} at matched {name}", columns, rows, note)
 
 

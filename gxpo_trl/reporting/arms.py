@@ -1,13 +1,16 @@
 """Groups runs into arms: runs with the same settings, whatever their seeds."""
 
 import glob
+import itertools
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..run_folder import printable
-from .runs import METHODS, Point, Run, load_run
+from .runs import Point, Run, load_run
 
 
 NO_PART_OF_AN_ARM = (
@@ -17,6 +20,15 @@ NO_PART_OF_AN_ARM = (
     *("trajectory_steps", "lookahead_diagnostics_steps"),
 )
 """Beginnings of the names of settings that do not change what is learnt, and of the length of a run."""
+FACTS = ("model", "rewards", "training_examples")
+"""What decides what is learnt, in addition to the settings and the adapter."""
+OURS = ("LookaheadTrainer", "GXPOTrainer", "SFPOTrainer")
+"""Trainers that differ in nothing but their settings."""
+NO_PART_OF_AN_ADAPTER = (
+    *("peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+    "task_type",
+)
+"""Settings of an adapter that are said elsewhere, or change nothing."""
 LONGEST = 60
 """Characters of a setting in a label."""
 SHORT = {"learning_rate": "lr", "lookahead_steps": "K", "reposition_alpha": "α", "gate_threshold": "τ"}
@@ -27,34 +39,79 @@ RULE += ("step_control", "extrapolation")
 
 
 def arm_settings(run: Run) -> dict[str, Any]:
-    """The settings that runs of one arm share."""
+    """What runs of one arm share, by name: their settings, and what else decides what is learnt."""
     left_out = NO_PART_OF_AN_ARM
     if run.settings.get("prompts_per_step"):  # then the accumulation depends on the number of devices
         left_out = (*left_out, "gradient_accumulation_steps", "steps_per_generation")
-    return {name: value for name, value in run.settings.items() if not name.startswith(left_out)}
+    settings = {name: value for name, value in run.settings.items() if not name.startswith(left_out)}
+    if "resume_adapter" in settings:  # one of each seed
+        settings["resume_adapter"] = settings["resume_adapter"] is not None
+    facts = {name: run.about[name] for name in FACTS if name in run.about}
+    if "update_rule" in settings and "trainer" in run.about:  # elsewhere it is the method's name
+        facts["trainer"] = OURS[0] if run.about["trainer"] in OURS else run.about["trainer"]
+    if "adapter" in run.about:
+        adapter = run.about["adapter"] or {}
+        facts["adapter"] = adapter.get("peft_type") if adapter else "none"
+        facts |= {f"adapter {name}": adapter[name] for name in adapter if name not in NO_PART_OF_AN_ADAPTER}
+    return settings | facts
 
 
 def arm_labels(runs: Sequence[Run]) -> list[str]:
-    """The method of each run, and the settings that distinguish its arm from the others of that method."""
-    differs = {method: _differences([run for run in runs if run.method == method]) for method in METHODS.values()}
-    common = [name for name in _differences(runs) if not name.startswith(RULE)]
+    """The method of each run, and what distinguishes its arm from the others of that method. Runs have the same label
+    if nothing does.
+    """
+    kinds = [_kind(run) for run in runs]
+    differs = {
+        kind: differences([run for run, other in zip(runs, kinds, strict=True) if other == kind]) for kind in kinds
+    }
+    common = {name for name in differences(runs) if not name.startswith(RULE)}
+    unknown = [run.folder for run in runs if not run.about]
+    found: dict[tuple, str] = {}
     labels = []
-    for run in runs:
-        names = [name for name in arm_settings(run) if name in differs[run.method] or name in common]
-        shown = [f"{SHORT.get(name, name)} {_short(run.settings[name])}" for name in names]
-        labels.append(", ".join([run.method if run.settings else "GRPO (TRL)", *shown]))
+    for run, kind in zip(runs, kinds, strict=True):
+        shared = arm_settings(run)
+        arm = (kind, *((name, _exact(shared[name])) for name in sorted(differs[kind] & shared.keys())))
+        shown = [
+            f"{SHORT.get(name, name)} {_short(shared[name])}" for name in shared if name in differs[kind] | common
+        ]
+        if not run.about and len(unknown) > 1:  # whether they belong together is not known
+            arm, shown = (kind, run.folder), [str(run.folder)]
+        if arm not in found:
+            label = ", ".join([kind, *shown])
+            numbered = (label if i == 1 else f"{label} ({i})" for i in itertools.count(1))
+            found[arm] = next(label for label in numbered if label not in found.values())
+        labels.append(found[arm])
     return labels
 
 
-def _differences(runs: Sequence[Run]) -> set[str]:
-    """The settings in which the arms of these runs differ."""
-    arms = [arm_settings(run) for run in runs if run.settings]
-    return {name for arm in arms for name in arm if any(arm[name] != other.get(name) for other in arms)}
+def _kind(run: Run) -> str:
+    """The method, or the trainer of a run of TRL's own trainers."""
+    if "update_rule" in run.settings:
+        return run.method
+    return f"{run.about.get('trainer', 'GRPOTrainer').removesuffix('Trainer')} (TRL)"
+
+
+def differences(runs: Sequence[Run]) -> set[str]:
+    """The names in which the arms of these runs differ. One that only some of them have, as those of a newer version,
+    does not tell them apart.
+    """
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for name, value in arm_settings(run).items():
+            values.setdefault(name, set()).add(_exact(value))
+    return {name for name, found in values.items() if len(found) > 1}
+
+
+def _exact(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    if isinstance(value, list):
+        value = " + ".join(map(str, value))
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +139,12 @@ class Arm:
         return [value for run in self.runs for value in run.series(metric)[1]]
 
 
+def shown_setting(arm: Arm, name: str) -> str | None:
+    """The value of a setting, or of what else tells arms apart, as in a label; `None` if there is none."""
+    shared = arm_settings(arm.runs[0])
+    return _short(shared[name]) if name in shared else None
+
+
 def group_arms(runs: Sequence[Run]) -> list[Arm]:
     """Groups runs by their label into arms, in order."""
     labels = dict.fromkeys(run.label for run in runs)
@@ -92,16 +155,20 @@ def load_runs(names: Sequence[str], unreadable: list[str] | None = None) -> list
     """Reads runs by folder, pattern, or `LABEL=folder`. Runs without a label get the label of their arm.
 
     Args:
-        names (`Sequence[str]`): What to read.
+        names (`Sequence[str]`): What to read. A folder that is named twice is read once.
         unreadable (`list[str]`, *optional*): Gets a sentence for each folder that can't be read and is left out.
 
     Raises:
         ValueError: If a name matches no folder, or, without `unreadable`, if a folder holds no readable run.
     """
     named: list[Run] = []
+    seen: set[Path] = set()
     for name in names:
         label, folders = _folders_of(name)
         for folder in folders:
+            if Path(folder).resolve() in seen:
+                continue
+            seen.add(Path(folder).resolve())
             try:
                 named.append(load_run(folder, printable(label) or None))
             except ValueError as error:
@@ -116,7 +183,8 @@ def _folders_of(name: str) -> tuple[str, list[str]]:
     """The label and the folders of a name. Both may contain `=`: the shortest pattern that matches is used."""
     parts = name.split("=")
     for i in reversed(range(len(parts))):
-        folders = sorted(path for path in glob.glob("=".join(parts[i:])) if Path(path).is_dir())
+        pattern = "=".join(parts[i:])
+        folders = [pattern] if Path(pattern).is_dir() else sorted(filter(os.path.isdir, glob.glob(pattern)))
         if folders:
             return "=".join(parts[:i]), folders
     raise ValueError(f"There is no folder {parts[-1]}. Name the output folders of runs.")

@@ -72,7 +72,7 @@ def _write(path: Path, text: str) -> None:
 
 def _file_name(name: str, taken: set[str]) -> str:
     """A name that any file system accepts and no other figure or table has."""
-    plain = re.sub(r"[^\w.@+,=-]+", "-", name)[:100].lstrip(".-") or "unnamed"
+    plain = re.sub(r"[^\w.@+,=-]+", "-", name).encode()[:100].decode(errors="ignore").lstrip(".-") or "unnamed"
     unique = next(n for i in itertools.count(1) if (n := plain if i == 1 else f"{plain}-{i}") not in taken)
     taken.add(unique)
     return unique

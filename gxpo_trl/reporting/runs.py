@@ -1,5 +1,7 @@
 """Reads a run from its folder: settings, log and cost. It may be a run of this package or of plain TRL."""
 
+import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -96,16 +98,19 @@ class Run:
     def points(self) -> dict[str, tuple[Point, ...]]:
         """The evaluations, by benchmark."""
         found: dict[str, dict[int, Point]] = {}
-        spending = _Spending(self._rollouts_at)
+        spending = self._spending
         benchmarks = {name: match[1] for name in self._columns if (match := ACCURACY.fullmatch(name))}
         if "eval_reward" in self._columns:
             benchmarks["eval_reward"] = HELD_OUT
         for entry in self.log:
-            spending.see(entry)
             for name, benchmark in benchmarks.items():
                 if is_number(entry.get(name)):
                     found.setdefault(benchmark, {})[entry["step"]] = spending.point(entry, entry[name])
         return {benchmark: tuple(of_it[step] for step in sorted(of_it)) for benchmark, of_it in found.items()}
+
+    @cached_property
+    def _spending(self) -> "_Spending":
+        return _Spending(self.log, self._rollouts_at)
 
     def _rollouts_at(self, step: int) -> int | None:
         """Completions sampled until then. A generation batch may serve several steps and iterations."""
@@ -145,7 +150,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return max((entry["step"] for entry in self.log), default=0)
+        return _last_step(self.log)
 
     @property
     def shutoff_step(self) -> int | None:
@@ -155,12 +160,12 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of training, without evaluations."""
-        elapsed = self.last(ELAPSED_TIME)
-        if elapsed is not None:
+        """Seconds of training, without evaluations; `None` if they are not known."""
+        if (known := self._spending.seconds) and (elapsed := known[max(known)]) > 0:
             return elapsed
-        runtime = self.last("train_runtime")
-        return None if runtime is None else runtime - sum(self.series("eval_runtime")[1])
+        runtime = self.last("train_runtime")  # of the last session, if the run was resumed
+        seconds = 0.0 if runtime is None else runtime - sum(self.series("eval_runtime")[1])
+        return seconds if seconds > 0 else None
 
 
 def _amount(entry: dict[str, Any], name: str) -> float | None:
@@ -170,25 +175,34 @@ def _amount(entry: dict[str, Any], name: str) -> float | None:
 
 
 class _Spending:
-    """Adds up what was spent while the log is read."""
+    """What had been spent at each step, between logged steps by linear interpolation.
 
-    def __init__(self, rollouts_at: Callable[[int], int | None]):
+    Args:
+        log (`Iterable[dict]`): The entries of a log, by step.
+        rollouts_at (`Callable`): Completions until a step, where the log has none.
+
+    Attributes:
+        passes, seconds (`dict[int, float]`): Totals by the step of an entry.
+    """
+
+    def __init__(self, log: Iterable[dict[str, Any]], rollouts_at: Callable[[int], int | None]):
         self.rollouts_at = rollouts_at
-        self.passes: int | None = None
-        self.passes_step = 0
-        self.seconds: float | None = None
-        self.last_step = 0
-
-    def see(self, entry: dict[str, Any]) -> None:
-        step, step_time = entry["step"], _amount(entry, "step_time")
-        if (passes := _amount(entry, BACKWARD_PASSES)) is not None:
-            self.passes, self.passes_step = int(passes), step
-        if (seconds := _amount(entry, ELAPSED_TIME)) is not None:
-            self.seconds = seconds
-        elif step_time is not None and "lookahead/update_time" not in entry:  # plain TRL: the mean since its last log
-            self.seconds = (self.seconds or 0.0) + step_time * (step - self.last_step)
-        if step_time is not None:
-            self.last_step = step
+        self.passes: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
+        seconds, last_step = 0.0, 0
+        for entry in log:
+            step, step_time = entry["step"], _amount(entry, "step_time")
+            if (passes := _amount(entry, BACKWARD_PASSES)) is not None:
+                self.passes[step] = passes
+            if (elapsed := _amount(entry, ELAPSED_TIME)) is not None:
+                self.seconds[step] = elapsed
+            elif (
+                step_time is not None and "lookahead/update_time" not in entry
+            ):  # plain TRL: the mean since its last log
+                seconds += step_time * (step - last_step)
+                self.seconds[step] = seconds
+            if step_time is not None:
+                last_step = step
 
     def point(self, entry: dict[str, Any], value: float) -> Point:
         step, rollouts = entry["step"], _amount(entry, EVAL_ROLLOUTS)
@@ -196,12 +210,22 @@ class _Spending:
             rollouts = self.rollouts_at(step)
         passes = _amount(entry, EVAL_BACKWARD_PASSES)
         if passes is None:  # plain TRL makes one pass a step, and so does a step that is not logged yet
-            passes = step if self.passes is None else self.passes + step - self.passes_step
+            passes = _interpolate(self.passes, step, 1)
         seconds = _amount(entry, EVAL_SECONDS)
         if seconds is None:
-            seconds = self.seconds if step else 0.0
+            seconds = _interpolate(self.seconds, step, 0) if self.seconds or not step else None
         hours = None if seconds is None else seconds / 3600
-        return Point(step, value, None if rollouts is None else int(rollouts), int(passes), hours)
+        return Point(step, value, None if rollouts is None else int(rollouts), round(passes), hours)
+
+
+def _interpolate(totals: dict[int, float], step: int, further: float) -> float:
+    """A total at a step. It begins with 0, and grows by `further` a step after the last one known."""
+    known = sorted(({0: 0.0} | totals).items())
+    for (s0, t0), (s1, t1) in itertools.pairwise(known):
+        if s0 <= step < s1:
+            return t0 + (step - s0) / (s1 - s0) * (t1 - t0)
+    last, total = known[-1]
+    return total + further * (step - last)
 
 
 def holds_run(folder: str | Path) -> bool:
@@ -241,25 +265,40 @@ def _check_counts(about: RunDescription, path: Path) -> None:
 
 def _read_log(folder: Path) -> tuple[list[dict[str, Any]], bool]:
     state, live = folder / TRAINER_STATE_NAME, folder / LOG_NAME
-    if is_there(live) and not (is_there(state) and os.lstat(state).st_mtime >= os.lstat(live).st_mtime):
+    if is_there(live) and not (is_there(state) and _written(state) >= _written(live)):
         entries = _read_lines(live)
         return entries, any("train_runtime" in entry for entry in entries[-1:])
+    saved = [path / TRAINER_STATE_NAME for path in saved_steps(folder).values()]
+    last = next((path for path in reversed(saved) if is_there(path)), None)
     if is_there(state):
-        return _read_state(state), True
-    for checkpoint in reversed(saved_steps(folder).values()):
-        if is_there(checkpoint / TRAINER_STATE_NAME):
-            return _read_state(checkpoint / TRAINER_STATE_NAME), False
+        entries = _read_state(state)
+        if last is not None and _written(last) > _written(state):  # a run that ended was continued
+            continued = _read_state(last)
+            if _last_step(continued) > _last_step(entries):
+                return continued, False
+        return entries, True
+    if last is not None:
+        return _read_state(last), False
     raise ValueError(
         f"{folder} holds no run: neither a {LOG_NAME} nor a {TRAINER_STATE_NAME}. Name a run's output folder."
     )
 
 
+def _written(path: Path) -> float:
+    return os.lstat(path).st_mtime
+
+
+def _last_step(entries: list[dict[str, Any]]) -> int:
+    return max((entry["step"] for entry in entries), default=0)
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = read_text(path).split("\n")
     entries = [(f"{path}, line {i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
-    if not lines[-1].endswith("}"):  # the last line may be incomplete
-        entries = [entry for entry in entries if entry[1] is not lines[-1]]
-    return _with_steps((where, parse_json(line, where)) for where, line in entries)
+    parsed = [(where, parse_json(line, where)) for where, line in entries if line is not lines[-1]]
+    with contextlib.suppress(ValueError):  # the last line may be incomplete
+        parsed += [(where, parse_json(line, where)) for where, line in entries if line is lines[-1]]
+    return _with_steps(parsed)
 
 
 def _read_state(path: Path) -> list[dict[str, Any]]:

@@ -64,11 +64,13 @@ def area(points: Sequence[Point]) -> float:
     return whole / (points[-1].step - points[0].step)
 
 
-def by_seed(arm: Arm, benchmark: str) -> dict[tuple[int | None, int], tuple[Point, ...]]:
-    """The evaluations of each run by its seed and its number among those of that seed, which may be unknown."""
+def by_seed(arm: Arm, benchmark: str) -> dict[tuple[int, int], tuple[Point, ...]]:
+    """The evaluations of each run by its seed and its number among those of that seed. Runs of an unknown seed are not
+    in it: they have no counterpart.
+    """
     counts, found = Counter(), {}
     for run in arm.runs:
-        if benchmark in run.points:
+        if benchmark in run.points and run.seed is not None:
             found[run.seed, counts[run.seed]] = run.points[benchmark]
             counts[run.seed] += 1
     return found
@@ -124,7 +126,7 @@ def value_at(points: Sequence[Point], budget: str, amount: float) -> float | Non
     for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
         if x0 <= amount <= x1:
             return y1 if x1 == x0 else y0 + (amount - x0) / (x1 - x0) * (y1 - y0)
-    return None
+    return next((y for x, y in known if x == amount), None)  # of a single evaluation
 
 
 def matched_amounts(arms: Sequence[Arm], benchmark: str, budget: str, count: int = 3) -> list[float]:
@@ -132,7 +134,7 @@ def matched_amounts(arms: Sequence[Arm], benchmark: str, budget: str, count: int
     ends = [points[-1].spent(budget) for arm in arms for points in arm.curves(benchmark)]
     if not ends or any(end is None for end in ends):
         return []
-    return [min(ends) * (i + 1) / count for i in range(count)]
+    return [*(min(ends) * i / count for i in range(1, count)), min(ends)]  # the last one without rounding
 
 
 def icer(steps: int, before: float, after: float) -> float:

@@ -202,7 +202,7 @@ def attach_callbacks(trainer: LookaheadTrainer, recipe: Recipe) -> None:
     TrackerCallback.attach(trainer)
     benchmarks = asked_like_training(recipe)
     settings = _changed(benchmarks, recipe.trajectory, recipe.sampling)
-    trainer.add_callback(RunRecordCallback(trainer, settings))
+    trainer.add_callback(RunRecordCallback(trainer, _of_data(recipe) | settings))
     trainer.add_callback(HubCallback(trainer))
     at_start = trainer.args.eval_on_start
     trainer.args.eval_on_start = at_start and trainer.eval_dataset is not None
@@ -247,6 +247,13 @@ def load_benchmark(name: str, recipe: Recipe) -> Task:
         reasoning_gym=problems.reasoning_gym,
         **({} if has_name(name) else columns),
     )
+
+
+def _of_data(recipe: Recipe) -> dict[str, Any]:
+    """What is trained on, and where the run starts."""
+    script = {name: getattr(recipe.script, name) for name in ("dataset_name", "dataset_config", "dataset_train_split")}
+    mixture = dataclasses.asdict(recipe.mixture).get("datasets") or None
+    return script | {"datasets": mixture} | vars(recipe.problems) | {"resume_adapter": recipe.loop.resume_adapter}
 
 
 def _changed(*parts: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from ..reporting.trajectory_figure import trajectory_figure
-from ..run_folder import EXTRAPOLATED_FOLDER, TRAJECTORY_FIGURE_NAME, alpha_folder
+from ..run_folder import EXTRAPOLATED_FOLDER, alpha_folder
 from ..trajectory.checkpoints import load_trajectory
 from ..trajectory.forecast import extrapolate
 from ..trajectory.predictor import PredictorSettings
@@ -42,10 +42,11 @@ def run(settings: ExtrapolationArguments) -> list[Path]:
     predictor = PredictorSettings(**{name: getattr(settings, name) for name in names})
     found = extrapolate(trajectory, settings.method, settings.steps_ahead, predictor)
     found.report["seconds"]["all"] = time.perf_counter() - started
-    output.mkdir(parents=True, exist_ok=True)
-    trajectory_figure(found.report).savefig(output / TRAJECTORY_FIGURE_NAME, dpi=160)
+    figure = trajectory_figure(found.report)
     for folder, alpha in folders.items():
-        write_extrapolation(trajectory, found, alpha, folder, settings.merged, output / TRAJECTORY_FIGURE_NAME)
+        write_extrapolation(
+            trajectory, found, alpha, folder, settings.merged, lambda path: figure.savefig(path, dpi=160)
+        )
     _tell(found.report)
     return list(folders)
 

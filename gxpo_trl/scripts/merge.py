@@ -8,14 +8,12 @@ the base model's.
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from ..run_folder import TOKENIZER_CONFIG, partial_path
+from ..run_folder import TOKENIZER_CONFIG, whole_folder
 from ..trajectory.merging import load_merged
 from .failing import one_sentence
 
@@ -31,14 +29,9 @@ def merge(adapter: Path, folder: Path, base: str | None = None) -> None:
     model = load_merged(adapter, base)
     places = [place for place in (adapter, adapter.resolve().parent) if (place / TOKENIZER_CONFIG).is_file()]
     tokenizer = AutoTokenizer.from_pretrained(places[0] if places else model.name_or_path)
-    partial = partial_path(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:

@@ -135,11 +135,14 @@ class LookaheadTrainer(GRPOTrainer):
                 args.save_total_limit = None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Like TRL's. `True` resumes from the newest whole checkpoint; a named one must be whole.
+        """Like TRL's. `True` resumes from the newest whole checkpoint; a named one must be whole. Called again, it
+        begins a new run from the weights that there are.
 
         Raises:
             ValueError: If there is no checkpoint to resume from, or only part of one.
         """
+        if self.state.global_step > 0:
+            self.lookahead.begin_run()
         if resume_from_checkpoint:
             resume_from_checkpoint = self._open_checkpoint(resume_from_checkpoint)
         try:

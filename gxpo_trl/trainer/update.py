@@ -83,8 +83,6 @@ class LookaheadUpdate:
         self.trainer = trainer
         self.rule = trainer.args.lookahead_rule()
         self.checks = trainer.args.update_rule == "check"
-        self.gate = trainer.args.gate()
-        self.length = StepLength(trainer.args.control())
         self.layout = BatchLayout(trainer)
         self.scoring = Scoring(trainer, self.layout)
         self.replays = Replays(trainer)
@@ -92,9 +90,7 @@ class LookaheadUpdate:
         self.advisor = Advisor(trainer.args)
         self.engine: Engine | None = None
         self.window: RolloutWindow | None = None
-        self.backward_passes = 0
-        self.fallbacks = 0
-        self.shutoff_step: int | None = None
+        self.begin_run()
         self._origin: Origin | None = None  # where the current step began, until the training loop has taken it
         self._to_check: ToCheck | None = None  # of a step that the training loop is about to take
         self._is_published = True  # whether forward passes and checkpoints read the parameters that are stepped
@@ -117,6 +113,14 @@ class LookaheadUpdate:
         return self.trainer.state.global_step + 1
 
     # ---- The life of a step
+
+    def begin_run(self) -> None:
+        """Sets the gate, the step length and the counts to those of a new run: `train` may be called again."""
+        self.gate = self.trainer.args.gate()
+        self.length = StepLength(self.trainer.args.control())
+        self.backward_passes = 0
+        self.fallbacks = 0
+        self.shutoff_step: int | None = None
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """The trajectory of a run: each weight matrix at evenly spaced checkpoints."""
 
+import contextlib
 import functools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +13,23 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
-from ..run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_INDEX, MODEL_WEIGHTS, TRAJECTORY_FOLDER, saved_steps
+from ..run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    MODEL_WEIGHTS,
+    RUN_NAME,
+    TRAJECTORY_FOLDER,
+    read_json,
+    saved_steps,
+)
 from .lowrank import Factors, concatenate
+
+
+logger = logging.getLogger(__name__)
 
 
 PREFIX = "base_model.model."
@@ -36,6 +50,30 @@ STARTS_THAT_MOVE = (False, "orthogonal")
 """Values with which B·A is not zero, but the base model is unchanged."""
 EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")
 """Parts of the names of weights that are tables of tokens or positions, not maps."""
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Context that yields the tensors of a file in safetensors, to be read one by one.
+
+    Raises:
+        ValueError: If the file is missing, broken or incomplete.
+    """
+    try:
+        with safe_open(path, "pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read: {error}. Leave its step out with `last_step`.") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file in safetensors.
+
+    Raises:
+        ValueError: As `opened`.
+    """
+    with opened(path) as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
 
 
 def find_steps(run: Path) -> dict[int, Path]:
@@ -163,9 +201,8 @@ class AdapterTrajectory(Trajectory):
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """(m, r, n) of each adapted module."""
         found = {}
-        with safe_open(self.folders[-1] / ADAPTER_WEIGHTS, "pt") as tensors:
-            keys = set(tensors.keys())
-            for key in sorted(keys):
+        with opened(self.folders[-1] / ADAPTER_WEIGHTS) as tensors:
+            for key in sorted(tensors.keys()):
                 if key.endswith(".lora_A.weight"):
                     a, b = (tensors.get_slice(k).get_shape() for k in (key, key.replace("lora_A", "lora_B")))
                     if len(a) == 2:
@@ -174,7 +211,7 @@ class AdapterTrajectory(Trajectory):
 
     @cached_property
     def left_alone(self) -> list[str]:
-        with safe_open(self.folders[-1] / ADAPTER_WEIGHTS, "pt") as tensors:
+        with opened(self.folders[-1] / ADAPTER_WEIGHTS) as tensors:
             mine = {key for name in self.shapes for key in factor_keys(name)}
             return sorted(set(tensors.keys()) - mine)
 
@@ -198,7 +235,7 @@ class AdapterTrajectory(Trajectory):
     def at(self, names: Sequence[str], index: int | None) -> Factors:
         """s·B and A of a checkpoint, or of the starting point."""
         folder = self.start if index is None else self.folders[index]
-        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
+        with opened(folder / ADAPTER_WEIGHTS) as tensors:
             right, left = (
                 torch.stack([tensors.get_tensor(keys[i]).float() for keys in map(factor_keys, names)]) for i in (0, 1)
             )
@@ -249,14 +286,14 @@ class FullTrajectory(Trajectory):
     def get(self, name: str, index: int | None) -> torch.Tensor:
         """A tensor of a checkpoint, or of the starting point, as it was saved."""
         path = self._files[0 if index is None else index + 1][name]
-        with safe_open(path, "pt") as tensors:
+        with opened(path) as tensors:
             return tensors.get_tensor(name)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         found = {}
         for name, path in self._files[-1].items():
-            with safe_open(path, "pt") as tensors:
+            with opened(path) as tensors:
                 found[name] = tuple(tensors.get_slice(name).get_shape())
         return found
 
@@ -331,7 +368,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     whole = folder / MODEL_WEIGHTS
     if not whole.is_file():
         raise ValueError(f"{folder} holds no weights in safetensors.")
-    with safe_open(whole, "pt") as tensors:
+    with opened(whole) as tensors:
         return dict.fromkeys(tensors.keys(), whole)
 
 
@@ -352,15 +389,22 @@ def load_trajectory(run: str | Path, last_step: int | None = None, base_model: s
     if last_step is not None:
         found = {step: path for step, path in found.items() if step <= last_step}
     start = found.pop(0, None)
+    if found and not _holds_weights(found[max(found)]):  # a run that is saving it, or was killed meanwhile
+        logger.warning(f"{found[max(found)]} holds no weights yet: it is left out.")
+        del found[max(found)]
+    if not found and last_step is None:
+        raise ValueError(f"{run} holds no checkpoint after the start of the run. Train on, or name another run.")
     if not found:
         raise ValueError(f"{run} holds no checkpoint up to step {last_step}. Raise `last_step`.")
+    for folder in found.values():
+        _check_place(folder)
     steps, folders = tuple(found), tuple(found.values())
     spacing = check_steps(run, steps)
     are_adapters = {(folder / ADAPTER_WEIGHTS).is_file() for folder in folders}
     if are_adapters == {True}:
-        trajectory = AdapterTrajectory(run, steps, folders, spacing, start)
+        trajectory = AdapterTrajectory(run, steps, folders, spacing, start or _adapter_at_start(run))
         _check_config(trajectory)
-        for folder in folders if start is None else (start, *folders):
+        for folder in folders if trajectory.start is None else (trajectory.start, *folders):
             _check_adapter(trajectory, folder)
         return trajectory
     if are_adapters == {True, False}:
@@ -374,6 +418,42 @@ def load_trajectory(run: str | Path, last_step: int | None = None, base_model: s
     return trajectory
 
 
+def _holds_weights(folder: Path) -> bool:
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob(f"*/{ADAPTER_CONFIG}")]
+    return any(path.name != "training_args.bin" for path in files)
+
+
+def _check_place(folder: Path) -> None:
+    """Refuses adapters that are not where, or what, `AdapterTrajectory` reads."""
+    if (folder / ADAPTER_WEIGHTS).is_file() or (folder / MODEL_CONFIG).is_file():
+        return
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter without {ADAPTER_WEIGHTS}. Save adapters in safetensors, or move it away."
+        )
+    if named := sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}")):
+        raise ValueError(
+            f"{folder} holds its adapter in the folder {named[0]}, and one that is called `default` is read. Train "
+            "with `trajectory_steps`, which saves it so."
+        )
+
+
+def _adapter_at_start(run: Path) -> Path | None:
+    """The adapter that the run started from, if it did not start from a new one and recorded that.
+
+    Raises:
+        ValueError: If it is not there any more.
+    """
+    about = read_json(run / RUN_NAME, dict[str, Any]) if (run / RUN_NAME).is_file() else {}
+    name = (about.get("settings") or {}).get("resume_adapter")
+    if name is not None and not (Path(name) / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(
+            f"{run} started from the adapter {name}, which is not there. Put it back, or train with "
+            "`trajectory_steps`, which saves it."
+        )
+    return None if name is None else Path(name)
+
+
 def check_adapter_settings(settings: dict[str, Any], what: str) -> None:
     """Refuses an adapter that is not plain LoRA: the deltas of its weights would not be s·B·A.
 
@@ -384,29 +464,34 @@ def check_adapter_settings(settings: dict[str, Any], what: str) -> None:
     Raises:
         ValueError: Names the setting and what to do.
     """
-    if settings["peft_type"] != "LORA":
-        raise ValueError(f"A low-rank trajectory needs plain LoRA, and {what} is {settings['peft_type']}.")
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"A low-rank trajectory needs plain LoRA, and {what} is {settings.get('peft_type')}.")
     variants = [name for name in settings if name.startswith("use_") and name != "use_rslora"]
     for name in (*variants, *OTHER_VARIANTS):
         if settings.get(name):
             raise ValueError(f"A low-rank trajectory needs plain LoRA, and {what} has `{name}`. Train without it.")
-    if settings["init_lora_weights"] not in PLAIN_STARTS + STARTS_THAT_MOVE:
+    start = settings.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS + STARTS_THAT_MOVE:
         raise ValueError(
-            f"`init_lora_weights: {settings['init_lora_weights']}` of {what} changes the base model's weights, and "
+            f"`init_lora_weights: {start}` of {what} changes the base model's weights, and "
             "would change them differently for an adapter of another rank. Train with the default."
         )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """PEFT's configuration of a saved adapter."""
-    return json.loads((folder / ADAPTER_CONFIG).read_text())
+    """PEFT's configuration of a saved adapter.
+
+    Raises:
+        ValueError: If there is none, or it is not JSON.
+    """
+    return read_json(folder / ADAPTER_CONFIG, dict[str, Any])
 
 
 def _check_config(trajectory: AdapterTrajectory) -> None:
     folder = trajectory.folders[-1]
     settings = read_config(folder)
     check_adapter_settings(settings, str(folder))
-    if settings["init_lora_weights"] in STARTS_THAT_MOVE and trajectory.start is None:
+    if settings.get("init_lora_weights", True) in STARTS_THAT_MOVE and trajectory.start is None:
         raise ValueError(
             f"{folder} started from an adapter that was not zero, and the run did not save it. Train with "
             "`trajectory_steps`, which does."
@@ -416,9 +501,10 @@ def _check_config(trajectory: AdapterTrajectory) -> None:
 
 
 def _check_adapter(trajectory: AdapterTrajectory, folder: Path) -> None:
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     expected = trajectory.shapes
-    names = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key}
+    maps = [key for key, tensor in tensors.items() if key.endswith(".lora_A.weight") and tensor.ndim == 2]
+    names = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in maps}
     if names != set(expected):
         changed = sorted(names ^ set(expected))
         raise ValueError(
@@ -427,10 +513,10 @@ def _check_adapter(trajectory: AdapterTrajectory, folder: Path) -> None:
         )
     settings, last = read_config(folder), read_config(trajectory.folders[-1])
     for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"):
-        if settings[name] != last[name]:
+        if settings.get(name) != last.get(name):
             raise ValueError(
-                f"{folder} has `{name}: {settings[name]}`, and {trajectory.folders[-1]} has {last[name]}. Move the "
-                "checkpoints of other runs away."
+                f"{folder} has `{name}: {settings.get(name)}`, and {trajectory.folders[-1]} has {last.get(name)}. "
+                "Move the checkpoints of other runs away."
             )
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():

@@ -2,15 +2,16 @@
 
 import copy
 import json
-import os
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from ..run_folder import (
@@ -22,9 +23,9 @@ from ..run_folder import (
     TRAINER_STATE_NAME,
     TRAJECTORY_FIGURE_NAME,
     ExtrapolationReport,
-    partial_path,
+    whole_folder,
 )
-from .checkpoints import PREFIX, AdapterTrajectory, FullTrajectory, Trajectory, factor_keys
+from .checkpoints import PREFIX, AdapterTrajectory, FullTrajectory, Trajectory, factor_keys, read_tensors
 from .deltas import in_chunks
 from .forecast import Forecast
 from .lowrank import Factors
@@ -35,7 +36,7 @@ NOT_OF_A_MODEL = (TRAINER_STATE_NAME, LOOKAHEAD_STATE_NAME)
 
 
 def write_extrapolation(
-    trajectory: Trajectory, found: Forecast, alpha: float, folder: Path, merged: bool, figure: Path
+    trajectory: Trajectory, found: Forecast, alpha: float, folder: Path, merged: bool, draw: Callable[[Path], Any]
 ) -> None:
     """A model, its card with the figure, and `extrapolation.json`. The folder appears when it is complete.
 
@@ -45,22 +46,31 @@ def write_extrapolation(
         alpha (`float`): The factor of the movement.
         folder (`Path`): Where to write; must not exist.
         merged (`bool`): Whether an adapter is merged into its base model. Full fine-tuning is written whole anyway.
-        figure (`Path`): Of the report.
+        draw (`Callable`): Writes the figure of the report to a path.
+
+    Raises:
+        ValueError: If what was predicted is not finite.
     """
-    partial = partial_path(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if isinstance(trajectory, FullTrajectory):
-        write_weights(trajectory, found, alpha, partial)
-    else:
-        write_adapter(trajectory, found, alpha, partial)
-        if merged:
-            merge_adapter(partial)
-    shutil.copy(figure, partial / TRAJECTORY_FIGURE_NAME)
-    report: ExtrapolationReport = {"alpha": alpha, "run": str(trajectory.run.resolve()), **found.report}
-    (partial / EXTRAPOLATION_NAME).write_text(json.dumps(report, indent=2) + "\n")
-    _card(trajectory, report, merged).save(partial / CARD_NAME)
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        if isinstance(trajectory, FullTrajectory):
+            write_weights(trajectory, found, alpha, partial)
+        else:
+            write_adapter(trajectory, found, alpha, partial)
+            if merged:
+                merge_adapter(partial)
+        draw(partial / TRAJECTORY_FIGURE_NAME)
+        report: ExtrapolationReport = {"alpha": alpha, "run": str(trajectory.run.resolve()), **found.report}
+        (partial / EXTRAPOLATION_NAME).write_text(json.dumps(report, indent=2) + "\n")
+        _card(trajectory, report, merged).save(partial / CARD_NAME)
+
+
+def _check_finite(tensor: torch.Tensor, name: str, alpha: float) -> torch.Tensor:
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"What was predicted for {name} is not finite at α = {alpha:g}. Lower `alpha`, or the `learning_rate` of "
+            "the predictor."
+        )
+    return tensor
 
 
 # ---- Adapters
@@ -69,19 +79,19 @@ def write_extrapolation(
 def write_adapter(trajectory: AdapterTrajectory, found: Forecast, alpha: float, folder: Path) -> None:
     """The last adapter plus α times what was predicted, of rank r + q where that is of rank q.
 
-    B gets q columns and A q rows; the old ones and s do not change, so that training can continue from it. The rest of
-    the adapter is copied.
+    B gets q columns and A q rows; the old ones and s do not change, so that training can continue from it. Both are in
+    fp32: the new columns may be whole checkpoints, whose sum cancels but for a small movement. The rest of the adapter
+    is copied.
     """
-    tensors = load_file(trajectory.folders[-1] / ADAPTER_WEIGHTS)
+    tensors = read_tensors(trajectory.folders[-1] / ADAPTER_WEIGHTS)
     for i, d in enumerate(found.deltas):
         for part in in_chunks(trajectory, d.names):
             movement = found.predict(i, part)
             for j, name in enumerate(d.names[part]):
                 key_a, key_b = factor_keys(name)
-                a, b = tensors[key_a], tensors[key_b]
                 added = balance(Factors(movement.left[j] * (alpha / trajectory.scaling(name)), movement.right[j]))
-                tensors[key_a] = torch.cat([a, added.right.to(a.dtype)])
-                tensors[key_b] = torch.cat([b, added.left.to(b.dtype)], dim=1)
+                for key, new, dim in ((key_a, added.right, 0), (key_b, added.left, 1)):
+                    tensors[key] = torch.cat([tensors[key].float(), _check_finite(new.float(), name, alpha)], dim)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
     _adapter_config(trajectory, tensors).save_pretrained(folder)
     _save_tokenizer(trajectory, folder)
@@ -128,12 +138,12 @@ def write_weights(trajectory: FullTrajectory, found: Forecast, alpha: float, fol
     source = trajectory.folders[-1]
     place = {name: (i, j) for i, d in enumerate(found.deltas) for j, name in enumerate(d.names)}
     for path in sorted(source.glob("*.safetensors")):
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         for name in place.keys() & tensors.keys():
             i, j = place[name]
             movement = found.predict(i, slice(j, j + 1))
             moved = tensors[name].float() + alpha * (movement.left[0] @ movement.right[0])
-            tensors[name] = moved.to(tensors[name].dtype)
+            tensors[name] = _check_finite(moved.to(tensors[name].dtype), name, alpha)
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja", ".txt", ".model", ".py") and path.name not in NOT_OF_A_MODEL:

@@ -15,7 +15,7 @@ def evaluation_section(runs: Sequence[Run], folder: Path) -> Section:
     rows, notes = [], {}
     for run in runs:
         root = run.folder.resolve()
-        own = run.folder.glob(f"*/**/{RESULTS_NAME}")
+        own = set(run.folder.glob(f"*/**/{RESULTS_NAME}"))
         for path in sorted({*own, *folder.glob(f"*/{RESULTS_NAME}")}):
             try:
                 found: EvaluationResults = read_json(path, EvaluationResults)
@@ -24,6 +24,8 @@ def evaluation_section(runs: Sequence[Run], folder: Path) -> Section:
                 continue
             model = Path(os.path.realpath(found["model"]))
             if root not in (model, *model.parents):
+                if path in own:
+                    notes[path] = f"{path} is of {found['model']}, which is not in this run's folder: it is left out."
                 continue
             place = "the end" if model == root else str(model.relative_to(root))
             for benchmark, results in found["benchmarks"].items():
