@@ -21,7 +21,15 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadTrainer, SFPOConfig, SFPOTrainer
@@ -38,7 +46,7 @@ from gxpo_trl.rollout.compaction import (
 )
 from gxpo_trl.rollout.generators import Generators
 from gxpo_trl.rollout.window import RolloutWindow
-from gxpo_trl.sampling.model_traits import draws_at_random, has_relative_positions, width_bound
+from gxpo_trl.sampling.model_traits import dropout_of, has_relative_positions, width_bound
 
 
 VOCABULARY, PROMPT, COMPLETION = 30, 5, 9
@@ -292,8 +300,8 @@ def test_generation_batches_with_normalizers_of_their_own_are_not_mixed():
 def test_positions_and_dropout_are_read_off_the_model():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
     assert has_relative_positions(tiny_model()) and not has_relative_positions(gpt2)
-    assert draws_at_random(gpt2) and not draws_at_random(tiny_model())
-    assert draws_at_random(tiny_model(attention_dropout=0.1))
+    assert dropout_of(gpt2) and not dropout_of(tiny_model())
+    assert dropout_of(tiny_model(attention_dropout=0.1)) == "`attention_dropout` 0.1"
 
 
 # ---- Whole runs
@@ -471,6 +479,94 @@ def test_a_loss_that_is_not_trls_is_left_alone(tmp_path):
     assert logged(trainer, "lookahead/token_fraction") == []
     with pytest.raises(ValueError, match="max_tokens_per_micro_batch.*loss of TRL's"):
         make_trainer(tmp_path, OtherLossTrainer, max_tokens_per_micro_batch=100)
+
+
+def scaled_by_position(tokens: int) -> Ministral3ForCausalLM:
+    """A model that scales queries by their absolute position, from 16 tokens on."""
+    rope = {**Ministral3Config().rope_parameters, "original_max_position_embeddings": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "max_position_embeddings": 256}
+    return Ministral3ForCausalLM(Ministral3Config(vocab_size=tokens, rope_parameters=rope, **sizes, pad_token_id=0))
+
+
+def test_attention_that_is_scaled_by_absolute_positions_keeps_its_padding(tmp_path, float64):
+    tokens = tiny_model().config.vocab_size
+    norms = []
+    for compacts in (False, True):
+        torch.manual_seed(0)
+        model = scaled_by_position(tokens).double()
+        assert not has_relative_positions(model) and width_bound(model) is None
+        settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "compact_batches": compacts}
+        trainer = train(tmp_path, LookaheadTrainer, model=model, update_rule="grpo", max_steps=1, **settings)
+        norms += logged(trainer, "grad_norm")
+    assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-9)
+
+
+def test_proportional_rotary_embeddings_do_not_depend_on_the_width(tmp_path):
+    model = tiny_model()
+    model.config.rope_parameters = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    assert has_relative_positions(model) and width_bound(model) is None
+
+
+def test_rotary_embeddings_of_an_unknown_type_are_said_to_be(tmp_path):
+    model = tiny_model()
+    model.config.rope_parameters = {"rope_type": "spiral"}
+    with pytest.raises(ValueError, match="those of the model are of a type that is not known here, spiral. Leave it"):
+        make_trainer(tmp_path, model=model, max_tokens_per_micro_batch=500)
+
+
+@pytest.mark.parametrize("rule, iterations", [("grpo", 1), ("grpo", 2), ("gxpo", 1)])
+def test_columns_stay_a_multiple_where_trl_pads_to_one(tmp_path, rule, iterations):
+    """With hardware that multiplies in blocks, as FP8 needs."""
+    settings = {"pad_to_multiple_of": 8, "max_completion_length": 13, "num_iterations": iterations, "max_steps": 1}
+    trainer = make_trainer(tmp_path, LookaheadTrainer, scripted=False, update_rule=rule, **settings)
+    widths = []
+    trainer.model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].size(1)) if trainer.model.training else None,
+        with_kwargs=True,
+    )
+    generate = trainer._generate
+    trainer._generate = lambda *args: [generate(*args), widths.clear()][0]  # it decodes token by token
+    trainer.train()
+    assert len(widths) > 1 and all(width % 8 == 0 for width in widths)
+
+
+def test_the_token_budget_counts_the_columns_of_a_multiple():
+    window = make_window(**EXAMPLE)
+    how = Compaction(max_tokens=20, multiple=4)
+    assert all(batch["completion_ids"].size(1) in (4, 8, 9) for batch in compact(window, how).batches)
+
+
+@pytest.mark.parametrize("name", ["kl", "clip_ratio/high_max", "entropy"])
+def test_a_reward_may_log_under_a_name_of_trls_loss(tmp_path, name):
+    """TRL appends to one list; the mean of all entries is logged."""
+
+    def reward(completions, log_metric=None, **kwargs):
+        log_metric(name, 100.0)
+        return text_reward(completions)
+
+    settings = {"max_steps": 2, "reward": reward, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
+    stock = train(tmp_path, GRPOTrainer, GRPOConfig, **settings)
+    ours = train(tmp_path, LookaheadTrainer, GXPOConfig, update_rule="grpo", **settings)
+    expected, found = logged(stock, name), logged(ours, name)
+    assert len(found) == 2 and min(found) > 30
+    assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_a_loss_that_a_callback_replaces_as_training_begins_is_not_compacted(tmp_path, caplog):
+    class Patch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            compute = trainer._compute_loss
+            trainer._compute_loss = lambda model, inputs: compute(model, inputs) * 2
+
+    norms = []
+    for compacts in (True, False):
+        settings = {"update_rule": "grpo", "max_steps": 1, "compact_batches": compacts, "max_grad_norm": 1e9}
+        trainer = make_trainer(tmp_path, LookaheadTrainer, **settings)
+        trainer.add_callback(Patch())
+        trainer.train()
+        norms += logged(trainer, "grad_norm")
+    assert norms[0] == norms[1] and "the trainer has a `_compute_loss` of its own" in caplog.text
 
 
 def test_scored_tokens_are_those_of_the_loss():

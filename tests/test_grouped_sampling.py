@@ -1,6 +1,7 @@
 """Grouped sampling gives what `generate` gives, with fewer passes over fewer rows, in any trainer that asks for it."""
 
 import copy
+import functools
 import math
 import re
 
@@ -8,7 +9,17 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from helpers import AS_TRL, ON_CPU, TINY_BATCH, assert_equal_parameters, logged, make_trainer, tiny_model, train
+from helpers import (
+    AS_TRL,
+    ON_CPU,
+    TINY_BATCH,
+    assert_equal_parameters,
+    half_without_spread,
+    logged,
+    make_trainer,
+    tiny_model,
+    train,
+)
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
@@ -23,6 +34,7 @@ from transformers import (
     GemmaConfig,
     GenerationConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,12 +48,13 @@ from transformers import (
     StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
-from gxpo_trl import GroupedSamplingArguments, GXPOConfig, GXPOTrainer, sample_in_groups
+from gxpo_trl import GroupedSamplingArguments, GXPOConfig, GXPOTrainer, LookaheadTrainer, sample_in_groups
 from gxpo_trl.sampling.grouped import KEEP_ROWS, _Sampler, penalizes_by_row, sample_grouped, why_not_grouped
-from gxpo_trl.sampling.model_traits import cache_argument, why_not_known
+from gxpo_trl.sampling.model_traits import cache_argument, why_not_known, why_not_row_by_row
 from gxpo_trl.tasks import TINY_MODEL_PATH
 
 
@@ -834,6 +847,7 @@ def test_sampling_gives_the_old_log_probabilities(tmp_path, monkeypatch, trainer
     for stock in (GRPOTrainer, RLOOTrainer):
         compute = stock._get_per_token_logps_and_entropies
 
+        @functools.wraps(compute)
         def counting(self, model, ids, mask, width, batch_size=None, *args, compute=compute, **kwargs):
             scored.append(0 if batch_size is None else len(ids))  # TRL gives it where it scores
             return compute(self, model, ids, mask, width, batch_size, *args, **kwargs)
@@ -855,6 +869,130 @@ def test_sampling_gives_the_old_log_probabilities(tmp_path, monkeypatch, trainer
     for kept, computed in trainer.pairs:
         assert kept.abs().max() > 0
         assert torch.allclose(kept, computed, atol=1e-4)
+
+
+def absolute_positions(**settings):
+    """A model that numbers positions from the padding on where it is not told otherwise."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "initializer_range": 0.2}
+    settings = {**dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), **settings}
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **tokens, **settings))
+
+
+class EndsAllMixin:
+    """Ends what the length limit has cut."""
+
+    def _generate(self, prompts):
+        prompt_ids, completion_ids, *rest = super()._generate(prompts)
+        end = self.eos_token_ids[0]
+        return prompt_ids, [ids if ids[-1] == end else [*ids, end] for ids in completion_ids], *rest
+
+
+class EndsAll(EndsAllMixin, GRPOOldLogps):
+    pass
+
+
+class SwapsRows(GRPOOldLogps):
+    """Trains on completions in another order."""
+
+    def _generate(self, prompts):
+        prompt_ids, completion_ids, *rest = super()._generate(prompts)
+        return prompt_ids, completion_ids[::-1], *rest
+
+
+class OwnTemperature(GRPOOldLogps):
+    """Scores at the temperature 1."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        kept, self.temperature = self.temperature, 1.0
+        try:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        finally:
+            self.temperature = kept
+
+
+@pytest.mark.parametrize(
+    "trainer_class, model",
+    [(EndsAll, None), (SwapsRows, None), (OwnTemperature, None), (GRPOOldLogps, absolute_positions)],
+)
+def test_other_completions_and_other_numbers_are_scored_by_trl(tmp_path, trainer_class, model):
+    more = {} if model is None else {"model": model()}
+    lengths = {"temperature": 0.6, "max_completion_length": 6, "num_iterations": 2, "max_steps": 1}
+    settings = {"generation_backend": "grouped", "scripted": False, **lengths, **more}
+    trainer = train(tmp_path, trainer_class, GRPOConfig, **settings)
+    ((kept, computed),) = trainer.pairs
+    assert kept.abs().max() > 0 and torch.allclose(kept, computed, atol=1e-4)
+    assert logged(trainer, "clip_ratio/region_mean") == [0.0]
+
+
+def test_entropies_are_those_of_the_completions_that_are_trained_on(tmp_path):
+    """A token that a subclass adds has the entropy that the policy had there, not 0."""
+
+    class Ours(EndsAllMixin, LookaheadTrainer):
+        pass
+
+    logs = {}
+    for compacts in (True, False):
+        settings = {"update_rule": "grpo", "max_steps": 1, "max_completion_length": 6, "compact_batches": compacts}
+        settings |= {"generation_backend": "grouped", "reward": half_without_spread}
+        settings |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}  # one mean for both
+        logs[compacts] = logged(train(tmp_path, Ours, GXPOConfig, scripted=False, **settings), "entropy")[0]
+    assert logs[True] == pytest.approx(logs[False], rel=1e-4)
+
+
+def test_a_callback_may_change_how_completions_are_sampled(tmp_path):
+    class Anneal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            trainer.generation_config.temperature = 0.01 if state.global_step else args.temperature
+
+    trainer = make_trainer(
+        tmp_path, GRPOOldLogps, GRPOConfig, scripted=False, generation_backend="grouped", num_iterations=2, max_steps=3
+    )
+    trainer.add_callback(Anneal())
+    trainer.train()
+    assert trainer._generate_single_turn.__self__.config.temperature == 0.01
+    for kept, computed in trainer.pairs:
+        assert torch.allclose(kept, computed, atol=1e-4)
+
+
+def test_with_reduced_precision_of_products_trls_own_pass_stays(tmp_path):
+    settings = {"scripted": False, "num_iterations": 2, "generation_backend": "grouped"}
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert replaced(make_trainer(tmp_path, GRPOTrainer, GRPOConfig, **settings)) == {"_generate_single_turn"}
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert replaced(make_trainer(tmp_path, GRPOTrainer, GRPOConfig, **settings)) == REPLACED
+
+
+def test_ends_that_trl_does_not_know_are_left_to_generate(tmp_path, caplog):
+    trainer = trl_trainer(tmp_path, generation_kwargs={"eos_token_id": [1, 7, 9]})
+    unknown = sorted({1, 7, 9} - set(trainer.eos_token_ids))
+    assert unknown and not sample_in_groups(trainer)
+    assert f"ends completions with the tokens {', '.join(map(str, unknown))}, which TRL doesn't count" in caplog.text
+    with pytest.raises(ValueError, match="can't have grouped generation: `generation_kwargs` ends completions"):
+        sample_in_groups(trainer, "grouped")
+    known = trl_trainer(tmp_path, generation_kwargs={"eos_token_id": trainer.eos_token_ids})
+    assert sample_in_groups(known, "grouped")
+
+
+def test_stop_strings_that_would_lose_rows_or_fail_later_are_refused(tmp_path):
+    stops = {"generation_kwargs": {"stop_strings": ["a"]}}
+    with pytest.raises(ValueError, match="`mask_truncated_completions` leaves out every completion that ends with"):
+        sample_in_groups(trl_trainer(tmp_path, **stops, mask_truncated_completions=True))
+    with pytest.raises(ValueError, match="`generation_kwargs: stop_strings` needs grouped generation"):
+        sample_in_groups(trl_trainer(tmp_path, **stops), "transformers")
+
+
+def test_dropout_is_named_and_that_of_other_heads_does_not_count():
+    model = absolute_positions(summary_first_dropout=0.1)
+    assert why_not_row_by_row(model, in_training=True) is None
+    with_attention = absolute_positions(attn_pdrop=0.3)
+    assert "dropout (`transformer.h.0.attn.attn_dropout` 0.3)" in why_not_row_by_row(with_attention, in_training=True)
+    model.transformer.drop = torch.nn.Dropout(0.2)
+    assert "dropout (`transformer.drop` 0.2)" in why_not_row_by_row(model, in_training=True)
+    assert "dropout (`attention_dropout` 0.1)" in why_not_row_by_row(tiny_model(attention_dropout=0.1), True)
 
 
 @pytest.mark.parametrize(

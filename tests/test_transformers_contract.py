@@ -493,6 +493,6 @@ def test_a_plain_decoders_text_configuration_is_its_own():
 def test_dropout_goes_by_these_names():
     names = LlamaConfig().to_dict().keys() & {"attention_dropout"} | GPT2Config().to_dict().keys() & {"attn_pdrop"}
     assert names == {"attention_dropout", "attn_pdrop"}, (
-        "transformers' configurations do not call dropout `…dropout` and `…pdrop` any more: `draws_at_random` in "
+        "transformers' configurations do not call dropout `…dropout` and `…pdrop` any more: `dropout_of` in "
         "sampling/model_traits.py looks for these names."
     )

@@ -53,6 +53,7 @@ class Compaction:
         prunes (`bool`): Rows with advantage 0 contribute nothing to the gradient.
         max_tokens (`int`, *optional*): The most tokens of a micro-batch, with padding; unset for as many as TRL's
             have.
+        multiple (`int`): Prompts and completions have a multiple of this many columns: TRL's `pad_to_multiple_of`.
     """
 
     regroup: bool = True
@@ -60,6 +61,7 @@ class Compaction:
     trims_prompts: bool = False
     prunes: bool = False
     max_tokens: int | None = None
+    multiple: int = 1
 
     @property
     def changes_replays(self) -> bool:
@@ -123,14 +125,14 @@ def compact(
     nominal_rows = count_rows(rows) // count
     contributes, most = _contributing(rows, how, max_over_ranks)
     kept, others = _choose(rows, contributes, max(most, count))
-    widths = max_over_ranks(row_widths(rows)[kept]).tolist()
+    widths = max_over_ranks(row_widths(rows, how)[kept]).tolist()
     max_tokens = how.max_tokens or nominal_rows * widths[0]
     batches = _split(rows, kept, partition(widths, count, max_tokens), nominal_rows, how)
     if not len(others):
         return Compacted(batches)
     if entropies_hold and ENTROPIES in rows:
         return Compacted(batches, left_out=take(rows, others, how))
-    widths = max_over_ranks(row_widths(rows)[others]).tolist()
+    widths = max_over_ranks(row_widths(rows, how)[others]).tolist()
     sizes = partition(widths, min(count, len(pack(widths, max(max_tokens, widths[0])))), max_tokens)
     return Compacted(batches, _split(rows, others, sizes, nominal_rows, how))
 
@@ -164,7 +166,7 @@ def prune(
     if most == count_rows(rows) and fewest == len(micro_batches) and how.max_tokens is None:
         return micro_batches
     kept, _ = _choose(rows, contributes, most)
-    widths = max_over_ranks(row_widths(rows)[kept]).tolist()
+    widths = max_over_ranks(row_widths(rows, how)[kept]).tolist()
     max_tokens = how.max_tokens or nominal_rows * widths[0]
     count = len(pack(widths, max_tokens)) if how.max_tokens else fewest
     return _split(rows, kept, partition(widths, count, max_tokens), nominal_rows, how)
@@ -287,10 +289,11 @@ def take(batch: Batch, rows: torch.Tensor, how: Compaction) -> Batch:
     Two columns are kept in any case, where there are two: TRL takes one for a figure of the whole completion.
     """
     taken = {key: value[rows.to(value.device)] for key, value in _tensors(batch)}
-    end = max(2, int(completion_lengths(taken).max()))
-    start = 0
+    end = _round_up(max(2, int(completion_lengths(taken).max())), how.multiple)
+    start, columns = 0, taken["prompt_mask"].size(1)
     if how.trims_prompts:
-        start = min(int(taken["prompt_mask"].argmax(1).min()), taken["prompt_mask"].size(1) - 1)
+        needed = max(columns - int(taken["prompt_mask"].argmax(1).min()), 1)
+        start = max(columns - _round_up(needed, how.multiple), 0)
     for key, value in taken.items():
         if key in PROMPT_COLUMNS:
             taken[key] = value[:, start:].contiguous()
@@ -307,9 +310,13 @@ def _split(rows: Batch, order: torch.Tensor, sizes: list[int], nominal_rows: int
     return batches
 
 
-def row_widths(rows: Batch) -> torch.Tensor:
+def row_widths(rows: Batch, how: Compaction) -> torch.Tensor:
     """The columns that each row needs, (B,): all of the prompt's, and the completion's up to its end."""
-    return rows["prompt_ids"].size(1) + completion_lengths(rows)
+    return rows["prompt_ids"].size(1) + _round_up(completion_lengths(rows), how.multiple)
+
+
+def _round_up(columns: Any, multiple: int) -> Any:
+    return (columns + multiple - 1) // multiple * multiple
 
 
 def unknown_entries(batches: list[Batch]) -> list[str]:

@@ -14,28 +14,39 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 # Layers that read another layer's keys and values have a class of their own in later versions.
 _READING_LAYERS = [cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []
 STOCK_CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, *_READING_LAYERS)
-FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary embeddings whose frequencies don't depend on the longest sequence of a batch."""
 
 
-def draws_at_random(model: torch.nn.Module) -> bool:
-    """Whether modules or settings show that a forward pass in training draws random numbers. Others may draw some
-    too.
+GROWING_ROPES = ("dynamic", "longrope")
+"""Those whose frequencies do, beyond the length that the model was first trained with."""
+HEADS = ("summary_", "classifier_")
+"""Beginnings of the names of settings of heads that a model which generates doesn't have."""
+
+
+def dropout_of(model: torch.nn.Module) -> str | None:
+    """The module or setting that shows that a forward pass in training draws random numbers, with its value; `None` if
+    none does. A pass may draw some all the same.
     """
-    if any(isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
-        return True
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            return f"`{name}` {module.p:g}"
     adapters = getattr(model, "peft_config", None) or {}
-    settings = [model.config.get_text_config().to_dict(), *(adapter.to_dict() for adapter in adapters.values())]
-    drawing = [v for s in settings for name, v in s.items() if "drop" in name or name.endswith("jitter_noise")]
-    return any(isinstance(value, float) and value > 0 for value in drawing)
+    for settings in (model.config.get_text_config().to_dict(), *(adapter.to_dict() for adapter in adapters.values())):
+        for name, value in settings.items():
+            draws = ("drop" in name or name.endswith("jitter_noise")) and not name.startswith(HEADS)
+            if draws and isinstance(value, float) and value > 0:
+                return f"`{name}` {value:g}"
+    return None
 
 
 def has_relative_positions(model: torch.nn.Module) -> bool:
-    """Whether a sequence may start at any position: attention is not cut at absolute positions, the frequencies of
-    rotary embeddings don't depend on the length, and no adapter puts virtual tokens before the padding.
+    """Whether a sequence may start at any position: attention is not cut at absolute positions or scaled by them, the
+    frequencies of rotary embeddings don't depend on the length, and no adapter puts virtual tokens before the padding.
     """
     config = model.config.get_text_config()
-    is_rotary = bool(_ropes(config)) and _has_fixed_ropes(config)
+    scales = any(rope.get("llama_4_scaling_beta") for rope in _ropes(config))
+    is_rotary = bool(_ropes(config)) and _has_fixed_ropes(config) and not scales
     return is_rotary and not _cuts_attention(config) and not _has_virtual_tokens(model)
 
 
@@ -52,9 +63,17 @@ def width_bound(model: torch.nn.Module) -> int | None:
         if rope.get("rope_type") in FIXED_ROPES:
             continue
         lengths = (rope.get("original_max_position_embeddings"), getattr(config, "max_position_embeddings", None))
-        is_known = rope.get("rope_type") in ("dynamic", "longrope") and not _has_virtual_tokens(model)
+        is_known = rope.get("rope_type") in GROWING_ROPES and not _has_virtual_tokens(model)
         bounds.append(min((length for length in lengths if length), default=0) if is_known else 0)
     return min(bounds, default=None)
+
+
+def why_not_fixed(model: torch.nn.Module) -> str:
+    """Why the width of a batch may matter to its rotary embeddings, to stand after them."""
+    types = {rope.get("rope_type") for rope in _ropes(model.config.get_text_config())} - {*FIXED_ROPES, *GROWING_ROPES}
+    if types:
+        return f"are of a type that is not known here, {', '.join(map(str, sorted(types, key=str)))}"
+    return "depend on the longest sequence of the batch"
 
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -130,9 +149,9 @@ def why_not_row_by_row(model: torch.nn.Module, in_training: bool) -> str | None:
     if _cuts_attention(config):
         return "the model's attention is cut at absolute positions"
     if not _has_fixed_ropes(config):
-        return "the model's rotary embeddings depend on the longest sequence of the batch"
-    if in_training and draws_at_random(model):
-        return "the model has dropout, which copies of a prompt would share"
+        return f"the model's rotary embeddings {why_not_fixed(model)}"
+    if in_training and (dropout := dropout_of(model)):
+        return f"the model has dropout ({dropout}), which copies of a prompt would share"
     return None
 
 

@@ -20,6 +20,7 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from ..sampling.grouped import SharedNoise, pad_left, sample_grouped, why_not_grouped
+from ..sampling.model_traits import has_relative_positions
 
 
 logger = get_logger(__name__)
@@ -128,6 +129,11 @@ def sample_in_groups(
         GroupedSampling(trainer, settings).attach()
         return True
     settings.check_needs(reason)
+    if elsewhere is None and trainer.generation_config.stop_strings is not None:
+        raise ValueError(
+            "`generation_kwargs: stop_strings` needs grouped generation, since TRL's call of `generate` has no "
+            f"tokenizer to find them with, and this run can't have it: {reason}. Leave them out."
+        )
     if elsewhere is None and backend == "auto":
         _warn_of_generate(reason)
     return False
@@ -159,18 +165,31 @@ def _why_not_in_groups(trainer: GRPOTrainer | RLOOTrainer, backend: str) -> str 
         return f"this {type(trainer).__name__} has a `_generate_single_turn` of its own"
     if trainer.args.neftune_noise_alpha:
         return "`neftune_noise_alpha` adds noise, which copies of a prompt would share"
+    if unknown := _unknown_ends(trainer):
+        return (
+            f"`generation_kwargs` ends completions with the tokens {', '.join(map(str, unknown))}, which TRL doesn't "
+            "count as ends: a completion that is cut there is truncated to it"
+        )
     return why_not_grouped(trainer.model, trainer.generation_config, in_training=True)
+
+
+def _unknown_ends(trainer: GRPOTrainer | RLOOTrainer) -> list[int]:
+    """Tokens that end completions by `generation_kwargs` and not for TRL."""
+    ends = trainer.generation_config.eos_token_id
+    ends = ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+    return sorted(set(map(int, ends)) - set(trainer.eos_token_ids))
 
 
 class GroupedSampling:
     """Samples the completions of one trainer with `sample_grouped`.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): Its settings are read now, its model at each call.
+        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): Its model and settings are read at each call.
         settings (`GroupedSamplingArguments`): The settings of [`sample_in_groups`].
 
     Raises:
-        `ValueError`: If transformers can't look for the stop strings of `generation_kwargs`.
+        `ValueError`: If transformers can't look for the stop strings of `generation_kwargs`, or
+            `mask_truncated_completions` would leave out what ends with them.
     """
 
     def __init__(self, trainer: GRPOTrainer | RLOOTrainer, settings: GroupedSamplingArguments):
@@ -181,8 +200,8 @@ class GroupedSampling:
         self._trl_turn = trainer._generate_single_turn
         self._trl_score = trainer._generate_and_score_completions
         self._trl_logps = trainer._get_per_token_logps_and_entropies
-        self._scores = False  # whether completions are being sampled and scored
-        self._sampled_logps: torch.Tensor | None = None  # (B, T), of the completions that are being scored
+        self._expects_old_logps = False  # whether completions are being sampled and scored, and no score is there yet
+        self._sampled: Sampled | None = None  # the completions that are being scored
 
     def attach(self) -> None:
         """Replaces the trainer's own methods, only on this instance."""
@@ -200,6 +219,7 @@ class GroupedSampling:
     def sample(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
         """One completion of each prompt, with the token that ended it; `None` if the model draws random numbers."""
         trainer = self.trainer
+        self.config, self.stopping_criteria = _read_settings(trainer)  # a callback may have changed them
         prompts = [torch.tensor(ids, device=trainer.accelerator.device) for ids in prompt_ids]
         input_ids, attention_mask = pad_left(prompts, trainer._tokenizer.pad_token_id)
         wants_entropies = self._has_entropies and self._scoring.wants_entropies
@@ -232,33 +252,76 @@ class GroupedSampling:
             self.settings.check_needs(SharedNoise.reason)
             _warn_of_generate(SharedNoise.reason)
             return None
+        completions = output.sequences[:, -output.logps.size(1) :]
+        lengths = output.lengths[:, None]
+        after = torch.arange(completions.size(1), device=lengths.device) >= lengths
+        completions = completions.masked_fill(after, trainer._tokenizer.pad_token_id)
         if wants_entropies:
-            self._scoring.keep_entropies(output.entropies)
-        if self._scores:
-            self._sampled_logps = output.logps
-        completions = output.sequences[:, -output.logps.size(1) :].tolist()
-        return [ids[:length] for ids, length in zip(completions, output.lengths.tolist(), strict=True)]
+            self._scoring.keep_entropies(output.entropies, completions)
+        if self._expects_old_logps and _has_old_logps(trainer, self.config):
+            self._sampled = Sampled(input_ids, attention_mask, completions, output.logps)
+        rows = zip(completions.tolist(), output.lengths.tolist(), strict=True)
+        return [ids[:length] for ids, length in rows]
 
     @property
     def _has_entropies(self) -> bool:
         """Whether the entropies that sampling sees are those that this package's trainers log."""
-        has_temperature = self.config.do_sample and self.config.temperature == self.trainer.temperature
-        return self._scoring is not None and has_temperature
+        return self._scoring is not None and _has_numbers_of_the_loss(self.trainer, self.config)
 
     # ---- Log-probabilities of the sampled tokens as the old ones
 
     def _generate_and_score_completions(self, inputs):
-        self._scores = True
+        self._expects_old_logps = True
         try:
             return self._trl_score(inputs)
         finally:
-            self._scores, self._sampled_logps = False, None
+            self._expects_old_logps, self._sampled = False, None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        logps, self._sampled_logps = self._sampled_logps, None
-        if logps is None:
-            return self._trl_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        return F.pad(logps, (0, logits_to_keep - logps.size(1))), None, None  # TRL asks for the old ones first
+        is_first, self._expects_old_logps = self._expects_old_logps, False  # TRL asks for the old ones first
+        sampled, self._sampled = self._sampled, None
+        if is_first:
+            known = sampled is not None and sampled.are(input_ids, attention_mask, logits_to_keep)
+            if self._on_every_rank(known):
+                return F.pad(sampled.logps, (0, logits_to_keep - sampled.logps.size(1))), None, None
+        return self._trl_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    def _on_every_rank(self, here: bool) -> bool:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return here
+        return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).all())
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Completions as they were sampled, before a subclass of the trainer or TRL could change them.
+
+    Attributes:
+        prompts, prompt_mask (`torch.Tensor`): (B, P), padded on the left.
+        completions (`torch.Tensor`): (B, T), with padding after the token that ended each.
+        logps (`torch.Tensor`): Of their tokens, (B, T), 0 after the end.
+    """
+
+    prompts: torch.Tensor
+    prompt_mask: torch.Tensor
+    completions: torch.Tensor
+    logps: torch.Tensor
+
+    def are(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> bool:
+        """Whether these are the rows that TRL scores, which it may have padded further."""
+        split = input_ids.size(1) - logits_to_keep
+        before, after = split - self.prompts.size(1), logits_to_keep - self.completions.size(1)
+        if len(input_ids) != len(self.prompts) or before < 0 or after < 0:
+            return False
+        mask, end = attention_mask.bool(), input_ids.size(1) - after
+        prompt_mask = F.pad(self.prompt_mask.bool(), (before, 0))
+        return (
+            torch.equal(mask[:, :split], prompt_mask)
+            and torch.equal(input_ids[:, :split][prompt_mask], self.prompts[self.prompt_mask.bool()])
+            and torch.equal(input_ids[:, split:end], self.completions)
+            and not mask[:, end:].any()
+        )
 
 
 def _read_settings(trainer: GRPOTrainer | RLOOTrainer) -> tuple[GenerationConfig, StoppingCriteriaList]:
@@ -268,6 +331,11 @@ def _read_settings(trainer: GRPOTrainer | RLOOTrainer) -> tuple[GenerationConfig
     strings, config.stop_strings = config.stop_strings, None
     if strings is None:
         return config, StoppingCriteriaList()
+    if trainer.mask_truncated_completions:
+        raise ValueError(
+            "`mask_truncated_completions` leaves out every completion that ends with one of `generation_kwargs: "
+            "stop_strings`, since TRL counts it as truncated. Set one of the two."
+        )
     try:
         return config, StoppingCriteriaList([StopStringCriteria(trainer._tokenizer, strings)])
     except ValueError as error:
@@ -281,7 +349,7 @@ def _has_old_logps(trainer: GRPOTrainer | RLOOTrainer, config: GenerationConfig)
     """Whether TRL makes a forward pass for the old log-probabilities whose numbers sampling has.
 
     GRPO makes one where a generation batch is not used up by one optimizer step, RLOO always. Sampling has the same
-    numbers in fp32 and at the same temperature; in bf16 and TF32 the two differ by rounding.
+    numbers in fp32; in bf16 and TF32 the two differ by rounding.
     """
     args = trainer.args
     if getattr(args, "ratio_anchor", "rollout") == "current":  # of our trainer: the policy of each pass itself
@@ -290,4 +358,17 @@ def _has_old_logps(trainer: GRPOTrainer | RLOOTrainer, config: GenerationConfig)
     makes_pass = lasts or isinstance(trainer, RLOOTrainer)
     in_fp32 = all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
     in_fp32 = in_fp32 and trainer.accelerator.mixed_precision == "no" and not args.tf32
-    return makes_pass and in_fp32 and config.do_sample and config.temperature == trainer.temperature
+    in_fp32 = in_fp32 and torch.get_float32_matmul_precision() == "highest"
+    return makes_pass and in_fp32 and _has_numbers_of_the_loss(trainer, config)
+
+
+def _has_numbers_of_the_loss(trainer: GRPOTrainer | RLOOTrainer, config: GenerationConfig) -> bool:
+    """Whether sampling computes the log-probabilities that the loss computes: by TRL's own method, at its temperature.
+
+    `generate` numbers positions from a prompt's first token, TRL's loss from the padding, so that they must be
+    relative.
+    """
+    scores = type(trainer)._get_per_token_logps_and_entropies
+    by_trl = (scores.__module__ or "").startswith(("trl.", f"{__package__}."))
+    at_temperature = config.do_sample and config.temperature == trainer.temperature
+    return by_trl and at_temperature and has_relative_positions(trainer.model)

@@ -1,8 +1,10 @@
 """Compaction in TRL's trainer: where rollouts get their new layout, and the effect on its metrics."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from ..rollout.compaction import (
     unknown_entries,
 )
 from ..rollout.window import RolloutWindow
-from ..sampling.model_traits import has_relative_positions, width_bound
+from ..sampling.model_traits import has_relative_positions, why_not_fixed, width_bound
 
 
 logger = get_logger(__name__)
@@ -40,6 +42,7 @@ ROW_MEANS = ("vespo/phi_seq_mean",)
 EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
 """TRL's metrics that are the minimum or maximum of a micro-batch."""
 
+WEIGHED = (*TOKEN_MEANS, *RATIO_MEANS, *ROW_MEANS, *EXTREMES)
 ROW_MEANS_AT_SAMPLING = {"vespo/phi_seq_mean": 1.0}
 """What they are of a completion without advantage, under the policy that sampled it. No ratio is clipped there."""
 
@@ -151,13 +154,14 @@ class BatchLayout:
         self.upcoming: deque[Arranged] = deque()  # micro-batches that pass 1 has not come to
         self.first_pass: list[Arranged] = []  # those of the current step so far
         self.left_out: list[Batch] = []  # the rows of the current step that no pass computes
+        self.measured: dict[str, list[float]] = {}  # what TRL's loss has logged of each part of the current step
         self.forward_only: Batch | None = None  # what pass 1 computes before the present one, for TRL's metrics
         self.nominal_rows = 0  # of TRL's own
         self.position = 0  # of the next micro-batch among those that the training loop has fetched together
         self.warned = False
 
-    def begin_training(self) -> None:
-        """A replacement of TRL's loss on the trainer itself is used from here on.
+    def check_loss(self) -> None:
+        """A replacement of TRL's loss on the trainer itself is used from here on, before a step.
 
         Raises:
             ValueError: If `max_tokens_per_micro_batch` can't be kept then.
@@ -170,6 +174,22 @@ class BatchLayout:
         self.upcoming.clear()
         self.forward_only = None
         self.first_pass, self.left_out = [], []
+        self.measured = {}
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Context for TRL's loss on one part. Its means are put aside until the step ends. Rewards and subclasses may
+        log under the same names: their entries stay.
+        """
+        if self.compaction is None:
+            yield
+            return
+        log = self.trainer._metrics["train"]
+        before = {name: len(log[name]) if name in log else 0 for name in WEIGHED}
+        yield
+        for name, count in before.items():
+            if name in log and len(log[name]) == count + 1:
+                self.measured.setdefault(name, []).append(log[name].pop())
 
     def arrange(self, inputs: Batch) -> Batch:
         """The micro-batch that replaces the one that TRL has taken from its buffer."""
@@ -228,10 +248,10 @@ class BatchLayout:
         if self.trainer._is_vlm or self.width_bound is not None:
             may_move = self.agree(may_move)
         if not may_move and self.width_bound is not None:
-            self._warn_once(
-                f"prompt and completion take {self.width_bound} columns or more, where the model's rotary embeddings "
-                "depend on the longest sequence of a batch"
+            where = (
+                f"prompt and completion take {self.width_bound} columns or more, where " if self.width_bound else ""
             )
+            self._warn_once(f"{where}the model's rotary embeddings {why_not_fixed(self.trainer.model)}")
         return may_move
 
     def _warn_once(self, reason: str) -> None:
@@ -262,6 +282,7 @@ class BatchLayout:
         different numbers of tokens, and one entry of what the parts of a micro-batch have measured."""
         first, self.first_pass = self.first_pass, []
         left_out, self.left_out = self.left_out, []
+        measured_of, self.measured = self.measured, {}
         if self.compaction is None or not first:
             return None
         shares = Shares.of(first, replayed, left_out, self.trainer.accelerator)
@@ -269,11 +290,11 @@ class BatchLayout:
         of_left_out |= {name: value * shares.left_out_rows for name, value in ROW_MEANS_AT_SAMPLING.items()}
         sizes = [len(arranged.parts) for arranged in first]
         log = self.trainer._metrics["train"]
-        for name in (*TOKEN_MEANS, *RATIO_MEANS, *ROW_MEANS, *EXTREMES):
-            if name not in log:
+        for name, values in measured_of.items():
+            if len(values) != sum(sizes):  # not of every part
+                log[name] += values
                 continue
-            measured = _grouped(log[name][-sum(sizes) :], sizes)
-            del log[name][-sum(sizes) :]
+            measured = _grouped(values, sizes)
             if name in EXTREMES:
                 unclipped = [0.0] if left_out else []
                 log[name] += [EXTREMES[name](values + unclipped) for values in measured]
@@ -307,7 +328,8 @@ def _allowed_compaction(trainer: GRPOTrainer) -> Compaction | None:
     """The compaction that the settings ask for and that loss, model and accumulation allow; `None` if none."""
     args = trainer.args
     allowed = _loss_allows(trainer) if args.compact_batches else None
-    if args.compact_batches and (own := own_parts_of_loss(trainer)):
+    own = own_parts_of_loss(trainer)
+    if args.compact_batches and own:
         logger.warning(
             f"Batches are not compacted, which costs time: the trainer has a `{'`, `'.join(own)}` of its own, and "
             "what that makes of rows is not known. Set `compact_batches: false` if that is meant."
@@ -318,8 +340,13 @@ def _allowed_compaction(trainer: GRPOTrainer) -> Compaction | None:
     is_additive = allowed is not None and allowed.regroup
     if args.max_tokens_per_micro_batch is not None and width_bound(trainer.model) is not None:
         raise ValueError(
-            "`max_tokens_per_micro_batch` needs rotary embeddings of fixed frequencies: those of the model depend on "
-            "the longest sequence of a batch. Leave it out."
+            "`max_tokens_per_micro_batch` needs rotary embeddings of fixed frequencies: those of the model "
+            f"{why_not_fixed(trainer.model)}. Leave it out."
+        )
+    if args.max_tokens_per_micro_batch is not None and own:
+        raise ValueError(
+            f"`max_tokens_per_micro_batch` needs a loss of TRL's, and the trainer has a `{'`, `'.join(own)}` of its "
+            "own. Leave it out."
         )
     if args.max_tokens_per_micro_batch is not None and not (is_additive and longer % shorter == 0):
         raise ValueError(
@@ -331,6 +358,7 @@ def _allowed_compaction(trainer: GRPOTrainer) -> Compaction | None:
         allowed,
         trims_prompts=has_relative_positions(trainer.model),
         max_tokens=args.max_tokens_per_micro_batch,
+        multiple=args.pad_to_multiple_of or 1,
     )
 
 

@@ -31,18 +31,18 @@ class Scoring:
         self.trainer, self.layout = trainer, layout
         self._records = False
         self._entropies: torch.Tensor | None = None  # (B, T), of the completions that are being generated
-        self._scored: torch.Tensor | None = None  # (B, T), the tokens that they are of, where completions were scored
+        self._tokens: torch.Tensor | None = None  # (B, T), which they are of
 
     @property
     def wants_entropies(self) -> bool:
         """Whether completions are being generated whose entropies will be of use, and are not known."""
         return self._records and self._entropies is None
 
-    def keep_entropies(self, entropies: torch.Tensor, ids: torch.Tensor | None = None) -> None:
-        """Takes the entropies of the tokens of all completions, (B, T), in nats, and these tokens if they were
-        scored.
+    def keep_entropies(self, entropies: torch.Tensor, ids: torch.Tensor) -> None:
+        """Takes the entropies of the tokens of all completions, (B, T), in nats, and these tokens, with padding after
+        the end.
         """
-        self._entropies, self._scored = entropies.float(), ids
+        self._entropies, self._tokens = entropies.float(), ids
 
     def generate_and_score(self, by_trl: Callable[[Any], Batch], inputs: Any) -> Batch:
         """TRL's rollouts, with `ENTROPIES` where all ranks know them and they may save a forward pass."""
@@ -52,20 +52,22 @@ class Scoring:
             rollouts = by_trl(inputs)
             entropies = self._entropies if records and self._are_of(rollouts) else None
         finally:
-            self._records, self._entropies, self._scored = False, None, None
+            self._records, self._entropies, self._tokens = False, None, None
         if records and self.layout.agree(entropies is not None):
-            missing = rollouts["completion_ids"].size(1) - entropies.size(1)  # where TRL pads beyond the longest
+            missing = rollouts["completion_ids"].size(1) - entropies.size(1)
             rollouts[ENTROPIES] = torch.nn.functional.pad(entropies, (0, missing))
         return rollouts
 
     def _are_of(self, rollouts: Batch) -> bool:
-        """Whether the entropies are those of the completions. A `rollout_func` or a reward may have scored others."""
+        """Whether the entropies are those of the completions. A `rollout_func` or a reward may have scored others, and
+        a subclass may have changed what was sampled.
+        """
         ids = rollouts["completion_ids"]
         if self._entropies is None or "tool_mask" in rollouts:
             return False
-        if self._scored is None:
-            return len(self._entropies) == len(ids)
-        return torch.equal(self._scored, ids)
+        missing = ids.size(1) - self._tokens.size(1)  # where TRL pads beyond the longest
+        pad = self.trainer._tokenizer.pad_token_id
+        return missing >= 0 and torch.equal(torch.nn.functional.pad(self._tokens, (0, missing), value=pad), ids)
 
     def score(
         self,
@@ -92,7 +94,7 @@ class Scoring:
             **{"prompt_ids": input_ids[:, :prompt], "prompt_mask": attention_mask[:, :prompt]},
             **{"completion_ids": input_ids[:, prompt:], "completion_mask": attention_mask[:, prompt:]},
         }
-        widths = row_widths(rows)
+        widths = row_widths(rows, how)
         order = widths.argsort(descending=True, stable=True)
         count = math.ceil(count_rows(rows) / batch_size)
         sizes = partition(widths[order].tolist(), count, batch_size * int(widths.max()))

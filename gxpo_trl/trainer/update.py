@@ -53,6 +53,7 @@ class StepCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.update.layout.position = 0
+        self.update.layout.check_loss()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.update.step_taken()
@@ -126,7 +127,7 @@ class LookaheadUpdate:
     def training(self) -> Iterator[None]:
         """Context for a training loop. No step outlives it, and an interrupted step leaves committed weights."""
         self._publish()
-        self.layout.begin_training()
+        self.layout.check_loss()
         self._forget_step()
         try:
             yield
@@ -225,11 +226,12 @@ class LookaheadUpdate:
         def recorded_loss(model, inputs, *args, **kwargs):
             self._forward_started = time.perf_counter()  # generation lies before
             if self.layout.forward_only is not None:
-                with torch.no_grad():
+                with torch.no_grad(), self.layout.measuring():
                     compute_loss(model, self.layout.forward_only, *args, **kwargs)
             if self.window is not None:
                 self.window.open_micro_batch(inputs, trainer.current_gradient_accumulation_steps)
-            return compute_loss(model, inputs, *args, **kwargs)
+            with self.layout.measuring():
+                return compute_loss(model, inputs, *args, **kwargs)
 
         def recorded_logps(*args, **kwargs):
             outputs = compute_logps(*args, **kwargs)
