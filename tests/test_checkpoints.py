@@ -265,6 +265,12 @@ def test_true_is_the_newest_that_is_whole_and_the_other_is_set_aside(run, caplog
     assert all(map(torch.equal, straight.model.parameters(), resumed.model.parameters()))
 
 
+def test_last_is_a_word_for_the_newest_one_in_a_script_too(run):
+    trainer = make_trainer(run, **SAVING)
+    trainer.train(resume_from_checkpoint="last")
+    assert trainer.state.global_step == trainer.args.max_steps
+
+
 def test_true_without_a_checkpoint_and_a_name_without_one_are_refused(run, tmp_path):
     trainer = make_trainer(tmp_path / "other", **SAVING)
     with pytest.raises(ValueError, match="There is no checkpoint"):

@@ -243,6 +243,7 @@ COMMAND_OF_MODULE = {"gxpo_trl.scripts.train": "train", "gxpo_trl.scripts.eval":
 OTHER_COMMANDS = {"merge": merge, "report": report, "watch": watch, "demo": demo, "push": push, "recipes": recipes}
 """Commands whose options are not settings."""
 NOT_RUN = {"pip": "installs from the network", "hf": "logs in to the Hub", "sbatch": "needs a cluster"}
+NOT_RUN |= dict.fromkeys(("git", "cd"), "fetches the repository")
 """Programs of which only the words are read, and why. All other commands are parsed by their own parsers."""
 
 
@@ -369,7 +370,10 @@ def test_recipes_that_are_listed_exist():
     for folders, methods, _ in rows:
         for folder in set(names(folders)):
             listed = {name if "." in name else f"{name}.yaml" for name in names(methods)}
-            assert listed <= {path.name for path in (ROOT / "recipes" / folder).iterdir()}, folder
+            there = {path.name for path in (ROOT / "recipes" / folder).iterdir()}
+            assert listed <= there, folder
+            if len(listed) > 1:  # methods
+                assert listed == {name for name in there if name.endswith(".yaml")}, folder
 
 
 # ---- Settings

@@ -901,20 +901,17 @@ class SwapsRows(GRPOOldLogps):
         return prompt_ids, completion_ids[::-1], *rest
 
 
-class OwnTemperature(GRPOOldLogps):
-    """Scores at the temperature 1."""
+class OwnLogps(GRPOOldLogps):
+    """Scores by a method of its own."""
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        kept, self.temperature = self.temperature, 1.0
-        try:
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        finally:
-            self.temperature = kept
+        found, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return found / 1.5, *others
 
 
 @pytest.mark.parametrize(
     "trainer_class, model",
-    [(EndsAll, None), (SwapsRows, None), (OwnTemperature, None), (GRPOOldLogps, absolute_positions)],
+    [(EndsAll, None), (SwapsRows, None), (OwnLogps, None), (GRPOOldLogps, absolute_positions)],
 )
 def test_other_completions_and_other_numbers_are_scored_by_trl(tmp_path, trainer_class, model):
     more = {} if model is None else {"model": model()}

@@ -78,6 +78,13 @@ def test_weights_are_added_in_fp32_and_rounded_once(tmp_path):
     assert torch.equal(merged.get_submodule(untouched).weight, was)
 
 
+def test_nothing_untrue_is_said_of_tied_embeddings(tmp_path, recwarn):
+    adapter(tmp_path / "adapter", base_model(tmp_path / "base"))
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not [warning for warning in recwarn if "no longer tied" in str(warning.message)]
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_it_stands_alone(tmp_path):
     """With its tokenizer and generation settings, when neither the adapter nor the base is there any more."""
     base = base_model(tmp_path / "base")

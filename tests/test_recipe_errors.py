@@ -107,8 +107,10 @@ def test_yaml_is_taken_as_it_is_written(tmp_path):
         file.write(
             'run_name: &name "text"\nsystem_prompt: *name\n<<: {weight_decay: 0.5, beta: 7}\nscale_rewards: no\n'
         )
-        file.write("model_init_kwargs: '{\"a\": 1}'\nlora_target_modules: all-linear\nreward_weights: 2\n")
-        file.write("gate_window: '31'\nmax_active_steps: null\n")
+        file.write(
+            "model_init_kwargs: '{\"a\": 1}'\nlora_target_modules: all-linear\nuse_peft: on\nreward_weights: 2\n"
+        )
+        file.write("gate_window: '31'\nmax_active_steps: null\nuse_peft: on\n")
     recipe = parse(path)
     args = recipe.training
     assert recipe.script.reward_funcs == ["arithmetic_reward"] and recipe.model.lora_target_modules == "all-linear"
@@ -198,6 +200,33 @@ def test_what_a_dataclass_refuses_is_one_sentence_with_the_line_of_what_it_names
 )
 def test_the_command_line_is_named_as_such(tmp_path, words, said):
     assert re.match(f"the command line: {said}", refusal(write(tmp_path), *words))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--lora_r", "8"], "`lora_r` does nothing without `use_peft`. Set `use_peft: true`, or leave it out."),
+        (["--use-dora", "true"], "`use_dora` does nothing without `use_peft`"),
+        (["--vllm_mode", "colocate"], "`vllm_mode` does nothing without `use_vllm`"),
+        (["--eval_samples", "8"], "`eval_samples` does nothing without `eval_benchmarks`"),
+        (["--extrapolate_alpha", "2"], "`extrapolate_alpha` does nothing without `extrapolate_after`"),
+    ],
+)
+def test_a_setting_of_what_is_off_is_refused(tmp_path, words, said):
+    path = write(tmp_path)
+    assert refusal(path, *words).startswith(f"the command line: {said}")
+    key = words[0].removeprefix("--").replace("-", "_")
+    lines = path.read_text() + f"\n{key}: {words[1]}\n"
+    path.write_text(lines)
+    assert refusal(path).startswith(f", line {len(lines.splitlines())}: {said}")
+    switch = re.search("without `(\\w+)`", said)[1]
+    value = "null" if switch in ("eval_benchmarks", "extrapolate_after") else "false"
+    parse_recipe(["--config", str(path), f"--{switch}", value])  # somebody has turned it off
+
+
+def test_without_a_recipe_the_error_names_one():
+    with pytest.raises(ValueError, match="Name a recipe: `--config gxpo:tiny/gxpo.yaml`"):
+        parse_recipe([])
 
 
 @pytest.mark.parametrize("word, value", [("-inf", -math.inf), ("-1e-1", -0.1), ("-2", -2.0), ("-.5", -0.5)])

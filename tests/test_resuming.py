@@ -161,12 +161,14 @@ def refused(run: Path, *options: str, steps: int = 6) -> str:
     return ended.value.code
 
 
-def test_no_run_begins_over_another(run):
+def test_no_run_begins_over_another(run, capsys):
     assert "holds checkpoint-4 of an earlier run. Resume it" in refused(run)
     shutil.rmtree(run / "checkpoint-4")
     shutil.rmtree(run / "checkpoint-2")
     assert "holds the model of an earlier run" in refused(run)
     assert "holds a finished run and no checkpoint" in refused(run, *LAST)
+    main(arguments(run, *LAST))
+    assert "It can't be continued: it saved no checkpoint (`save_strategy: steps`)." in capsys.readouterr().out
     (run / "trainer_state.json").unlink()  # killed while the model was saved, and nothing else had been
     assert find_start(parse_recipe(arguments(run, *LAST)).training).checkpoint is None
 

@@ -14,7 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from trl import GRPOConfig
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer, SFPOConfig, SFPOTrainer
-from gxpo_trl.engines.support import check_engine
+from gxpo_trl.callbacks.records import describe_run
+from gxpo_trl.engines.support import check_engine, launcher_surprises
 from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
 
 
@@ -226,6 +227,46 @@ def deepspeed(settings: dict) -> dict:
         node[keys[-1]] = value
     plugin = SimpleNamespace(deepspeed_config=config)
     return {"distributed_type": DistributedType.DEEPSPEED, "state": SimpleNamespace(deepspeed_plugin=plugin)}
+
+
+def test_a_launcher_that_says_otherwise_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = make_trainer(tmp_path, bf16=False)
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert "`mixed_precision: bf16`, which the run computes in, and its own settings say no" in caplog.text
+    assert describe_run(trainer)["mixed_precision"] == "bf16"
+    caplog.clear()
+    make_trainer(tmp_path, bf16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as in recipes/accelerate
+    assert make_trainer(tmp_path, bf16=True).accelerator.mixed_precision == "bf16"
+    make_trainer(tmp_path, bf16=False)
+    assert "which the run computes in" not in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_an_engine_that_the_launcher_names_and_the_run_has_not_is_warned_of(monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    for kind in (DistributedType.MULTI_CPU, DistributedType(engine)):
+        accelerator = SimpleNamespace(mixed_precision="no", distributed_type=kind)
+        said = list(launcher_surprises(accelerator, "no"))
+        assert len(said) == (kind == DistributedType.MULTI_CPU)
+        assert all(f"told to use {engine}, and the run has MULTI_CPU" in sentence for sentence in said)
+
+
+def test_the_defaults_of_another_rule_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="`update_rule: sfpo` has GXPO's defaults for `lookahead_steps`"):
+        LookaheadConfig(str(tmp_path), update_rule="sfpo", **ON_CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        LookaheadConfig(str(tmp_path), update_rule="sfpo", lookahead_steps=3, **ON_CPU)
+        SFPOConfig(str(tmp_path), **ON_CPU)
+        SFPOConfig(str(tmp_path), **ON_CPU, lookahead_steps=5, reposition_alpha=0.5, gate_threshold=0.5)
+
+
+def test_without_a_gpu_the_error_says_what_to_set(tmp_path):
+    settings = {name: value for name, value in ON_CPU.items() if name not in ("use_cpu", "bf16")}
+    with pytest.raises(ValueError, match="This machine has no GPU, and `bf16` is on.*Set `use_cpu: true`"):
+        GXPOConfig(str(tmp_path), **settings)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -56,6 +56,16 @@ def taken(control: StepControl, *cosines: float | None) -> float:
     return control.multiplier
 
 
+def test_training_again_searches_again(tmp_path):
+    trainer = make_trainer(tmp_path, **TWO_PASSES, **COSINE, max_steps=2, learning_rate=1e-7)
+    trainer.train()
+    assert trainer.lookahead.control.steps_tried > 0
+    first = trainer.lookahead.control
+    trainer.train()
+    assert trainer.lookahead.control is not first and not trainer.lookahead.control.searching
+    assert logged(trainer, "lookahead/steps_tried")[0] > 0
+
+
 # ---- How it is chosen
 
 
@@ -525,6 +535,10 @@ def test_rates_are_put_back_when_a_step_fails(tmp_path, fails_at):
         assert optimizer.param_groups[0]["lr"] == 1e-3
         optimizer.fails_at = None
         optimizer.stepped_with.clear()
+        if trainer.state.global_step > 0:  # training again begins a new run
+            trainer.lookahead.begin_run()
+            trainer.state.global_step = 0
+        trainer.lookahead.control.multiplier = M
     trainer.train()
     assert optimizer.stepped_with == [M * 1e-3] * len(optimizer.stepped_with) and len(optimizer.stepped_with) == 4
     optimizer.step()  # the training loop is over

@@ -294,6 +294,17 @@ def test_training_can_start_again_after_an_interruption(tmp_path):
     assert trainer.backward_calls == 3 * 2
 
 
+def test_training_again_begins_a_new_run(tmp_path):
+    """Its gate is open, and its counts start at 0."""
+    trainer = make_trainer(tmp_path, max_active_steps=1, max_steps=2)
+    names = ("lookahead/active", "lookahead/backward_passes", "lookahead/shutoff_step")
+    runs = []
+    for _ in range(2):
+        trainer.train()
+        runs.append([logged(trainer, name) for name in names])
+    assert runs[0] == runs[1] and runs[0][0] == [1.0, 0.0]
+
+
 def test_it_is_a_grpo_trainer_and_takes_its_arguments_in_their_order(tmp_path):
     assert issubclass(GXPOTrainer, GRPOTrainer)
     args, dataset = GXPOConfig(str(tmp_path), **ON_CPU), load_arithmetic(8, 8)

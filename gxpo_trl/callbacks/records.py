@@ -185,6 +185,7 @@ def describe_run(trainer: Trainer, settings: dict[str, Any] | None = None) -> di
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "processes": args.world_size,
+        "mixed_precision": trainer.accelerator.mixed_precision,
         "completions_per_step": completions if hasattr(trainer, "_generate_and_score_completions") else None,
         "settings": args.to_dict() | settings,
         "changed": _changed(args) | {name: value for name, value in settings.items() if value not in (None, [], ())},

@@ -66,7 +66,10 @@ class TrajectoryCallback(TrainerCallback):
                     "`trajectory_steps` records the adapter of a `PeftModel`, and the model has an adapter's layers "
                     "in it and none around it. Pass `peft_config` to the trainer, or a model of `get_peft_model`."
                 )
-            raise ValueError("`trajectory_steps` records an adapter, and there is none. Train with LoRA.")
+            raise ValueError(
+                "`trajectory_steps` records an adapter, and there is none. Train with LoRA: `use_peft: true` in a "
+                "recipe, `peft_config` in a script."
+            )
         if len(adapters := trained_adapters(trainer.model)) > 1:
             raise ValueError(
                 f"`trajectory_steps` records one adapter, and {', '.join(adapters)} are trained together. Activate "

@@ -1,5 +1,7 @@
 """What lookahead updates refuse, and what to do instead: the only room that does."""
 
+import os
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -153,6 +155,28 @@ def check_engine(accelerator: Accelerator, model: torch.nn.Module) -> None:
             f"Lookahead updates don't support the engine {accelerator.distributed_type.value}. Use a single process, "
             f"DDP, FSDP2 or DeepSpeed ZeRO-1, 2 or 3 (recipes/accelerate), {INSTEAD}."
         )
+
+
+def launcher_surprises(accelerator: Accelerator, precision: str) -> Iterator[str]:
+    """Sentences on what the launcher was told and the run doesn't do, or the other way round.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        precision (`str`): `bf16`, `fp16` or `no`, as the run's own settings have it.
+    """
+    if accelerator.mixed_precision != precision:
+        yield (
+            f"The launcher has `mixed_precision: {accelerator.mixed_precision}`, which the run computes in, and its "
+            f"own settings say {precision}. Give `accelerate launch` the option `--mixed_precision no`, so that "
+            "`bf16` decides."
+        )
+    kind = accelerator.distributed_type
+    for engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if os.environ.get(f"ACCELERATE_USE_{engine.value}", "").lower() == "true" and kind != engine:
+            yield (
+                f"The launcher was told to use {engine.value}, and the run has {kind.value}: accelerate has no "
+                f"{engine.value} with `use_cpu: true`. On a CPU set `use_cpu: false` and `ddp_backend: gloo`."
+            )
 
 
 def unknown_deepspeed_optimizer(name: str) -> ValueError:

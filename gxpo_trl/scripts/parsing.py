@@ -1,6 +1,7 @@
 """Parses a recipe and a command line into one object, and into one equivalent file."""
 
 import dataclasses
+import re
 from enum import Enum
 from typing import Any
 
@@ -32,6 +33,8 @@ def parse_recipe(arguments: list[str], prog: str | None = None) -> Recipe:
         ValueError: If a key of the file or of the command line is unknown (the message has the nearest one), or a
             setting has another type or is out of its bounds. The message has the line.
     """
+    if not arguments:
+        raise ValueError("Name a recipe: `--config gxpo:tiny/gxpo.yaml`. `gxpo recipes` lists those of the package.")
     classes = PARTS | {"training": LookaheadConfig}
     said, (origin, _) = peek(arguments, tuple(classes.values())), find_origin(arguments)
     if said["dry_run"] and "use_cpu" not in origin.given and not torch.accelerator.is_available():
@@ -40,8 +43,34 @@ def parse_recipe(arguments: list[str], prog: str | None = None) -> Recipe:
     if said["update_rule"] in RULES:  # the class refuses any other rule
         classes["training"] = trainer_class(said["update_rule"])._config_class
     recipe = Recipe(*parse_keys(arguments, tuple(classes.values()), prog), origin=origin)
+    _check_switches(recipe, origin)
     recipe = dataclasses.replace(recipe, script=_find_rewards(recipe.script, origin))
     return dataclasses.replace(recipe, text=_as_one_file(recipe))
+
+
+SWITCHES = {
+    "use_peft": ("model", "true", r"lora_\w+|use_rslora|use_dora"),
+    "use_vllm": ("training", "true", r"vllm_\w+"),
+    "eval_benchmarks": ("benchmarks", "[MATH-500]", r"eval_(samples|prompt|system_prompt|threshold)"),
+    "extrapolate_after": ("loop", "100", r"extrapolate_\w+"),
+}
+"""What turns other settings on: the part of a recipe, a value, and a pattern of the names of those settings."""
+
+
+def _check_switches(recipe: Recipe, origin: Origin) -> None:
+    """Refuses settings of something that is off, if the recipe does not say that it is.
+
+    Raises:
+        ValueError: Names the setting and its switch.
+    """
+    said = origin.file.said.keys() | origin.given.keys()
+    for switch, (part, value, names) in SWITCHES.items():
+        if getattr(getattr(recipe, part), switch) or switch in said:
+            continue
+        for name in sorted(said):
+            if re.fullmatch(names, name):
+                sentence = f"`{name}` does nothing without `{switch}`. Set `{switch}: {value}`, or leave it out."
+                raise ValueError(origin.explain(ValueError(sentence)))
 
 
 def trainer_class(update_rule: str) -> type[LookaheadTrainer]:

@@ -82,8 +82,8 @@ def _find_start(args: LookaheadConfig) -> Start:
         checkpoint, skipped = newest_whole(run)
         if checkpoint is None and (run / TRAINER_STATE_NAME).is_file():
             raise ValueError(
-                f"{run} holds a finished run and no checkpoint to resume from. To continue it, choose another "
-                "`output_dir` and start there from its model."
+                f"{run} holds a finished run and no checkpoint to resume from: it had no `save_strategy: steps`. "
+                "Choose another `output_dir`, and start there from its model, or from the beginning."
             )
         return Start(None if checkpoint is None else str(checkpoint), skipped)
     if str(name).lower() in ("true", "false"):
@@ -150,7 +150,10 @@ def _is_over(args: LookaheadConfig, run: Path) -> str | None:
     if not is_long_enough:
         return None
     longer = "max_steps" if args.max_steps > 0 else "num_train_epochs"
-    return f"The run in {run} has ended after {step} steps, and nothing was done. A larger `{longer}` continues it."
+    ended = f"The run in {run} has ended after {step} steps, and nothing was done."
+    if newest_whole(run)[0] is not None:
+        return f"{ended} A larger `{longer}` continues it."
+    return f"{ended} It can't be continued: it saved no checkpoint (`save_strategy: steps`)."
 
 
 def _step(folder: Path) -> int:

@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import get_type_hints
 
+import torch
 from accelerate.utils import get_int_from_env
 from trl import GRPOConfig
 
@@ -290,7 +291,15 @@ class LookaheadConfig(GRPOConfig):
         self._check_types()
         if self.prompts_per_step is not None:
             self._set_accumulation()  # which DeepSpeed's own configuration is made from
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "bf16" not in str(error) or torch.accelerator.is_available():
+                raise
+            raise ValueError(
+                "This machine has no GPU, and `bf16` is on unless it is set. Set `use_cpu: true`, and `bf16: false` "
+                "for fp32."
+            ) from error
         if self.prompts_per_step is not None and self.world_size != _launched_processes():
             raise ValueError(
                 f"`prompts_per_step` took this for a run of {_launched_processes()} processes, and it has "
@@ -304,6 +313,7 @@ class LookaheadConfig(GRPOConfig):
         self._check_choice("step_control", ("none", "cosine"))
         self._check_choice("snapshot_device", ("model", "cpu"))
         self._check_numbers()
+        self._warn_of_defaults()
         if self.update_rule == "gxpo" and self.extrapolation == "optimizer":
             self._check_phantom_steps()
         if self.update_rule == "check":
@@ -339,6 +349,17 @@ class LookaheadConfig(GRPOConfig):
             )
         if self.update_rule != "grpo":
             check_arguments(self)
+
+    def _warn_of_defaults(self) -> None:
+        """Of this class, whose defaults are GXPO's, for another rule."""
+        names = ("lookahead_steps", "reposition_alpha", "gate_signal", "gate_threshold")
+        has_gxpos = all(getattr(self, n) == getattr(type(self), n) == getattr(LookaheadConfig, n) for n in names)
+        if self.update_rule == "sfpo" and has_gxpos:
+            warnings.warn(
+                "`update_rule: sfpo` has GXPO's defaults for " + ", ".join(f"`{name}`" for name in names) + ". "
+                "`SFPOConfig` has those of the SFPO paper, and LookaheadTrainer takes it too.",
+                stacklevel=4,
+            )
 
     def _check_types(self) -> None:
         kinds = get_type_hints(LookaheadConfig)

@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..engines import reduce_in_fp32
-from ..engines.support import check_engine, check_parameter_precision, check_rates, check_trainable
+from ..engines.support import check_engine, check_parameter_precision, check_rates, check_trainable, launcher_surprises
 from ..plain_values import make_history_plain
 from ..rollout.compaction import LOSS_WEIGHT
 from ..run_folder import LOOKAHEAD_STATE_NAME, write_whole
@@ -90,6 +90,9 @@ class LookaheadTrainer(GRPOTrainer):
             reduce_in_fp32(self.accelerator)
         if self.use_vllm and is_peft_model(self.model):
             merge_out_of_place(self.vllm_generation, self._log_adapter_share)
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        for surprise in launcher_surprises(self.accelerator, precision):
+            logger.warning(surprise)
         self.accelerator.print(self._describe_batch())
 
     @property
@@ -135,8 +138,8 @@ class LookaheadTrainer(GRPOTrainer):
                 args.save_total_limit = None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Like TRL's. `True` resumes from the newest whole checkpoint; a named one must be whole. Called again, it
-        begins a new run from the weights that there are.
+        """Like TRL's. `True` or `"last"` resumes from the newest whole checkpoint; a named one must be whole. Called
+        again, it begins a new run from the weights that there are.
 
         Raises:
             ValueError: If there is no checkpoint to resume from, or only part of one.
@@ -160,7 +163,7 @@ class LookaheadTrainer(GRPOTrainer):
     def _open_checkpoint(self, name: str | bool) -> str:
         """Restores the gate and the counts of a checkpoint, and returns its folder."""
         skipped = {}
-        if name is True:
+        if name is True or name == "last":
             checkpoint, skipped = newest_whole(Path(self.args.output_dir))
             if checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")

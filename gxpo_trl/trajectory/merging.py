@@ -1,5 +1,6 @@
 """Merges a LoRA adapter into its base model: added in fp32, and rounded once to the precision of each weight."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,7 +34,9 @@ def load_merged(folder: Path, base: str | None = None) -> PreTrainedModel:
         raise ValueError(f"{folder} holds a {config.peft_type.value} adapter, which can't be merged into weights.")
     model, dtypes = _load_base(base or config.base_model_name_or_path, folder)
     was_tied = _untie(model)
-    merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():  # that the embeddings are no longer tied: they are tied again below
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
     for name, weight in merged.named_parameters():
         weight.data = weight.data.to(dtypes[name])
     if was_tied:
