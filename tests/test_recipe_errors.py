@@ -110,7 +110,7 @@ def test_yaml_is_taken_as_it_is_written(tmp_path):
         file.write(
             "model_init_kwargs: '{\"a\": 1}'\nlora_target_modules: all-linear\nuse_peft: on\nreward_weights: 2\n"
         )
-        file.write("gate_window: '31'\nmax_active_steps: null\nuse_peft: on\n")
+        file.write("gate_window: '31'\nmax_active_steps: null\n")
     recipe = parse(path)
     args = recipe.training
     assert recipe.script.reward_funcs == ["arithmetic_reward"] and recipe.model.lora_target_modules == "all-linear"
