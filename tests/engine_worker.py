@@ -268,17 +268,21 @@ def build(job: dict, folder: Path, **overrides):
     settings["ddp_backend"] = "nccl" if ON_GPUS else "gloo"
     trainer_class, config_class = TRAINERS[job.get("trainer", "gxpo")]
     lora = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False) if job.get("lora") else None
+    settings |= {"ddp_timeout": 120, **job["settings"], **overrides}
     torch.manual_seed(0)
+    model = MODELS[job.get("model", "odd")]()
+    if ends := (settings.get("generation_kwargs") or {}).get("eos_token_id"):
+        model.generation_config.eos_token_id = ends  # from where TRL knows them
     watching = Watching()
     watching.trainer = make_trainer(
         folder,
         trainer_class,
         config_class,
-        model=MODELS[job.get("model", "odd")](),
+        model=model,
         peft_config=lora,
         callbacks=[watching],
         reward=half_without_spread if job.get("prunes") else None,
-        **{**settings, "ddp_timeout": 120, **job["settings"], **overrides},
+        **settings,
     )
     watching.trainer.watching = watching
     return watching.trainer

@@ -77,6 +77,7 @@ class LookaheadTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
         check_trainable(self.model, self.optimizer)
+        self._has_trained = False
         self.lookahead = LookaheadUpdate(self)
         if self.lookahead.control is not None and self.optimizer is not None:
             check_rates(self.optimizer)
@@ -144,8 +145,9 @@ class LookaheadTrainer(GRPOTrainer):
         Raises:
             ValueError: If there is no checkpoint to resume from, or only part of one.
         """
-        if self.state.global_step > 0:
+        if self._has_trained:
             self.lookahead.begin_run()
+        self._has_trained = True
         if resume_from_checkpoint:
             resume_from_checkpoint = self._open_checkpoint(resume_from_checkpoint)
         try:

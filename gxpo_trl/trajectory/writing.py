@@ -80,7 +80,7 @@ def write_adapter(trajectory: AdapterTrajectory, found: Forecast, alpha: float, 
     """The last adapter plus α times what was predicted, of rank r + q where that is of rank q.
 
     B gets q columns and A q rows; the old ones and s do not change, so that training can continue from it. Both are in
-    fp32: the new columns may be whole checkpoints, whose sum cancels but for a small movement. The rest of the adapter
+    fp32: the new columns may be whole checkpoints, of whose sum only a small movement is left. The rest of the adapter
     is copied.
     """
     tensors = read_tensors(trajectory.folders[-1] / ADAPTER_WEIGHTS)
