@@ -164,11 +164,11 @@ def launcher_surprises(accelerator: Accelerator, precision: str) -> Iterator[str
         accelerator (`Accelerator`): Of the run.
         precision (`str`): `bf16`, `fp16` or `no`, as the run's own settings have it.
     """
-    if accelerator.mixed_precision != precision:
+    if accelerator.mixed_precision in ("no", "bf16", "fp16") and accelerator.mixed_precision != precision:
         yield (
             f"The launcher has `mixed_precision: {accelerator.mixed_precision}`, which the run computes in, and its "
             f"own settings say {precision}. Give `accelerate launch` the option `--mixed_precision no`, so that "
-            "`bf16` decides."
+            "they decide."
         )
     kind = accelerator.distributed_type
     for engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):

@@ -192,13 +192,12 @@ class _Spending:
         seconds, last_step = 0.0, 0
         for entry in log:
             step, step_time = entry["step"], _amount(entry, "step_time")
+            is_mean = "lookahead/update_time" not in entry  # of all steps since TRL's last log
             if (passes := _amount(entry, BACKWARD_PASSES)) is not None:
                 self.passes[step] = passes
             if (elapsed := _amount(entry, ELAPSED_TIME)) is not None:
                 self.seconds[step] = elapsed
-            elif (
-                step_time is not None and "lookahead/update_time" not in entry
-            ):  # plain TRL: the mean since its last log
+            elif step_time is not None and is_mean:
                 seconds += step_time * (step - last_step)
                 self.seconds[step] = seconds
             if step_time is not None:
