@@ -35,6 +35,8 @@ NAMES = [
             ("_dist", GROUPED, "asks it whether forward passes communicate"),
             ("generation_config", GROUPED, "samples by it"),
             ("temperature", GROUPED, "knows by it whether sampling has the old log-probabilities"),
+            ("eos_token_ids", GROUPED, "leaves to `generate` what ends completions otherwise"),
+            ("mask_truncated_completions", GROUPED, "refuses stop strings with it"),
             ("num_iterations", GROUPED, "knows by it whether TRL computes the old log-probabilities"),
             ("use_transformers_continuous_batching", GROUPED, "leaves sampling to TRL by it"),
             ("_generate_and_score_completions", RECORDS, "counts rollouts by it"),
