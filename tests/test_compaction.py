@@ -531,7 +531,7 @@ def test_columns_stay_a_multiple_where_trl_pads_to_one(tmp_path, rule, iteration
     assert len(widths) > 1 and all(width % 8 == 0 for width in widths)
 
 
-def test_the_token_budget_counts_the_columns_of_a_multiple():
+def test_columns_are_cut_at_multiples():
     window = make_window(**EXAMPLE)
     how = Compaction(max_tokens=20, multiple=4)
     assert all(batch["completion_ids"].size(1) in (4, 8, 9) for batch in compact(window, how).batches)

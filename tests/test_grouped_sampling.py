@@ -923,6 +923,16 @@ def test_other_completions_and_other_numbers_are_scored_by_trl(tmp_path, trainer
     assert logged(trainer, "clip_ratio/region_mean") == [0.0]
 
 
+def test_a_scoring_method_that_is_set_on_a_trainer_is_used(tmp_path):
+    trainer = make_trainer(tmp_path, GRPOTrainer, GRPOConfig, scripted=False, num_iterations=2)
+    compute = trainer._get_per_token_logps_and_entropies
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: compute(*args, **kwargs)
+    own = trainer._get_per_token_logps_and_entropies
+    assert sample_in_groups(trainer, "grouped")
+    assert trainer._get_per_token_logps_and_entropies is own
+    assert "_generate_and_score_completions" not in vars(trainer)
+
+
 def test_entropies_are_those_of_the_completions_that_are_trained_on(tmp_path):
     """A token that a subclass adds has the entropy that the policy had there, not 0."""
 

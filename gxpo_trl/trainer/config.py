@@ -316,6 +316,22 @@ class LookaheadConfig(GRPOConfig):
         self._warn_of_defaults()
         if self.update_rule == "gxpo" and self.extrapolation == "optimizer":
             self._check_phantom_steps()
+        self._check_step_control()
+        if self.max_tokens_per_micro_batch is not None and not self.compact_batches:
+            raise ValueError(
+                "`max_tokens_per_micro_batch` repacks rows, and `compact_batches: false` forbids that. Set "
+                "`compact_batches: true`, or leave the bound out."
+            )
+        if self.reposition_alpha > 1:
+            warnings.warn(
+                f"`reposition_alpha` is {self.reposition_alpha}: it moves beyond the lookahead point, where the "
+                "papers stay at or before it (α ≤ 1).",
+                stacklevel=2,
+            )
+        if self.update_rule != "grpo":
+            check_arguments(self)
+
+    def _check_step_control(self) -> None:
         if self.update_rule == "check":
             self.step_control = "cosine"
             if self.gradient_accumulation_steps < 2:
@@ -336,19 +352,6 @@ class LookaheadConfig(GRPOConfig):
                 "`step_control: cosine` compares the gradients at both ends of the move by `reposition_alpha`, and "
                 "with 0 there is none. Set `reposition_alpha` above 0, or `step_control: none`."
             )
-        if self.max_tokens_per_micro_batch is not None and not self.compact_batches:
-            raise ValueError(
-                "`max_tokens_per_micro_batch` repacks rows, and `compact_batches: false` forbids that. Set "
-                "`compact_batches: true`, or leave the bound out."
-            )
-        if self.reposition_alpha > 1:
-            warnings.warn(
-                f"`reposition_alpha` is {self.reposition_alpha}: it moves beyond the lookahead point, where the "
-                "papers stay at or before it (α ≤ 1).",
-                stacklevel=2,
-            )
-        if self.update_rule != "grpo":
-            check_arguments(self)
 
     def _warn_of_defaults(self) -> None:
         """Of this class, whose defaults are GXPO's, for another rule."""

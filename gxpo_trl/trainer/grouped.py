@@ -368,7 +368,7 @@ def _has_numbers_of_the_loss(trainer: GRPOTrainer | RLOOTrainer, config: Generat
     `generate` numbers positions from a prompt's first token, TRL's loss from the padding, so that they must be
     relative.
     """
-    scores = type(trainer)._get_per_token_logps_and_entropies
-    by_trl = (scores.__module__ or "").startswith(("trl.", f"{__package__}."))
+    scores = trainer._get_per_token_logps_and_entropies  # of a class, or set on the trainer
+    by_trl = (getattr(scores, "__module__", None) or "").startswith(("trl.", f"{__package__}."))
     at_temperature = config.do_sample and config.temperature == trainer.temperature
     return by_trl and at_temperature and has_relative_positions(trainer.model)
