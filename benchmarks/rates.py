@@ -62,6 +62,13 @@ PHANTOM_CONTROLLED = gxpo("phantom K 5, controlled", extrapolation="optimizer", 
 FOUR_MINIBATCHES = minibatches(4)
 EIGHT_MICRO_BATCHES = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
 CHECK = Arm("check", {"update_rule": "check", **EIGHT_MICRO_BATCHES})
+CHECK_MINIBATCHES = Arm(
+    "check, 4 disjoint minibatches",
+    {
+        **{"update_rule": "check", "per_device_train_batch_size": 8},
+        **{"gradient_accumulation_steps": 4, "steps_per_generation": 16},
+    },
+)
 RIVALS = (
     Arm("linear decay", {"lr_scheduler_type": "linear"}),
     Arm("adaptive KL", {"num_iterations": 2}, ("adaptive KL",)),
@@ -72,9 +79,9 @@ PRODIGY = Arm("Prodigy", {}, ("prodigy",))
 PACKAGES = {"schedule-free": "schedulefree", PRODIGY.label: "prodigyopt"}
 """What an arm needs that the project does not install."""
 ARMS = (GRPO, TWO_PASSES, CHECK)
-CONTROLLED = {arm.label for arm in (TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK)}
+CONTROLLED = {arm.label for arm in (TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK, CHECK_MINIBATCHES)}
 COMPARED = (
-    *(GRPO, FOUR_MINIBATCHES, TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK),
+    *(GRPO, FOUR_MINIBATCHES, TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK, CHECK_MINIBATCHES),
     *(THREE_ITERATIONS, GXPO, PHANTOM),
 )
 RIVALS_IN_PASSES = [arm.label for arm in (FOUR_MINIBATCHES, THREE_ITERATIONS, GXPO)]
@@ -115,37 +122,46 @@ def others(*rates: float) -> tuple[tuple[Arm, float], ...]:
 
 
 EVERYWHERE = (*ARMS, THREE_PASSES, THREE_ITERATIONS, GXPO, *RIVALS)
+
+
+def check_minibatches(*rates: float) -> tuple[tuple[Arm, float], ...]:
+    """*check* with four optimizer steps a batch, each on rows of its own, at rates that are far apart."""
+    return tuple((CHECK_MINIBATCHES, rate) for rate in rates)
+
+
 FULL = (1e-5, 5e-5, 2e-4, 4e-4, 8e-4, 5e-3, 2e-2)
 SMALL = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
 LARGE = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16}
 REGIMES = (
     Regime(
         Part("full", "Full fine-tuning, 128 completions", EVERYWHERE, FULL, seeds=8),
-        more=(*others(1e-4, 2e-4, 4e-4), (PRODIGY, 1.0)),
+        more=(*others(1e-4, 2e-4, 4e-4), *check_minibatches(1e-5, 4e-4, 2e-2), (PRODIGY, 1.0)),
     ),
     Regime(
         Part("lora", "LoRA of rank 8", ARMS, (5e-5, 1e-3, 4e-3, 1e-1), LORA, seeds=8),
-        more=((GRPO, 2e-3), *others(5e-4, 1e-3, 2e-3)),
+        more=((GRPO, 2e-3), *others(5e-4, 1e-3, 2e-3), *check_minibatches(5e-5, 1e-3, 1e-1)),
     ),
     Regime(
         Part("small", "32 completions", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), SMALL, seeds=8, batches=96, every=12),
-        more=((GRPO, 1e-4), *others(5e-5, 1e-4, 2e-4)),
+        more=((GRPO, 1e-4), *others(5e-5, 1e-4, 2e-4), *check_minibatches(1e-5, 2e-4, 2e-2)),
         changes={
             CHECK.label: {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+            CHECK_MINIBATCHES.label: {"per_device_train_batch_size": 2},
             FOUR_MINIBATCHES.label: {"per_device_train_batch_size": 8},
         },
     ),
     Regime(
         Part("large", "512 completions", ARMS, (1e-5, 4e-4, 8e-4, 2e-2), LARGE, seeds=8, batches=24, every=3),
-        more=((GRPO, 1.6e-3), *others(2e-4, 4e-4, 8e-4)),
+        more=((GRPO, 1.6e-3), *others(2e-4, 4e-4, 8e-4), *check_minibatches(1e-5, 8e-4, 2e-2)),
         changes={
             CHECK.label: {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16},
+            CHECK_MINIBATCHES.label: {"per_device_train_batch_size": 32},
             FOUR_MINIBATCHES.label: {"gradient_accumulation_steps": 4, "steps_per_generation": 16},
         },
     ),
     Regime(
         Part("harder", "Longer problems", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), {"max_completion_length": 48}, seeds=8),
-        more=others(1e-4, 2e-4, 4e-4),
+        more=(*others(1e-4, 2e-4, 4e-4), *check_minibatches(1e-5, 4e-4, 2e-2)),
     ),
     Regime(Part("bf16", "bf16", ARMS, (1e-5, 4e-4, 2e-2), {"bf16": True}, seeds=4)),
     Regime(Part("long", "A long run", ARMS, (4e-4, 8e-4), seeds=4, batches=300, every=30)),

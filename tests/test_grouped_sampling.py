@@ -17,6 +17,7 @@ from helpers import (
     half_without_spread,
     logged,
     make_trainer,
+    patch_trl,
     tiny_model,
     train,
 )
@@ -852,7 +853,7 @@ def test_sampling_gives_the_old_log_probabilities(tmp_path, monkeypatch, trainer
             scored.append(0 if batch_size is None else len(ids))  # TRL gives it where it scores
             return compute(self, model, ids, mask, width, batch_size, *args, **kwargs)
 
-        monkeypatch.setattr(stock, "_get_per_token_logps_and_entropies", counting)
+        patch_trl(stock, "_get_per_token_logps_and_entropies", counting, monkeypatch.setattr)
 
     def run(**more) -> tuple[float, OldLogpsMixin]:
         scored.clear()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close_parameters, double_model, logged, make_trainer, parameters, train
+from helpers import assert_close_parameters, double_model, logged, make_trainer, parameters, patch_trl, train
 from test_compaction import OFF, SAMPLED, half_without_spread
 from trl import GRPOTrainer
 
@@ -29,7 +29,7 @@ def scored(monkeypatch) -> list[int]:
             tokens.extend(part.numel() for part in input_ids.split(rows))
         return stock(self, model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
 
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counting)
+    patch_trl(GRPOTrainer, "_get_per_token_logps_and_entropies", counting, monkeypatch.setattr)
     return tokens
 
 

@@ -21,13 +21,12 @@ from trl.models import unwrap_model_for_generation
 
 from ..sampling.grouped import SharedNoise, pad_left, sample_grouped, why_not_grouped
 from ..sampling.model_traits import has_relative_positions
+from .methods import is_replaced
 
 
 logger = get_logger(__name__)
 
 BACKENDS = ("auto", "grouped", "transformers")
-OWN_SAMPLING = (GRPOTrainer._generate_single_turn, RLOOTrainer._generate_single_turn)
-"""The methods that grouped sampling replaces."""
 
 
 @dataclass
@@ -161,7 +160,7 @@ def _why_not_in_groups(trainer: GRPOTrainer | RLOOTrainer, backend: str) -> str 
     """Why the call of `generate` stays; `None` if it can be replaced."""
     if backend == "transformers":
         return "`generation_backend` is `transformers`"
-    if getattr(trainer._generate_single_turn, "__func__", None) not in OWN_SAMPLING:
+    if is_replaced(trainer, "_generate_single_turn"):
         return f"this {type(trainer).__name__} has a `_generate_single_turn` of its own"
     if trainer.args.neftune_noise_alpha:
         return "`neftune_noise_alpha` adds noise, which copies of a prompt would share"
@@ -368,7 +367,6 @@ def _has_numbers_of_the_loss(trainer: GRPOTrainer | RLOOTrainer, config: Generat
     `generate` numbers positions from a prompt's first token, TRL's loss from the padding, so that they must be
     relative.
     """
-    scores = trainer._get_per_token_logps_and_entropies  # of a class, or set on the trainer
-    by_trl = (getattr(scores, "__module__", None) or "").startswith(("trl.", f"{__package__}."))
+    replaced = is_replaced(trainer, "_get_per_token_logps_and_entropies")
     at_temperature = config.do_sample and config.temperature == trainer.temperature
-    return by_trl and at_temperature and has_relative_positions(trainer.model)
+    return not replaced and at_temperature and has_relative_positions(trainer.model)

@@ -6,7 +6,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +25,7 @@ from ..rollout.compaction import (
 )
 from ..rollout.window import RolloutWindow
 from ..sampling.model_traits import has_relative_positions, why_not_fixed, width_bound
+from .methods import is_replaced
 
 
 logger = get_logger(__name__)
@@ -309,19 +309,7 @@ class BatchLayout:
 
 def own_parts_of_loss(trainer: GRPOTrainer) -> list[str]:
     """The methods of `LOSS` that a subclass, a mixin or the user has replaced."""
-    return [name for name in LOSS if not _is_known(trainer, name)]
-
-
-def _is_known(trainer: GRPOTrainer, name: str) -> bool:
-    """Whether a method is TRL's, or this package's around it."""
-    if name in vars(trainer):
-        return _is_ours(vars(trainer)[name])
-    owners = (part for part in type(trainer).__mro__ if name in vars(part) and not _is_ours(part))
-    return next(owners) in GRPOTrainer.__mro__
-
-
-def _is_ours(part: Any) -> bool:
-    return (getattr(part, "__module__", None) or "").startswith(__package__)  # a method has that of its function
+    return [name for name in LOSS if is_replaced(trainer, name)]
 
 
 def _allowed_compaction(trainer: GRPOTrainer) -> Compaction | None:
