@@ -91,6 +91,8 @@ def test_special_tokens_are_seen_and_a_template_is_not_missed(dry_run, tmp_path)
         ({"dataset_name": "nowhere.jsonl"}, "no file nowhere.jsonl"),
         ({"reward_funcs": ["dry_rewards.right_sums"], "reward_weights": None}, "right_sums"),
         ({"dataset_name": "problems.jsonl"}, "`right_sum` fails on the data: TypeError: .*numbers.*The columns are"),
+        ({"dataset_name": "one.jsonl"}, r"The data have 1 prompt\(s\), and a generation batch takes 2"),
+        ({"dataset_name": "one.jsonl", "gradient_accumulation_steps": 9}, "a generation batch takes 18"),
         ({"model_name_or_path": "empty"}, "empty` is a folder without weights"),
         ({"eval_benchmarks": ["nowhere.jsonl"], "eval_steps": 5}, "no file nowhere.jsonl"),
         ({"reward_weights": [1.0]}, "`reward_weights` has 1 numbers for 2"),
@@ -100,7 +102,8 @@ def test_special_tokens_are_seen_and_a_template_is_not_missed(dry_run, tmp_path)
     ids=str,
 )
 def test_what_is_wrong_with_the_users_own_is_one_sentence(dry_run, tmp_path, changes, message):
-    write(tmp_path / "problems.jsonl", [{"problem": "P", "answer": "1"}])
+    write(tmp_path / "problems.jsonl", 4 * [{"problem": "P", "answer": "1"}])
+    write(tmp_path / "one.jsonl", as_messages(ROWS[:1]))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(SystemExit, match=message):

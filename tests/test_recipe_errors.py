@@ -196,6 +196,13 @@ def test_what_a_dataclass_refuses_is_one_sentence_with_the_line_of_what_it_names
         (["--dry-run", "perhaps"], "`dry_run`: expected true or false"),
         (["--gate_window", "1"], "`gate_window` must be"),
         (["--run_name", "\udcff"], "expected text in UTF-8"),
+        (["--seed", "1", "--seed", "1"], "`seed` is given twice. Give it once"),
+        (["--learning_rate=1e-3", "--learning-rate", "1e-4"], "`learning-rate` is given twice"),
+        (
+            ["--reward_funcs", "a", "--seed", "1", "--reward_funcs", "b"],
+            "`reward_funcs` is given twice.*--reward_funcs A B",
+        ),
+        (["--config", "other.yaml"], "`--config` is given twice. Name one recipe."),
     ],
 )
 def test_the_command_line_is_named_as_such(tmp_path, words, said):
@@ -222,6 +229,14 @@ def test_a_setting_of_what_is_off_is_refused(tmp_path, words, said):
     switch = re.search("without `(\\w+)`", said)[1]
     value = "null" if switch in ("eval_benchmarks", "extrapolate_after") else "false"
     parse_recipe(["--config", str(path), f"--{switch}", value])  # somebody has turned it off
+
+
+def test_the_place_of_a_fault_in_the_code_names_no_setting(tmp_path):
+    recipe = parse(write(tmp_path), "--dry_run", "true")
+    try:
+        exec(compile("[][0]", "scripts/dry_run.py", "exec"))
+    except IndexError as error:
+        assert recipe.origin.explain(error).startswith(f"{tmp_path / 'r.yaml'}: IndexError: list index out of range (")
 
 
 def test_without_a_recipe_the_error_names_one():

@@ -140,6 +140,18 @@ def test_a_plain_grpo_config_is_refused(tmp_path):
         make_trainer(tmp_path, GXPOTrainer, GRPOConfig)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_data_that_fill_no_generation_batch_are_refused(tmp_path, is_stream):
+    args = GXPOConfig(str(tmp_path), **ON_CPU, per_device_train_batch_size=16, num_generations=4, max_steps=1)
+    rows = load_arithmetic(train_size=3)["train"]
+    if is_stream:  # whose length is not known
+        GXPOTrainer(tiny_model(), arithmetic_reward, args, rows.to_iterable_dataset())
+        return
+    said = r"have 3 prompt\(s\), and a generation batch takes 4 \(`generation_batch_size` 16 / .*Add data, or set a"
+    with pytest.raises(ValueError, match=said):
+        GXPOTrainer(tiny_model(), arithmetic_reward, args, rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rule", ["gxpo", "check"])
 def test_parameters_stored_in_low_precision_are_refused(tmp_path, rule, dtype):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from trl import DatasetMixtureConfig
 
@@ -36,12 +37,15 @@ def rehearse(recipe: Recipe) -> Recipe:
     """Prints the plan of a recipe, and returns the recipe of its rehearsal.
 
     Raises:
-        ValueError: If the rehearsal's folder exists already, or the recipe's extrapolation can't work.
+        ValueError: If the rehearsal's folder exists already, the data do not fill a generation batch, or the recipe's
+            extrapolation can't work.
     """
     sys.dont_write_bytecode = True  # of a file with rewards
     if recipe.loop.extrapolate_after is not None:
         check_settings(recipe)
     data = open_data(recipe)
+    if data is not None and isinstance(split := data[recipe.script.dataset_train_split], Dataset):
+        recipe.training.check_prompts(len(split))
     small = in_small(recipe, has_data=data is not None)
     if (folder := Path(small.training.output_dir)).exists():
         raise ValueError(f"{folder} exists, left by a rehearsal that was killed. Remove it.")

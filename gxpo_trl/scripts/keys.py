@@ -65,17 +65,17 @@ class Origin:
 
     def explain(self, error: Exception) -> str:
         """An error about settings as one sentence. It begins with the place of the first setting that it names."""
-        sentence = one_sentence(error)
+        sentence, said = one_sentence(error), str(error)  # not the place in the code, whose names may be settings' too
         if sentence.startswith(("the command line", f"{self.file.path}")):
             return sentence
-        for key, bare in re.findall(r"`(\w+)|\b([a-z0-9]+(?:_[a-z0-9]+)+)\b", sentence):
+        for key, bare in re.findall(r"`(\w+)|\b([a-z0-9]+(?:_[a-z0-9]+)+)\b", said):
             if place := self._place(key or bare):
                 return f"{place}: {sentence}"
         for key, value in (self.file.said | self.given).items():  # or by a value that it names: a model, a file
             around = "" if key in ("model_name_or_path", "resume_adapter") else "['\"`]"
             words = value if isinstance(value, list) else [value]
             if any(
-                re.search(rf"{around}{re.escape(word)}{around}", sentence)
+                re.search(rf"{around}{re.escape(word)}{around}", said)
                 for word in words
                 if isinstance(word, str) and word
             ):
@@ -207,12 +207,14 @@ def find_origin(arguments: list[str]) -> tuple[Origin, list[str]]:
     """The file that a command line names, and the remaining words.
 
     Raises:
-        ValueError: If `--config` is the last word, or the file can't be read.
+        ValueError: If `--config` is the last word, a key is given twice, or the file can't be read.
     """
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if broken := [word for word in words if re.search("[\ud800-\udfff]", word)]:
         raise ValueError(f"the command line: expected text in UTF-8, got {ascii(broken[0])}.")
     file = RecipeFile()
+    if words.count("--config") > 1:
+        raise ValueError("the command line: `--config` is given twice. Name one recipe.")
     if "--config" in words:
         place = words.index("--config")
         if place + 1 == len(words):
@@ -224,6 +226,8 @@ def find_origin(arguments: list[str]) -> tuple[Origin, list[str]]:
     for word in words:
         if word.startswith("--"):
             key, _, value = word.removeprefix("--").partition("=")
+            if key.replace("-", "_") in given:
+                raise ValueError(f"the command line: `{key}` is given twice. Give it once; a list is `--{key} A B`.")
             values = [value] if value else []
             given |= dict.fromkeys((key.replace("-", "_"), key.replace("-", "_").removeprefix("no_")), values)
         else:

@@ -428,6 +428,20 @@ class LookaheadConfig(GRPOConfig):
             )
         self.gradient_accumulation_steps = steps
 
+    def check_prompts(self, count: int) -> None:
+        """Refuses fewer prompts than a generation batch takes: TRL would train no step on them, without a word.
+
+        Raises:
+            ValueError: Names the settings.
+        """
+        needed = self.generation_batch_size // self.num_generations
+        if count < needed:
+            raise ValueError(
+                f"The data have {count} prompt(s), and a generation batch takes {needed} (`generation_batch_size` "
+                f"{self.generation_batch_size} / `num_generations` {self.num_generations}), so that no step could be "
+                "trained. Add data, or set a smaller `gradient_accumulation_steps` or `per_device_train_batch_size`."
+            )
+
     def lookahead_rule(self) -> LookaheadRule | None:
         """The update rule as the update step reads it; `None` for TRL's own single pass."""
         return make_rule(self)

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Sized
 from pathlib import Path
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
@@ -48,9 +50,9 @@ class LookaheadTrainer(GRPOTrainer):
             The update rule at work: gate, engine, and what the run has counted.
 
     Raises:
-        `ValueError`: If nothing would be trained, or the set-up is not supported: the engine, the precision of the
-            trainable parameters, the optimizer, or `args` that are not a [`LookaheadConfig`] or have an `update_rule`
-            that this class does not run.
+        `ValueError`: If nothing would be trained, the data do not fill a generation batch, or the set-up is not
+            supported: the engine, the precision of the trainable parameters, the optimizer, or `args` that are not a
+            [`LookaheadConfig`] or have an `update_rule` that this class does not run.
     """
 
     _config_class = LookaheadConfig
@@ -76,6 +78,8 @@ class LookaheadTrainer(GRPOTrainer):
         self._name, self._tag_names, self._paper = rule.name, list(rule.tags), rule.paper
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
+        if isinstance(self.train_dataset, Sized) and not isinstance(self.train_dataset, IterableDataset):
+            args.check_prompts(len(self.train_dataset))
         check_trainable(self.model, self.optimizer)
         self._has_trained = False
         self.lookahead = LookaheadUpdate(self)
