@@ -18,6 +18,7 @@ from helpers import (
 )
 from peft import LoraConfig
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOConfig, LookaheadTrainer, SFPOConfig
@@ -223,20 +224,20 @@ def test_a_step_that_fails_leaves_the_weights_before_it(tmp_path, place, rule):
     assert logged(trainer, "lookahead/active")[-3:] == [1.0] * 3
 
 
-@pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])
-def test_a_callback_that_fails_leaves_committed_weights(tmp_path, event):
+def test_a_callback_that_fails_leaves_committed_weights(tmp_path):
     settings = {"max_steps": 3, **METHOD}
     before = train(tmp_path, **{**settings, "max_steps": 1, "lr_scheduler_type": "constant"})
-    trainer = make_trainer(tmp_path, callbacks=[BreakOff(event, after=2)], **settings)
+    trainer = make_trainer(tmp_path, callbacks=[BreakOff("on_pre_optimizer_step", after=2)], **settings)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert_equal_parameters(trainer, before)
 
 
-def test_a_failure_after_the_step_leaves_the_step_taken(tmp_path):
+@pytest.mark.parametrize("event", ["on_optimizer_step", "on_step_end"])
+def test_a_failure_after_the_step_leaves_the_step_taken(tmp_path, event):
     settings = {"max_steps": 3, **METHOD}
     after = train(tmp_path, **{**settings, "max_steps": 2})
-    trainer = make_trainer(tmp_path, callbacks=[BreakOff("on_step_end", after=2)], **settings)
+    trainer = make_trainer(tmp_path, callbacks=[BreakOff(event, after=2)], **settings)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert_equal_parameters(trainer, after)
@@ -273,6 +274,71 @@ def test_what_is_saved_in_the_middle_of_a_step_are_committed_weights(tmp_path):
     for saved in (*trainer.saved, callback.saved):
         assert_same(saved, parameters(before))
     assert_equal_parameters(trainer, undisturbed)
+
+
+class SavesAfterTheStep(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.saved, self.after = saved_weights(self.trainer, f"{args.output_dir}/callback"), parameters(self.trainer)
+
+
+@pytest.mark.parametrize("rule", ["gxpo", "grpo", "check"])
+def test_what_is_saved_when_the_step_is_taken_are_the_weights_after_it(tmp_path, rule):
+    callback = SavesAfterTheStep()
+    trainer = make_trainer(tmp_path, callbacks=[callback], max_steps=2, update_rule=rule)
+    callback.trainer = trainer
+    trainer.train()
+    assert_same(callback.saved, callback.after)
+    assert_same(callback.saved, parameters(trainer))
+
+
+class LogsInBetween(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.log({"mine": 1.0})
+
+
+@pytest.mark.parametrize("rule", ["gxpo", "check"])
+def test_a_callback_may_log_in_the_middle_of_a_step(tmp_path, rule):
+    callback = LogsInBetween()
+    trainer = make_trainer(tmp_path, callbacks=[callback], max_steps=2, update_rule=rule)
+    callback.trainer = trainer
+    trainer.train()
+    assert logged(trainer, "mine") == [1.0, 1.0]
+
+
+class AsksForACheckpoint(TrainerCallback):
+    """As a SIGTERM in the third step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            (jit,) = (c for c in self.trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+            jit.jit_manager.is_checkpoint_requested = True
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"update_rule": "gxpo"},
+        {"update_rule": "gxpo", "max_active_steps": 4},
+        {"update_rule": "gxpo", "lookahead_steps": 1, "gate_signal": "never", "step_control": "cosine"},
+        {"update_rule": "check"},
+        {"update_rule": "grpo"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_is_asked_for_inside_a_step_is_that_of_its_end(tmp_path, settings):
+    settings = {"max_steps": 5, "scripted": False, **settings}
+    whole = train(tmp_path / "whole", **settings)
+    callback = AsksForACheckpoint()
+    asked = make_trainer(tmp_path / "asked", callbacks=[callback], enable_jit_checkpoint=True, **settings)
+    callback.trainer = asked
+    asked.train()
+    assert asked.state.global_step == 3
+    assert [path.name for path in (tmp_path / "asked").glob("checkpoint-*")] == ["checkpoint-3"]
+    resumed = make_trainer(tmp_path / "asked", **settings)
+    resumed.train(resume_from_checkpoint="last")
+    assert_equal_parameters(resumed, whole)
+    for name in ("lookahead/backward_passes", "lookahead/active"):
+        assert logged(resumed, name)[-2:] == logged(whole, name)[-2:]
 
 
 def test_what_is_saved_in_real_steps_are_committed_weights(tmp_path):

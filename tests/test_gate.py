@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import statistics
 
 import pytest
 
@@ -86,12 +88,21 @@ def test_patience_wants_consecutive_exceedances():
     assert not watched.active
 
 
-def test_the_baseline_is_not_fed_while_a_streak_is_open():
+def test_exceedances_enter_the_window():
     watched = gate(patience=3)
-    observe_all(watched, [1.0, 3.0, 9.0, 9.0])
-    assert list(watched.values) == [1.0, 3.0]
-    watched.observe(2.0)  # ends the streak
-    assert list(watched.values) == [1.0, 3.0, 2.0]
+    z_scores = observe_all(watched, [1.0, 3.0, 8.0, 8.0])
+    assert list(watched.values) == [1.0, 3.0, 8.0, 8.0]
+    assert z_scores[2:] == pytest.approx([6.0, 4.0 / statistics.pstdev([1.0, 3.0, 8.0])])
+
+
+def test_patience_outlasts_a_steady_signal():
+    """A window without exceedances would lose its spread, until every value is one."""
+    steady = random.Random(0)
+    watched = gate(warmup_steps=50, patience=10)
+    observe_all(watched, [steady.gauss(2.0, 0.1) for _ in range(1000)])
+    assert watched.active
+    observe_all(watched, [4.0] * 10)  # it still sees a rise
+    assert not watched.active
 
 
 def test_a_value_that_is_not_finite_says_nothing():

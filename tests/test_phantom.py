@@ -1,6 +1,7 @@
 """Phantom steps: the optimizer stepped on g1·ρ, g1·ρ², …, after two probes and before the correction."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -115,6 +116,53 @@ def test_it_is_the_optimizer_stepped_by_hand_on_scaled_gradients(monkeypatch, na
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key])) for key in theirs)
         assert theirs.get("step", 12) == 2 * 6
+
+
+class Overwriting(torch.optim.SGD):
+    """Leaves something else in the gradients that it has stepped."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = self.left(p.grad)
+
+    def left(self, gradient):
+        return gradient.mul_(-3.0)
+
+
+class Dropping(Overwriting):
+    def left(self, gradient):
+        return None
+
+
+def nesterov(parameters, foreach=True):
+    """Adds the momentum to the gradients in place, where it steps all at once, as on a GPU."""
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True, foreach=foreach)
+
+
+@pytest.mark.parametrize("rule", [gxpo(5, 0.5), phantom(5), gxpo(2, 1.0)], ids=["scale", "phantom", "two steps"])
+@pytest.mark.parametrize(
+    "overwrites, twin",
+    [
+        (nesterov, functools.partial(nesterov, foreach=False)),
+        (
+            functools.partial(Overwriting, lr=0.02, momentum=0.9),
+            functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9),
+        ),
+        (functools.partial(Dropping, lr=0.02), functools.partial(torch.optim.SGD, lr=0.02)),
+    ],
+    ids=["nesterov", "overwriting", "dropping"],
+)
+def test_an_optimizer_may_write_into_the_gradients(overwrites, twin, rule):
+    ends = []
+    for make in (overwrites, twin):
+        model = Matrices()
+        engine = prepare(model, make(model.parameters()), max_grad_norm=0.5)
+        reports = [take_step(engine, rule) for _ in range(3)]
+        ends.append((*model.parameters(), torch.tensor([r.displacement_ratio for r in reports])))
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_ratio_is_that_of_all_gradients_together():

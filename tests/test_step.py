@@ -47,6 +47,7 @@ class State(ReplicatedState):
 
 def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float = 0.0) -> State:
     accelerator = Accelerator(cpu=True)
+    accelerator.gradient_state._set_sync_gradients(True)  # training that was broken off has left it
     return State(accelerator, model, accelerator.prepare(optimizer), max_grad_norm)
 
 
@@ -231,3 +232,28 @@ def test_slices_do_not_change_the_result(monkeypatch):
         monkeypatch.setattr("gxpo_trl.update.slices.SLICE_SIZE", size)
         take_step(prepare(model, torch.optim.SGD(model.parameters(), lr=0.1)), gxpo(5, 0.5))
     assert torch.equal(whole.theta, sliced.theta)
+
+
+class CountingInGroups(torch.optim.SGD):
+    """Keeps its step count in the param groups, from its first step on."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+
+
+def test_a_step_that_is_undone_leaves_nothing_in_the_param_groups():
+    model = quadratic()
+    engine = prepare(model, CountingInGroups(model.parameters(), lr=torch.tensor(0.1)))
+    (group,) = engine.base_optimizer.param_groups
+    before, parameters, rate = engine.snapshot_optimizer(), group["params"], group["lr"]
+    one_pass(engine, lambda: engine.backward(engine.model()))
+    engine.step()
+    group["lr"].mul_(2)
+    engine.restore_optimizer(before)
+    assert "step" not in group and group["params"] is parameters
+    assert group["lr"] is rate and rate == pytest.approx(0.1)  # in place, as a captured graph reads it
+    engine.step()
+    engine.restore_optimizer(engine.snapshot_optimizer())
+    assert group["step"] == 1

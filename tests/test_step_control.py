@@ -640,6 +640,8 @@ def test_a_step_that_went_too_far_is_the_plain_one_where_it_is_not_made_again(tm
     plain = train_fixed(tmp_path, fixed=Fixed(1 / 16, step1=FAR / 2), max_active_steps=1, **CONTROLLED, **settings)
     assert logged(back, "lookahead/steps_taken_back") == [0, 1]
     assert logged(back, "lookahead/cos_0_slow")[1] < TAKE_BACK_BELOW
+    for name in ("effective_multiplier", "grad_norm_slow", "clip_ratio_slow"):  # of the step that was undone
+        assert len(logged(back, f"lookahead/{name}")) == 1
     assert logged(back, "lookahead/active") == [1.0, 1.0] and logged(plain, "lookahead/active") == [1.0, 0.0]
     assert_equal_parameters(back, plain)
     assert all(torch.equal(a, b) for a, b in zip(optimizer_state(back), optimizer_state(plain), strict=True))

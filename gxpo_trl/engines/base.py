@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class EngineState(ABC):
             else:
                 _write(self.base_optimizer.state[p], saved)
         for group, saved in zip(self.base_optimizer.param_groups, groups, strict=True):
-            group.update(_copy_of(saved))
+            _write(group, saved, besides={"params"})
 
 
 def _copy_of(state: dict[str, Any], on_host: bool = False) -> dict[str, Any]:
@@ -126,9 +126,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _write(state: dict[str, Any], saved: dict[str, Any]) -> None:
-    """In place, because an engine may keep views of the tensors."""
-    for name in state.keys() - saved.keys():
+def _write(state: dict[str, Any], saved: dict[str, Any], besides: Set[str] = frozenset()) -> None:
+    """In place, because an engine or a captured graph may keep views of the tensors. What was not there then goes."""
+    for name in state.keys() - saved.keys() - besides:
         del state[name]
     for name, value in saved.items():
         if torch.is_tensor(value) and torch.is_tensor(state.get(name)):

@@ -109,15 +109,16 @@ def check_rates(optimizer: torch.optim.Optimizer) -> None:
         ValueError: Says what to do instead.
     """
     name = type(optimizer).__name__
+    instead = "set `step_control: none` (with `update_rule: check`, which always has one: `update_rule: grpo`)"
     if any(group.get("relative_step") or group.get("lr") is None for group in optimizer.param_groups):
         raise ValueError(
             f"`step_control` multiplies learning rates, and {name} makes its own. Give it an `lr` and "
-            "`relative_step=False`, or set `step_control: none`."
+            f"`relative_step=False`, or {instead}."
         )
     if not getattr(type(optimizer).step, "hooked", False):
         raise ValueError(
             f"`step_control` follows the steps of an optimizer by torch's hooks, and {name} has none. Have it call "
-            "`torch.optim.Optimizer.__init__`, or set `step_control: none`."
+            f"`torch.optim.Optimizer.__init__`, or {instead}."
         )
 
 

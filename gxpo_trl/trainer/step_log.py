@@ -57,7 +57,8 @@ class StepLog:
         log = self.trainer._metrics["train"]
         if report.cos_0_slow is not None:
             log["lookahead/cos_check"].append(report.cos_0_slow)
-        log["lookahead/update_time"][-1] += seconds
+        times = log["lookahead/update_time"]
+        times[-1:] = [seconds + (times[-1] if times else 0.0)]  # a callback may have logged what was there
         for name, value in totals.items():
             log[f"lookahead/{name}"] = [value]
 

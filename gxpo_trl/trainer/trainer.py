@@ -1,5 +1,6 @@
 """The trainer: TRL's GRPOTrainer, in which a batch of rollouts becomes a lookahead update."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sized
@@ -21,7 +22,7 @@ from .advice import FlatGroupsCallback
 from .checkpoints import MANIFEST, check_whole, describe, newest_whole, read_state, skip, what_starts_afresh
 from .config import LookaheadConfig
 from .rules import RULES
-from .update import LookaheadUpdate, StepCallback
+from .update import LookaheadUpdate, StepCallback, StepTakenCallback
 from .vllm import merge_out_of_place
 
 
@@ -58,6 +59,7 @@ class LookaheadTrainer(GRPOTrainer):
     _config_class = LookaheadConfig
     _update_rule: str | None = None  # the one rule of a subclass; here each
     _limit_put_aside: int | None = None  # `save_total_limit` while a checkpoint is saved
+    _is_save_postponed = False  # whether a checkpoint was asked for inside a step
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
         if args is None:
@@ -85,6 +87,7 @@ class LookaheadTrainer(GRPOTrainer):
         self.lookahead = LookaheadUpdate(self)
         if self.lookahead.control is not None and self.optimizer is not None:
             check_rates(self.optimizer)
+        self.callback_handler.callbacks.insert(0, StepTakenCallback(self.lookahead))
         self.add_callback(StepCallback(self.lookahead))
         self.add_callback(FlatGroupsCallback())
         if args.update_rule != "grpo":
@@ -151,7 +154,7 @@ class LookaheadTrainer(GRPOTrainer):
         """
         if self._has_trained:
             self.lookahead.begin_run()
-        self._has_trained = True
+        self._has_trained, self._is_save_postponed = True, False
         if resume_from_checkpoint:
             resume_from_checkpoint = self._open_checkpoint(resume_from_checkpoint)
         try:
@@ -186,8 +189,13 @@ class LookaheadTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         """Trainer writes its own state last, and ours is first: a checkpoint that has both has what is between them.
 
-        Older ones are deleted when every process has saved, not when the first has.
+        Older ones are deleted when every process has saved, not when the first has. Inside a step (a SIGTERM with
+        `enable_jit_checkpoint`) it waits for the step's end: the optimizer has then taken probes, and the gate has
+        seen them.
         """
+        if self.lookahead.in_step:
+            self._is_save_postponed = True
+            return
         make_history_plain(self.state.log_history, 0)
         args, run = self.args, self._get_output_dir(trial)
         folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -206,6 +214,15 @@ class LookaheadTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         if args.should_save:
             rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save_postponed_checkpoint(self):
+        if self._is_save_postponed:
+            self._is_save_postponed = False
+            self._save_checkpoint(self.model, None)
+            before = Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step - 1}"
+            if self.args.should_save:
+                with contextlib.suppress(OSError):  # the folder that transformers has made for it, if it is empty
+                    before.rmdir()
 
     def _describe_batch(self) -> str:
         """The start-up line: prompts × generations × devices × accumulation × passes."""

@@ -41,8 +41,22 @@ class ToCheck(NamedTuple):
     origin: Origin
 
 
+class StepTakenCallback(TrainerCallback):
+    """Tells the update that the step was taken, before other callbacks may save.
+
+    Args:
+        update (`LookaheadUpdate`): Of the trainer that has the callback.
+    """
+
+    def __init__(self, update: "LookaheadUpdate"):
+        self.update = update
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.update.step_taken()
+
+
 class StepCallback(TrainerCallback):
-    """Tells the update and the layout where the training loop is.
+    """Tells the update and the layout where the training loop is, after other callbacks may have changed the loss.
 
     Args:
         update (`LookaheadUpdate`): Of the trainer that has the callback.
@@ -55,8 +69,8 @@ class StepCallback(TrainerCallback):
         self.update.layout.position = 0
         self.update.layout.check_loss()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.update.step_taken()
+    def on_step_end(self, args, state, control, **kwargs):
+        self.update.step_ended()
 
 
 class LookaheadUpdate:
@@ -75,6 +89,8 @@ class LookaheadUpdate:
         log (`StepLog`): Logs each step.
         engine (`Engine`, *optional*): Chosen at the first active step, when the model is wrapped.
         window (`RolloutWindow`, *optional*): The current step's, while pass 1 is being recorded.
+        in_step (`bool`): Whether a step has begun and not ended: optimizer, gate and counts are then between two
+            steps.
         backward_passes (`int`): Passes of the run so far.
         fallbacks (`int`): Active steps that became plain ones.
         shutoff_step (`int`, *optional*): The step after which the active phase ended.
@@ -91,6 +107,7 @@ class LookaheadUpdate:
         self.advisor = Advisor(trainer.args)
         self.engine: Engine | None = None
         self.window: RolloutWindow | None = None
+        self.in_step = False
         self.begin_run()
         self._origin: Origin | None = None  # where the current step began, until the training loop has taken it
         self._to_check: ToCheck | None = None  # of a step that the training loop is about to take
@@ -135,6 +152,7 @@ class LookaheadUpdate:
             self._break_off()
             raise
         finally:
+            self.in_step = False
             self._forget_step()
             self.length.release()
 
@@ -144,6 +162,11 @@ class LookaheadUpdate:
             self._check(self._to_check)
         self.length.step_taken(self._step)
         self._forget_step()
+
+    def step_ended(self) -> None:
+        """The training loop has counted the step."""
+        self.in_step = False
+        self.trainer._save_postponed_checkpoint()
 
     @contextlib.contextmanager
     def committed(self) -> Iterator[None]:
@@ -195,6 +218,7 @@ class LookaheadUpdate:
     @contextlib.contextmanager
     def micro_batch(self, model: torch.nn.Module) -> Iterator[None]:
         """Around TRL's `training_step`. The last one of an optimizer step is followed by the rest of the update."""
+        self.in_step = True
         if self.control is not None:
             self._find_engine(model)
             self.length.follow(self.engine)
@@ -295,7 +319,7 @@ class LookaheadUpdate:
         every, real_steps = self.trainer.args.lookahead_diagnostics_steps, None
         passes, tried_again = 1, True
         while tried_again:
-            if every > 0 and self.gate.active_steps % every == 0:
+            if every > 0 and self.gate.active_steps % every == 0 and not self.length.searching:
                 real_steps = self._take_real_steps(replay, rule)
             if self._origin is None:
                 self._origin = Origin.of(state, rule.copies_on_host, rule.rollback or self.length.takes_back)
@@ -376,15 +400,17 @@ class LookaheadUpdate:
         micro_batches: int,
     ) -> dict[str, float]:
         """Passes the step's signal to the gate, and returns the metrics for the log."""
-        metrics = {"active": 1.0, **report.metrics()}
-        if report.fell_back:
+        metrics = {"active": 1.0}
+        if report.taken_back:  # the step that was measured was undone, and the plain one taken
+            metrics["cos_0_slow"] = report.cos_0_slow
+        elif report.fell_back:
             self.fallbacks += 1
             logger.warning(
                 f"Step {self._step}: a gradient or the repositioned point was not finite; the parameters were "
                 "restored and the step is a plain one."
             )
         else:
-            metrics |= self.log.of_last_pass(slow_metrics, shares)
+            metrics |= report.metrics() | self.log.of_last_pass(slow_metrics, shares)
         z_score = self.gate.observe(self.log.gate_signal(report, micro_batches))
         if z_score is not None:
             metrics["gate_z"] = z_score

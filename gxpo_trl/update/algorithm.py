@@ -3,7 +3,7 @@
 GXPO probes twice and extrapolates to K steps: it scales the displacement, or steps the optimizer on (`phantom.py`).
 SFPO probes K times and extrapolates nothing. `lookahead_step` begins where the first pass over the rollouts has left
 its gradient g0, and ends where the corrective gradient g_slow is ready for the trainer's ordinary step, which is the
-slow correction. It holds two model-sized buffers, θ0 and g0.
+slow correction. It holds two model-sized buffers, θ0 and g0, and g1 while an optimizer steps that overwrites it.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 
 from .extrapolation import reposition, retention_and_scale
 from .measurements import Measurements, StepReport
-from .phantom import retention_of_model, take_phantom_steps
+from .phantom import retention_of_model, step_and_keep, take_phantom_steps
 from .rule import LookaheadRule
 from .snapshot import Origin
 from .state import TrainingState
@@ -51,7 +51,7 @@ def lookahead_step(
     origin = origin or Origin.of(state, rule.copies_on_host, with_optimizer=rule.rollback)  # θ0, g0
     try:
         # Probe: θ1, θ2 (SFPO: up to θK), fast steps on the same rollouts.
-        clips = []
+        clips, overwrites = [], False
         for probe in range(rule.probes):
             if probe > 0:
                 one_pass(state, replay)  # g_k = ∇L(θ_k)
@@ -60,12 +60,17 @@ def lookahead_step(
             if not math.isfinite(norm):
                 return _fall_back(state, origin, measure)
             clips.append(clip)
-            state.step()
+            if rule.extrapolation is None:
+                state.step()
+            elif probe == 0:
+                overwrites = _step_and_compare(state)
+            else:
+                step_and_keep(state, overwrites)  # g1
 
         # Predict θK, and reposition: θ̃ = θ0 + α (θK - θ0).
         if rule.phantom_steps:
             retention = retention_of_model(state, origin, clips[0], measure)  # ρ
-            take_phantom_steps(state, rule.phantom_steps, retention)  # θK
+            take_phantom_steps(state, rule.phantom_steps, retention, overwrites)  # θK
         if rule.scales:
             _scale_and_reposition(state, origin, clips[0], rule, measure)
         else:
@@ -105,6 +110,13 @@ def _reposition(state: TrainingState, origin: Origin, rule: LookaheadRule, measu
         if not rule.phantom_steps:
             measure.probes(part, displacement)
         measure.lookahead(part, displacement)
+
+
+def _step_and_compare(state: TrainingState) -> bool:
+    """Steps, and says whether that has changed this rank's gradients: some optimizers add the momentum to them."""
+    before = state.squared_norm()
+    state.step()
+    return not torch.equal(before, state.squared_norm())
 
 
 def one_pass(state: TrainingState, replay: Replay) -> None:

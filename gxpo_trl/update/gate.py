@@ -49,8 +49,8 @@ class Gate:
 
     Each value is compared with the baseline of the last `window` values, itself not yet among them. `patience`
     consecutive exceedances trip the gate, once `warmup_steps` values have been seen and at least two are in the
-    window. Every value then enters the window, unless a streak of exceedances is open: what may be the alarm is no
-    baseline.
+    window. Every value then enters the window, exceedances too: a window without them would shrink with each, until
+    any value exceeds it.
 
     Attributes:
         trigger (`Trigger`): What counts.
@@ -97,10 +97,9 @@ class Gate:
         exceeds = z_score is not None and armed and self.trigger.exceeds(z_score)
         self.exceedances = self.exceedances + 1 if exceeds else 0
         self.observed += 1
-        if not exceeds:
-            self.values.append(value)
-            while len(self.values) > self.trigger.window:
-                self.values.popleft()
+        self.values.append(value)
+        while len(self.values) > self.trigger.window:
+            self.values.popleft()
         return z_score
 
     def _end_active_step(self) -> None:

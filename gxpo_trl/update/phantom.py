@@ -36,17 +36,31 @@ def retention_of_model(state: TrainingState, origin: Origin, clip_0: float, meas
     return measure.retention
 
 
-def take_phantom_steps(state: TrainingState, count: int, retention: float) -> None:
+def step_and_keep(state: TrainingState, overwrites: bool) -> None:
+    """Steps, and leaves the gradients as they were stepped.
+
+    Args:
+        state (`TrainingState`): With gradients that are clipped.
+        overwrites (`bool`): Whether the optimizer changes gradients when it steps. A copy of them is held then.
+    """
+    kept = [None if g is None else g.clone() for g in state.gradients()] if overwrites else None
+    state.step()
+    if kept is not None:
+        state.set_gradients(kept)
+
+
+def take_phantom_steps(state: TrainingState, count: int, retention: float, overwrites: bool = False) -> None:
     """From θ2 to θK: steps the optimizer on ρ·g1, ρ²·g1, ….
 
     Args:
         state (`TrainingState`): At θ2, with g1 as it was stepped; it is scaled in place.
         count (`int`): How many steps, K - 2.
         retention (`float`): ρ.
+        overwrites (`bool`): As above.
     """
     stepped = len(state.parameters())
     for _ in range(count):
         for gradient in itertools.islice(state.gradients(), stepped):
             if gradient is not None:
                 gradient.mul_(retention)
-        state.step()
+        step_and_keep(state, overwrites)

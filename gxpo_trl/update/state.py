@@ -38,7 +38,7 @@ class TrainingState(Protocol):
 
         Those of `parameters()` come first, in their order. Gradients of trainable parameters that the optimizer does
         not hold come after them: they are clipped with the others, and move nothing. Raw after a pass, clipped after
-        `clip_gradients`, and still there after `step`.
+        `clip_gradients`, and still there after `step`, unless the optimizer writes into them.
         """
 
     def set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
