@@ -22,7 +22,8 @@ from .advice import FlatGroupsCallback
 from .checkpoints import MANIFEST, check_whole, describe, newest_whole, read_state, skip, what_starts_afresh
 from .config import LookaheadConfig
 from .rules import RULES
-from .update import LookaheadUpdate, StepCallback, StepTakenCallback
+from .step_callbacks import StepCallback, StepTakenCallback
+from .update import LookaheadUpdate
 from .vllm import merge_out_of_place
 
 

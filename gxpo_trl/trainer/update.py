@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
-from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from ..engines import Engine, make_engine
@@ -39,38 +38,6 @@ class ToCheck(NamedTuple):
     model: torch.nn.Module
     window: RolloutWindow
     origin: Origin
-
-
-class StepTakenCallback(TrainerCallback):
-    """Tells the update that the step was taken, before other callbacks may save.
-
-    Args:
-        update (`LookaheadUpdate`): Of the trainer that has the callback.
-    """
-
-    def __init__(self, update: "LookaheadUpdate"):
-        self.update = update
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.update.step_taken()
-
-
-class StepCallback(TrainerCallback):
-    """Tells the update and the layout where the training loop is, after other callbacks may have changed the loss.
-
-    Args:
-        update (`LookaheadUpdate`): Of the trainer that has the callback.
-    """
-
-    def __init__(self, update: "LookaheadUpdate"):
-        self.update = update
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.update.layout.position = 0
-        self.update.layout.check_loss()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.update.step_ended()
 
 
 class LookaheadUpdate:
