@@ -90,6 +90,7 @@ LABELS = [arm.label for arm in (*COMPARED, *RIVALS, PRODIGY)]
 COLORS = {
     **{"GRPO": "#888888", THREE_ITERATIONS.label: "#4c78a8", GXPO.label: "#72b7b2"},
     **{TWO_PASSES.label: "#d62728", THREE_PASSES.label: "#ff9d3b", CHECK.label: "#9467bd"},
+    **{CHECK_MINIBATCHES.label: "#e377c2"},
     **{"adaptive KL": "#2ca02c", "hypergradient": "#8c564b"},
 }
 
@@ -311,13 +312,13 @@ def by_arm(result: dict) -> dict[str, dict[float, dict[int, dict]]]:
     return found
 
 
-def against(result: dict, rival: str) -> str:
-    """What two controlled passes are ahead of another arm by, seed by seed."""
+def against(result: dict, arm: str, rival: str) -> str:
+    """What an arm with step control is ahead of another one by, seed by seed."""
     found, parts = by_arm(result), []
     for name, what in (("auc", "AUC"), ("final", "at the end")):
-        ours, theirs = (by_seed(arm, found[arm], name) for arm in (TWO_PASSES.label, rival))
+        ours, theirs = (by_seed(label, found[label], name) for label in (arm, rival))
         parts.append(f"{what} {show(mean_of([ours[seed] - theirs[seed] for seed in ours if seed in theirs]), '+')}")
-    return f"Two controlled passes − {rival}, tuned: {', '.join(parts)}."
+    return f"{arm} − {rival}, tuned: {', '.join(parts)}."
 
 
 def summary(result: dict) -> str:
@@ -368,13 +369,16 @@ def compare(result: dict, arm: str) -> list[str]:
 
 def overview(results: dict[str, dict]) -> str:
     """What matters of all regimes: two controlled passes and *check*, at any rate, against tuned GRPO."""
-    heads = ["regime", *("two passes: AUC", "at the end", "least"), *("check: AUC", "at the end", "least"), "seeds"]
+    arms = {"two passes": TWO_PASSES, "check": CHECK, "check, 4 minibatches": CHECK_MINIBATCHES}
+    heads = ["regime", *(head for name in arms for head in (f"{name}: AUC", "at the end", "least")), "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for regime in REGIMES:
         if (result := results.get(regime.part.name)) is not None:
-            both = [cell for arm in (TWO_PASSES, CHECK) for cell in compare(result, arm.label)]
-            seeds = len(over_rates(by_arm(result)[TWO_PASSES.label], "auc"))
-            lines.append(f"| {' | '.join([regime.part.title, *both, str(seeds)])} |")
+            there = by_arm(result)
+            shown = [compare(result, arm.label) if arm.label in there else [""] * 3 for arm in arms.values()]
+            counts = sorted({len(over_rates(there[arm.label], "auc")) for arm in arms.values() if arm.label in there})
+            seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+            lines.append(f"| {' | '.join([regime.part.title, *itertools.chain(*shown), seeds])} |")
     return "\n".join(lines)
 
 
@@ -386,7 +390,9 @@ def text(results: dict[str, dict]) -> str:
             continue
         blocks += [f"**{regime.part.title}**, {regime.part.batches} batches:", summary(result)]
         there = by_arm(result)
-        blocks += ["\n".join(f"- {against(result, rival)}" for rival in RIVALS_IN_PASSES if rival in there)]
+        pairs = itertools.product((TWO_PASSES.label, CHECK_MINIBATCHES.label), RIVALS_IN_PASSES)
+        lines = [f"- {against(result, *pair)}" for pair in pairs if set(pair) <= there.keys()]
+        blocks += ["\n".join(lines)]
         blocks += [table(result)]
     return "\n\n".join(block for block in blocks if block)
 
