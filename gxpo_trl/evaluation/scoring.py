@@ -20,6 +20,7 @@ from ..tasks.rewards import KINDS, judge
 from ..tasks.task import OWN_REWARD, RewardSum, Task, in_a_box, load_task, reward_sum, spoken
 from .benchmark import (
     Record,
+    check_slugs,
     checksum,
     parts_folder,
     read_samples,
@@ -97,14 +98,11 @@ def load_tasks(settings: EvaluationArguments) -> list[Task]:
     """
     if not settings.benchmarks:
         raise ValueError("There is nothing to evaluate on. Set `benchmarks`.")
+    check_slugs("benchmarks", settings.benchmarks)
     names = ("prompt", "system_prompt", "problem_column", "answer_column", "kind", "limit", "threshold")
     options = {name: getattr(settings, name) for name in (*names, "reasoning_gym")}
     rewards = load_rewards(settings)
-    tasks = [load_task(name, **options, rewards=rewards, overrides_scorers=True) for name in settings.benchmarks]
-    slugs = [slug(task.name) for task in tasks]
-    if len(set(slugs)) < len(slugs):
-        raise ValueError(f"Two of the benchmarks would share a file: {', '.join(slugs)}. Evaluate one at a time.")
-    return tasks
+    return [load_task(name, **options, rewards=rewards, overrides_scorers=True) for name in settings.benchmarks]
 
 
 def load_rewards(settings: EvaluationArguments) -> RewardSum | None:
