@@ -97,8 +97,8 @@ class BenchmarkCallback(TrainerCallback):
         at_start (`bool`, *optional*, defaults to `False`): Whether to score before the first step too.
 
     Raises:
-        ValueError: If `eval_steps` is unset, a benchmark is not available, two would be logged under one name, or the
-            trainer can't sample a single turn of n samples.
+        ValueError: If `eval_steps` is unset, a benchmark is not available, two would be logged under one name, a
+            reward function fails on one, or the trainer can't sample a single turn of n samples.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class BenchmarkCallback(TrainerCallback):
         tasks = [load_task(named, **options) if isinstance(named, str) else named for named in benchmarks]
         self._tasks = [task.asked_of(self._tokenizer, "the model") for task in tasks]
         for task in self._tasks:
+            task.check_rewards()
             self._report_overlap(task)
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -59,6 +59,8 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
         raise ValueError("There is nothing to evaluate. Set `models`.")
     tasks = load_tasks(settings)
     folders = {model: Path(settings.output_dir) / slug(model) for model in settings.models}
+    for task in tasks:
+        task.check_rewards()
     tokenizers = {model: load_tokenizer(resolve_model(model)) for model in settings.models}
     asked = {model: [task.asked_of(tokenizer, model) for task in tasks] for model, tokenizer in tokenizers.items()}
     for model, folder in folders.items():

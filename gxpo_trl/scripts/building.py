@@ -29,7 +29,7 @@ from ..callbacks.trajectories import TrajectoryCallback
 from ..run_folder import ADAPTER_CONFIG, is_adapter
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
 from ..tasks.datasets import has_name
-from ..tasks.examples import without_chat_template
+from ..tasks.examples import check_columns, without_chat_template
 from ..tasks.generated import is_generated, reasoning_gym_reward
 from ..tasks.task import Task, load_task, reward_sum
 from ..trainer.grouped import sample_in_groups
@@ -110,7 +110,11 @@ def load_rewards(recipe: Recipe) -> list[Callable | str]:
 
 
 def load_data(recipe: Recipe) -> DatasetDict | IterableDatasetDict:
-    """The splits that the recipe names."""
+    """The splits that the recipe names.
+
+    Raises:
+        ValueError: If there are none, the split to evaluate on is missing, or a column is called as TRL's arguments.
+    """
     script, args = recipe.script, recipe.training
     problems = dataclasses.asdict(recipe.problems)
     if recipe.mixture.datasets:
@@ -127,6 +131,8 @@ def load_data(recipe: Recipe) -> DatasetDict | IterableDatasetDict:
             f"`{script.dataset_test_split}`, and the data has {', '.join(dataset)}. Name another "
             '`dataset_test_split`, or set `eval_strategy: "no"` and `eval_benchmarks`.'
         )
+    for split in dataset.values():  # of a stream they may be unknown
+        check_columns(split.column_names or (), script.dataset_name or "The mixture in `datasets`")
     return dataset
 
 
