@@ -14,7 +14,17 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 
-from ..run_folder import RESULTS_NAME, SETTINGS_NAME, TABLE_NAME, BenchmarkResults, samples_file, write_whole
+from ..run_folder import (
+    RESULTS_NAME,
+    SETTINGS_NAME,
+    TABLE_NAME,
+    BenchmarkResults,
+    EvaluationResults,
+    check_kind,
+    read_json,
+    samples_file,
+    write_whole,
+)
 from ..tasks.names import resolve_model, resolve_reward
 from ..tasks.rewards import KINDS, judge
 from ..tasks.task import OWN_REWARD, RewardSum, Task, in_a_box, load_task, reward_sum, spoken
@@ -29,7 +39,8 @@ from .benchmark import (
     tokenize_prompts,
     write_samples,
 )
-from .results import benchmark_results, results_table, why_doubtful
+from .fingerprints import Fingerprints, fingerprints
+from .results import ShownResults, benchmark_results, results_table, why_doubtful
 from .sampling import Sampler, load_model, load_tokenizer, transformers_sampler, vllm_sampler
 from .settings import EvaluationArguments
 
@@ -38,20 +49,22 @@ logger = get_logger(__name__)
 
 Results = dict[str, BenchmarkResults]
 """By benchmark."""
+CONTENT = "content"
+"""The name of the checksums in `settings.json`."""
 
 
 def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
     """Samples and judges every benchmark with every model, and writes the results.
 
-    Writes, in `output_dir`, `table.md` and a folder for each model with `results.json`, `settings.json` and the
-    samples of each benchmark, `BENCHMARK.jsonl`. Existing samples are not sampled again.
+    Writes, in `output_dir`, `table.md` of all models there, and a folder for each model with `results.json`,
+    `settings.json` and the samples of each benchmark, `BENCHMARK.jsonl`. Existing samples are not sampled again.
 
     Returns:
         `dict[str, Results]`: Results by model and benchmark.
 
     Raises:
         ValueError: If models or benchmarks are missing or invalid, or the output folder holds an evaluation with other
-            settings. It is raised before anything is sampled.
+            settings, of other weights or with another file of rewards. It is raised before anything is sampled.
     """
     # Without an accelerator, each process would believe to be the only one. Setting the CPU explicitly avoids that.
     PartialState(cpu=not torch.accelerator.is_available())
@@ -67,9 +80,12 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
         if list(folders.values()).count(folder) > 1:
             raise ValueError(f"Two of the models would share the folder {folder}. Evaluate them one at a time.")
         _check_settings(folder, model, settings)
+    made_with = {model: _check_content(folder, model, settings) for model, folder in folders.items()}
+    before = {model: _read_results(folder) for model, folder in folders.items()}
     results = {}
     for model, folder in folders.items():
-        _write_json(folder / SETTINGS_NAME, {"model": model, **settings.determining()})
+        content = {} if made_with[model] is None else {CONTENT: made_with[model]}
+        _write_json(folder / SETTINGS_NAME, {"model": model, **settings.determining(), **content})
         PartialState().wait_for_everyone()
         missing = [task for task in asked[model] if not samples_file(folder, slug(task.name)).is_file()]
         if missing:
@@ -85,10 +101,10 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
                 logger.warning(f"{task.name} with {model}: {reason}")
             if PartialState().is_main_process:  # left by a kill after they were gathered
                 shutil.rmtree(parts_folder(folder, task), ignore_errors=True)
-        _add_results(folder / RESULTS_NAME, model, results[model])
+        _write_json(folder / RESULTS_NAME, {"model": model, "benchmarks": before[model] | results[model]})
         gc.collect()
     if PartialState().is_main_process:
-        write_whole(Path(settings.output_dir) / TABLE_NAME, results_table(results) + "\n")
+        write_whole(Path(settings.output_dir) / TABLE_NAME, results_table(_all_results(settings)) + "\n")
     return results
 
 
@@ -143,24 +159,79 @@ def _check_problems(path: Path, records: list[Record], task: Task) -> None:
         raise ValueError(f"{path} holds samples of other problems than {task.name}. Use another `output_dir`.")
 
 
-def _add_results(path: Path, model: str, results: Results) -> None:
-    """Adds results to those of other benchmarks, evaluated before."""
-    before = json.loads(path.read_text())["benchmarks"] if path.is_file() else {}
-    PartialState().wait_for_everyone()  # all ranks have read it before it is written again
-    _write_json(path, {"model": model, "benchmarks": before | results})
+def _read_results(folder: Path) -> Results:
+    """The results of all benchmarks that were evaluated before, to which those of others are added."""
+    path = folder / RESULTS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path, EvaluationResults)["benchmarks"]
+    except ValueError as error:
+        raise ValueError(f"{error} Remove the file: it is made again from the samples next to it.") from error
+
+
+def _all_results(settings: EvaluationArguments) -> dict[str, Results]:
+    """The results of all models in the output folder, those of earlier calls first."""
+    found, own = {}, {slug(model) for model in settings.models}
+    paths = sorted(Path(settings.output_dir).glob(f"*/{RESULTS_NAME}"), key=lambda path: path.stat().st_mtime)
+    for path in sorted(paths, key=lambda path: path.parent.name in own):
+        try:
+            of_model: EvaluationResults = read_json(path, EvaluationResults)
+            check_kind(of_model["benchmarks"], dict[str, ShownResults], str(path))
+        except ValueError as error:
+            logger.warning(f"{TABLE_NAME} is without the model of a damaged file: {error}")
+        else:
+            found[of_model["model"]] = of_model["benchmarks"]
+    return found
 
 
 def _check_settings(folder: Path, model: str, settings: EvaluationArguments) -> None:
     claimed = folder / SETTINGS_NAME
     if not claimed.is_file():
         return
-    before = {**EvaluationArguments().determining(), **json.loads(claimed.read_text())}
+    before = {**EvaluationArguments().determining(), **_read_settings(folder)}
     now = {"model": model, **settings.determining()}
     different = [f"`{name}: {before.get(name)}`" for name in now if before.get(name) != now[name]]
     if different:
         raise ValueError(
             f"{folder} holds an evaluation with {', '.join(different)}. Use these settings, or another `output_dir`."
         )
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / SETTINGS_NAME, dict[str, Any])
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Use another `output_dir`: what the samples there were drawn with is lost."
+        ) from error
+
+
+def _check_content(folder: Path, model: str, settings: EvaluationArguments) -> Fingerprints | None:
+    """Refuses a folder whose samples are of another content of the same names.
+
+    Returns:
+        `Fingerprints`, *optional*: What its samples are of; `None` if an earlier version has not recorded it.
+    """
+    now = fingerprints(model, settings)
+    if not (folder / SETTINGS_NAME).is_file():
+        return now
+    before = _read_settings(folder).get(CONTENT)
+    if before is None:
+        logger.warning(
+            f"{folder} was evaluated by an earlier version, which has not recorded the content of {model} and of the "
+            "rewards. Its samples are used as they are."
+        )
+        return None
+    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]
+    if "model" in changed:
+        raise ValueError(f"{model} has changed since it was evaluated in {folder}. Use another `output_dir`.")
+    if changed:
+        raise ValueError(
+            f"The file of `{changed[0]}` has changed since {folder} was evaluated. Use another `output_dir`, or judge "
+            "the samples again with `verify_only`."
+        )
+    return before | now
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from ..callbacks.hub import HubCallback, explain_hub_errors
 from ..callbacks.records import RunRecordCallback
 from ..callbacks.trackers import TrackerCallback
 from ..callbacks.trajectories import TrajectoryCallback
-from ..run_folder import ADAPTER_CONFIG, is_adapter
+from ..run_folder import ADAPTER_CONFIG, adapter_base, is_adapter
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
 from ..tasks.datasets import has_name
 from ..tasks.examples import check_columns, without_chat_template
@@ -178,10 +178,11 @@ def load_adapter(
     """Loads a model with an adapter that can be trained further.
 
     Raises:
-        ValueError: If the folder holds no adapter.
+        ValueError: If the folder holds no adapter, or one whose settings can't be read.
     """
     if not is_adapter(Path(adapter)):
         raise ValueError(f"`resume_adapter: {adapter}` holds no {ADAPTER_CONFIG}. Name the folder of an adapter.")
+    adapter_base(Path(adapter))
     if quantization_config is not None:
         model_options = {**model_options, "quantization_config": quantization_config}
     base = create_model_from_path(model, **model_options)
