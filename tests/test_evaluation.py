@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from gxpo_trl.evaluation.benchmark import checksum, read_samples, run_benchmark, slug
+from gxpo_trl.evaluation.benchmark import checksum, judge_samples, read_samples, run_benchmark, slug, write_samples
 from gxpo_trl.evaluation.fingerprints import of_model
 from gxpo_trl.evaluation.sampling import Sample, load_model, load_tokenizer, read_sample, transformers_sampler
 from gxpo_trl.evaluation.scoring import evaluate, verify_again, verify_gold
@@ -293,6 +294,83 @@ def test_recorded_completions_are_judged_again(tmp_path, capsys):
     assert read_samples(path.with_suffix(".verified.jsonl"))[0].score == spoiled["score"]
 
 
+def sampled(folder: Path, kind: str = "maths", **row) -> Path:
+    """Samples of one problem, the row of `folder/data.jsonl`, without a model."""
+    folder.mkdir(exist_ok=True)
+    (folder / "data.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": "B", "want": "B"} | row) + "\n")
+    task, path = load_task(str(folder / "data.jsonl"), kind=kind), folder / f"{slug(str(folder / 'data'))}.jsonl"
+    texts = ("It is (B).", "\\boxed{B}", "C")
+    write_samples(path, judge_samples(task, [0], [[Sample(text, [1], truncated=False) for text in texts]]))
+    return path
+
+
+REWARD = """
+def score(completions, want, **kwargs):
+    return [0.5 if wanted in completion[-1]["content"] else 0.0 for completion, wanted in zip(completions, want)]
+"""
+
+
+def test_recorded_completions_are_judged_as_they_are_told(tmp_path, capsys, monkeypatch):
+    path = sampled(tmp_path / "set")
+    (tmp_path / "rr.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    words = ["--verify_only", str(path), "--samples", "3"]
+    data = ["--benchmarks", "set/data.jsonl"]
+
+    def scores(*more: str) -> list[float]:
+        main([*words, *more])
+        capsys.readouterr()
+        return [record.score for record in read_samples(path.with_suffix(".verified.jsonl"))]
+
+    assert scores() == scores(*data) == [0.0, 1.0, 0.0]
+    assert scores("--kind", "choice") == scores(*data, "--kind", "choice") == [1.0, 1.0, 0.0]
+    rewarded = [*data, "--reward_funcs", "rr.py:score"]
+    assert scores(*rewarded) == [0.0, 0.0, 0.0] and scores(*rewarded, "--threshold", "0.5") == [1.0, 1.0, 0.0]
+    assert {record.kind for record in read_samples(path.with_suffix(".verified.jsonl"))} == {"reward"}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--reward_funcs", "rr.py:score"], "`reward_funcs` does nothing with `verify_only` alone"),
+        (["--threshold", "0.5"], "`threshold` does nothing without `reward_funcs`"),
+        (["--answer_column", "want"], "`answer_column` does nothing with `verify_only` alone"),
+        (["--kind", "chioce"], "no kind of answer `chioce`"),
+        (["--benchmarks", "arithmetic"], r"None of `benchmarks` has its samples in set--data.jsonl: arithmetic \("),
+        (["--benchmarks", "set/data.jsonl", "--prompt", "Q: {problem}"], "holds samples of other problems"),
+        (["--gold"], "`gold` and `verify_only`"),
+    ],
+    ids=str,
+)
+def test_what_judging_again_cannot_use_is_refused(tmp_path, monkeypatch, more, message):
+    path = sampled(tmp_path / "set")
+    (tmp_path / "rr.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        main(["--verify_only", str(path), "--samples", "3", *more])
+    assert not path.with_suffix(".verified.jsonl").exists()
+
+
+@pytest.mark.parametrize("edit", [{"answer": "C"}, {"want": "C"}, {"problem": "1 + 2?"}], ids=str)
+def test_rows_that_were_edited_since_are_not_judged_with(tmp_path, monkeypatch, edit):
+    monkeypatch.chdir(tmp_path)
+    path = sampled(tmp_path / "set")
+    before = path.read_text()
+    sampled(tmp_path / "set", **edit)
+    path.write_text(before)
+    with pytest.raises(SystemExit, match="samples of other problems than set/data.jsonl: its rows, or `prompt`"):
+        main(["--verify_only", str(path), "--samples", "3", "--benchmarks", "set/data.jsonl"])
+
+
+def test_samples_of_a_model_without_a_chat_template_and_of_earlier_versions_are_judged_again(tmp_path):
+    path = sampled(tmp_path / "set")
+    task = load_task(str(tmp_path / "set" / "data.jsonl"), kind="choice")
+    text = {**task.problems[0], "prompt": task.problems[0]["prompt"][0]["content"]}
+    for asked in (checksum(text), ""):
+        write_samples(path, [replace(record, asked=asked) for record in read_samples(path)])
+        assert verify_again(path, [1], [task])[1] == 1
+
+
 def test_right_answers_are_accepted_and_refused_ones_named(tmp_path, capsys):
     assert verify_gold(load_task("arithmetic")) == []
     path = tmp_path / "odd.jsonl"
@@ -327,6 +405,8 @@ def test_right_answers_are_accepted_and_refused_ones_named(tmp_path, capsys):
         ({"top_k": -1}, "`top_k` must be at least 0"),
         ({"repetition_penalty": 0.0}, "`repetition_penalty` must be a finite number above 0"),
         ({"vllm_gpu_memory_utilization": 0.0}, "`vllm_gpu_memory_utilization` must be above 0"),
+        ({"threshold": 0.5}, "`threshold` does nothing without `reward_funcs`"),
+        ({"reward_weights": [1.0]}, "`reward_weights` does nothing without `reward_funcs`"),
         ({"backend": "vllm", "token_budget": 100}, "`token_budget` has no meaning"),
     ],
     ids=str,

@@ -25,9 +25,10 @@ from ..run_folder import (
     samples_file,
     write_whole,
 )
+from ..spelling import nearest
 from ..tasks.names import resolve_model, resolve_reward
 from ..tasks.rewards import KINDS, judge
-from ..tasks.task import OWN_REWARD, RewardSum, Task, in_a_box, load_task, reward_sum, spoken
+from ..tasks.task import OWN_REWARD, RewardSum, Row, Task, in_a_box, load_task, reward_sum, spoken
 from .benchmark import (
     Record,
     check_slugs,
@@ -240,53 +241,89 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def verify_again(path: Path, ks: Sequence[int], tasks: Sequence[Task] = ()) -> tuple[BenchmarkResults, int]:
+def verify_again(
+    path: Path, ks: Sequence[int], tasks: Sequence[Task] = (), kind: str | None = None
+) -> tuple[BenchmarkResults, int]:
     """Judges the recorded completions of a samples file again, and writes them to `NAME.verified.jsonl` next to it.
 
     Args:
         path (`Path`): The samples file.
         ks (`Sequence[int]`): For pass@k and maj@k.
-        tasks (`Sequence[Task]`): If reward functions score, the task of the samples.
+        tasks (`Sequence[Task]`): If reward functions score, the task of the samples; it may be one of several.
+        kind (`str`, *optional*): Another kind of the recorded answers, if no task is given.
 
     Returns:
         `tuple[BenchmarkResults, int]`: The results, and how many scores differ from the recorded ones.
 
     Raises:
-        ValueError: If there are no samples, or reward functions would score and their task is not given.
+        ValueError: If there are no samples, reward functions would score and their task is not given, none of the
+            tasks is that of the samples, or its data is not what was sampled.
     """
     records = read_samples(path)
     if not records:
         raise ValueError(f"{path} holds no samples.")
-    task = next((task for task in tasks if slug(task.name) == path.stem), None)
-    if task is not None:
-        again = _judge_task_again(path, records, task)
-    elif others := {record.kind for record in records} - set(KINDS):
-        raise ValueError(
-            f"{path} was scored by reward functions ({', '.join(others)}). Name the data as `benchmarks`, and its "
-            "`reward_funcs`."
-        )
+    if tasks:
+        again = _judge_task_again(path, records, _task_of(path, tasks))
     else:
-        again = _judge_kinds_again(records)
+        again = _judge_kinds_again(path, records, kind)
     write_samples(path.with_suffix(".verified.jsonl"), again)
     changed = sum(new.score != old.score for new, old in zip(again, records, strict=True))
     return benchmark_results(again, ks), changed
 
 
+def _task_of(path: Path, tasks: Sequence[Task]) -> Task:
+    for task in tasks:
+        if slug(task.name) == path.stem:
+            return task
+    names = ", ".join(f"{task.name} ({slug(task.name)}.jsonl)" for task in tasks)
+    raise ValueError(f"None of `benchmarks` has its samples in {path.name}: {names}. Name the data that was sampled.")
+
+
 def _judge_task_again(path: Path, records: list[Record], task: Task) -> list[Record]:
     if any(int(record.id) >= len(task.problems) for record in records):
         raise ValueError(f"{path} holds samples of other problems than {task.name}.")
-    rows = [task.problems[int(record.id)] for record in records]
-    judged = task.judge(rows, [record.completion for record in records])
-    return [dataclasses.replace(record, **vars(found)) for record, found in zip(records, judged, strict=True)]
+    asked = {record.id: task.problems[int(record.id)] for record in records}
+    known = {id: {checksum(row), checksum(_as_text(row))} for id, row in asked.items()}
+    if any(record.asked and record.asked not in known[record.id] for record in records):
+        raise ValueError(
+            f"{path} holds samples of other problems than {task.name}: its rows, or `prompt`, `system_prompt` and the "
+            "columns, are others than when it was sampled. Give the same ones, or evaluate again."
+        )
+    judged = task.judge([asked[record.id] for record in records], [record.completion for record in records])
+    return [
+        dataclasses.replace(record, kind=task.kind, **vars(found))
+        for record, found in zip(records, judged, strict=True)
+    ]
 
 
-def _judge_kinds_again(records: list[Record]) -> list[Record]:
+def _as_text(row: Row) -> Row:
+    """The row as a model without a chat template is asked it, if it can be."""
+    prompt = row["prompt"]
+    return row if isinstance(prompt, str) or len(prompt) != 1 else row | {"prompt": prompt[0]["content"]}
+
+
+def _judge_kinds_again(path: Path, records: list[Record], kind: str | None) -> list[Record]:
+    kinds = [kind or record.kind for record in records]
+    if others := set(kinds) - set(KINDS):
+        if kind is not None:
+            raise ValueError(
+                f"There is no kind of answer `{kind}`{nearest(kind, KINDS)} Kinds are {', '.join(KINDS)}."
+            )
+        raise ValueError(
+            f"{path} was scored by reward functions ({', '.join(others)}). Name the data as `benchmarks`, and its "
+            "`reward_funcs`."
+        )
+    if kind is not None and not all(record.gold for record in records):
+        raise ValueError(f"{path} has no right answers for `kind: {kind}`. Leave it out, or evaluate data that has.")
     verdicts = {}
-    for kind in {record.kind for record in records}:
-        chosen = [i for i, record in enumerate(records) if record.kind == kind]
-        judged = judge(kind, [records[i].completion for i in chosen], [records[i].gold for i in chosen])
+    for found in set(kinds):
+        chosen = [i for i, of_record in enumerate(kinds) if of_record == found]
+        judged = judge(found, [records[i].completion for i in chosen], [records[i].gold for i in chosen])
         verdicts |= dict(zip(chosen, judged, strict=True))
-    return [dataclasses.replace(record, **dataclasses.asdict(verdicts[i])) for i, record in enumerate(records)]
+    return [
+        dataclasses.replace(record, kind=kinds[i], reward=verdicts[i].score, **dataclasses.asdict(verdicts[i]))
+        for i, record in enumerate(records)
+    ]
 
 
 def verify_gold(task: Task) -> list[tuple[str, str, float | None]]:
