@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .answers import Verdict
+from .code import check_code_data, code_reward
 from .datasets import has_name, problem_set, text_of_cell
 from .examples import load_examples, without_chat_template
 from .generated import is_generated, reasoning_gym_reward
@@ -237,9 +238,11 @@ class Task:
         """Calls the reward functions on the first example.
 
         Raises:
-            ValueError: If one fails, as where a column is missing.
+            ValueError: If one fails, as where a column is missing, or could not run the tests of any example.
         """
         if self.rewards is not None:
+            if code_reward in self.rewards.functions:
+                check_code_data(self.problems, self.name)
             row = self.problems[0]
             gold = self.golds([row])[0]
             try_rewards(self.rewards, row, self.name, in_a_box(gold) if gold else "")
