@@ -481,7 +481,12 @@ def test_a_name_of_the_hub_is_known_by_its_revision(tmp_path, monkeypatch):
     cached = str(tmp_path / "models--a--b" / "snapshots" / "abc123" / "config.json")
     monkeypatch.setattr("gxpo_trl.evaluation.fingerprints.try_to_load_from_cache", lambda name, file: cached)
     assert of_model("a/b") == "abc123"
+    adapter = adapter_at(tmp_path / "run", str(TINY_MODEL_PATH))
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "a/b"}))
+    with_base = of_model(adapter)
     monkeypatch.undo()
+    assert of_model(adapter) == with_base  # which is loaded after the checksum was computed
     assert of_model("nobody/has-this") is None and of_model("/no/such/folder") is None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from ..run_folder import ADAPTER_CONFIG, MODEL_CONFIG, adapter_base, is_adapter
+from ..run_folder import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_base, is_adapter
 from ..tasks.names import resolve_model, resolve_reward
 from .settings import EvaluationArguments
 
@@ -42,8 +42,8 @@ def fingerprints(model: str, settings: EvaluationArguments) -> Fingerprints:
 
 
 def of_model(name: str) -> str | None:
-    """A checksum of a folder's files, and for an adapter of its base's; of a name of the Hub, the revision in the
-    cache.
+    """A checksum of a folder's files, for an adapter with those of its base's folder; of a name of the Hub, the
+    revision in the cache.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -51,9 +51,9 @@ def of_model(name: str) -> str | None:
     checksums: dict[str, Any] = {
         path.name: _of_file(path) for pattern in FILES_OF_MODEL for path in sorted(folder.glob(pattern))
     }
-    if is_adapter(folder):
-        base = adapter_base(folder)
-        checksums["base"] = None if base is None else of_model(base)
+    base = adapter_base(folder) if is_adapter(folder) else None
+    if base is not None and Path(base).is_dir():  # of the Hub, it is not in the cache until it is loaded
+        checksums["base"] = of_model(base)
     return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
 
 
@@ -63,7 +63,7 @@ def _of_file(path: Path) -> str:
 
 
 def _revision(name: str) -> str | None:
-    for file in (MODEL_CONFIG, ADAPTER_CONFIG):
+    for file in (TOKENIZER_CONFIG, MODEL_CONFIG, ADAPTER_CONFIG):  # the first is there once the tokenizer was loaded
         try:
             path = try_to_load_from_cache(name, file)
         except HFValidationError:  # a path where nothing is: loading says so
