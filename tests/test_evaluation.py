@@ -332,9 +332,9 @@ def test_recorded_completions_are_judged_as_they_are_told(tmp_path, capsys, monk
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--reward_funcs", "rr.py:score"], "`reward_funcs` does nothing with `verify_only` alone"),
+        (["--reward_funcs", "rr.py:score"], "`reward_funcs` does nothing with `verify_only` and no data"),
         (["--threshold", "0.5"], "`threshold` does nothing without `reward_funcs`"),
-        (["--answer_column", "want"], "`answer_column` does nothing with `verify_only` alone"),
+        (["--answer_column", "want"], "`answer_column` does nothing with `verify_only` and no data"),
         (["--kind", "chioce"], "no kind of answer `chioce`"),
         (["--benchmarks", "arithmetic"], r"None of `benchmarks` has its samples in set--data.jsonl: arithmetic \("),
         (["--benchmarks", "set/data.jsonl", "--prompt", "Q: {problem}"], "holds samples of other problems"),

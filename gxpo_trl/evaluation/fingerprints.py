@@ -1,6 +1,7 @@
 """What an evaluation was made with: the content of a model's files, and of the files of reward functions.
 
-Names stay when a run goes on in its folder, or a file is edited. Samples are used again only with the same content.
+Names stay when a run is continued in its folder, or a file is edited. Samples are used again only with the
+same content.
 """
 
 import hashlib

@@ -257,7 +257,7 @@ def verify_again(
 
     Raises:
         ValueError: If there are no samples, reward functions would score and their task is not given, none of the
-            tasks is that of the samples, or its data is not what was sampled.
+            tasks belongs to the samples, or its data is not what was sampled.
     """
     records = read_samples(path)
     if not records:
@@ -283,7 +283,7 @@ def _judge_task_again(path: Path, records: list[Record], task: Task) -> list[Rec
     if any(int(record.id) >= len(task.problems) for record in records):
         raise ValueError(f"{path} holds samples of other problems than {task.name}.")
     asked = {record.id: task.problems[int(record.id)] for record in records}
-    known = {id: {checksum(row), checksum(_as_text(row))} for id, row in asked.items()}
+    known = {place: {checksum(row), checksum(_as_text(row))} for place, row in asked.items()}
     if any(record.asked and record.asked not in known[record.id] for record in records):
         raise ValueError(
             f"{path} holds samples of other problems than {task.name}: its rows, or `prompt`, `system_prompt` and the "

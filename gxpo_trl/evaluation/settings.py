@@ -179,7 +179,7 @@ class EvaluationArguments:
         for name in ("reward_funcs", "problem_column", "answer_column", "limit"):
             if self.verify_only and getattr(self, name) and not self.benchmarks:
                 raise ValueError(
-                    f"`{name}` does nothing with `verify_only` alone, which reads only the samples. Name the data "
+                    f"`{name}` does nothing with `verify_only` and no data: it reads only the samples. Name the data "
                     "that was sampled as `benchmarks`, or leave it out."
                 )
 
