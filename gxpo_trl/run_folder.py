@@ -18,7 +18,7 @@ A run that is extrapolated during training is two of these, RUN/before and RUN/a
 them. `gxpo eval` writes table.md, and a folder for each model:
 
     MODEL/
-        settings.json                 the settings that decide which samples are drawn
+        settings.json                 the settings that decide which samples are drawn, and checksums of the model
         results.json                  scores: an `EvaluationResults`
         BENCHMARK.jsonl               one judged sample on each line, collected from BENCHMARK.parts/
 """
@@ -184,6 +184,12 @@ class RunDescription(TypedDict, total=False):
     python: str
     machine: str
     versions: dict[str, str]
+
+
+class AdapterSettings(TypedDict, total=False):
+    """What is read of `adapter_config.json`."""
+
+    base_model_name_or_path: str | None
 
 
 class Score(TypedDict):
@@ -354,6 +360,15 @@ def read_json(path: Path, kind: Any) -> Any:
     found = parse_json(read_text(path), str(path))
     check_kind(found, kind, str(path))
     return found
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base model that an adapter names.
+
+    Raises:
+        ValueError: If its settings can't be read. Other libraries' errors don't say which file it is.
+    """
+    return read_json(folder / ADAPTER_CONFIG, AdapterSettings).get("base_model_name_or_path")
 
 
 def read_extrapolation(path: Path) -> ExtrapolationReport:

@@ -6,6 +6,7 @@ from test_scripts import recipe
 
 from gxpo_trl.scripts.building import build_trainer
 from gxpo_trl.scripts.parsing import parse_recipe
+from gxpo_trl.tasks.task import load_task
 
 
 SCORED = {"scripted": False, "eval_benchmarks": ["arithmetic"], "eval_samples": 2, "eval_steps": 2, "max_steps": 4}
@@ -53,6 +54,23 @@ def test_old_log_probabilities_of_sampling_are_not_those_of_a_benchmark(tmp_path
 def test_bad_settings_are_named_at_construction(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **{**SCORED, **change})
+
+
+def test_benchmarks_that_would_be_logged_under_one_name_are_refused(tmp_path):
+    paths = []
+    for part in ("p1", "p2"):
+        path = tmp_path / part / "data" / "test.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+        paths.append(str(path))
+    said = "would share a file or a name, data--test: .*p1.*p2.*Leave one out of `eval_benchmarks`"
+    with pytest.raises(ValueError, match=said):
+        parse_recipe([*recipe("gxpo"), "--eval_steps", "1", "--eval_benchmarks", *paths])
+    with pytest.raises(ValueError, match="would share a file or a name, data--test"):
+        make_trainer(tmp_path / "out", **{**SCORED, "eval_benchmarks": [load_task(paths[0]), paths[1]]})
+    with pytest.raises(ValueError, match="would share a file or a name, arithmetic: arithmetic, arithmetic"):
+        parse_recipe([*recipe("gxpo"), "--eval_steps", "1", "--eval_benchmarks", "arithmetic", "arithmetic"])
+    assert parse_recipe([*recipe("gxpo"), "--eval_steps", "1", "--eval_benchmarks", paths[0], "arithmetic"])
 
 
 def test_the_start_is_scored_without_an_evaluation_dataset_and_once(tmp_path):

@@ -1,13 +1,21 @@
 """Model-written code, really run, within limits."""
 
+import json
 import os
 import socket
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from test_scripts import recipe
 
-from gxpo_trl.tasks.code import code_reward, extract_code, run_tests
+from gxpo_trl.evaluation.scoring import evaluate
+from gxpo_trl.evaluation.settings import EvaluationArguments
+from gxpo_trl.scripts.building import build_trainer
+from gxpo_trl.scripts.parsing import parse_recipe
+from gxpo_trl.tasks.code import check_code_data, code_reward, extract_code, run_tests
 
 
 GOOD = "def double(x):\n    return 2 * x\n"
@@ -237,6 +245,121 @@ def test_tests_that_any_code_would_pass_are_refused(tests, message, monkeypatch)
     monkeypatch.setenv("GXPO_ALLOW_CODE_EXECUTION", "1")
     with pytest.raises(ValueError, match="^The column `tests` holds '.*" + message):
         code_reward(["no code"] * 2, [TESTS, tests])
+
+
+IMPORTS = [
+    "from solution import double\nassert double(2) == 4",
+    "from solution import double as twice\ndef test_two():\n    assert twice(2) == 4",
+    "from solution import *\nassert double(2) == 4",
+    "import solution\nassert solution.double(2) == 4",
+    "import solution as s\ndef test_two():\n    assert s.double(2) == 4",
+    "def test_two():\n    from solution import double\n    assert double(2) == 4",
+    "from answer import double\nassert double(2) == 4",
+    "from __main__ import double\nassert double(2) == 4",
+    CASE.replace("import unittest", "import unittest\nfrom solution import double"),
+]
+
+
+@pytest.mark.parametrize("tests", IMPORTS)
+def test_tests_may_import_the_answer(tests, monkeypatch):
+    monkeypatch.setenv("GXPO_ALLOW_CODE_EXECUTION", "1")
+    assert run_tests(GOOD, tests) == 1.0 and run_tests(BAD, tests) == 0.0
+    assert run_tests(GOOD.replace("double", "other"), tests) == 0.0
+    assert run_tests(f"{GOOD}\ndef solution(x):\n    return 0\n", tests) == 1.0  # a function of the module's name
+    usage = "```python\nprint(double(2))\nclass Shown: ...\n```"
+    assert code_reward([f"```python\n{GOOD}```\nUse it so:\n{usage}"], [tests]) == [1.0]
+
+
+@pytest.mark.parametrize("module", ["solution", "answer"])
+@pytest.mark.parametrize("named", [False, True])
+def test_who_imports_the_answer_does_not_trust_it(module, named):
+    lies = f"class Liar:\n    __module__ = '{module}'\n    __eq__ = lambda self, other: other == 4\n"
+    code = f"{lies}def double(x):\n    return Liar()\n" + ("def solution(): ...\n" if named else "")
+    assert run_tests(code, f"from {module} import double\nassert double(2) == 4") == 0.0
+
+
+METHOD = "class Solution:\n    def double(self, x):\n        return 2 * x\n"
+
+
+def test_an_entry_point_may_be_a_method():
+    tests = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(x=3) == 6"
+    assert run_tests(METHOD, tests, entry_point="Solution().double") == 1.0
+    assert run_tests(METHOD.replace("2 * x", "x"), tests, entry_point="Solution().double") == 0.0
+    assert run_tests(METHOD, tests, entry_point="Solution().triple") == 0.0
+    static = METHOD.replace("    def double(self, x)", "    @staticmethod\n    def double(x)")
+    assert run_tests(static, tests, entry_point="Solution.double") == 1.0
+
+
+def test_the_block_of_an_entry_point_is_the_answer_and_a_wrong_one_is_said(monkeypatch):
+    monkeypatch.setenv("GXPO_ALLOW_CODE_EXECUTION", "1")
+    check = "def check(candidate):\n    assert candidate(2) == 4"
+    said = f"```python\n{METHOD}```\nFor example:\n```python\ndef main(): ...\n```"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert code_reward([said] * 2, [check] * 2, entry_point=["Solution().double"] * 2) == [1.0] * 2
+        assert code_reward([said, "no code"], [check] * 2, entry_point=["double", "dubble"]) == [0.0] * 2
+        assert code_reward([GOOD] * 2, [TESTS] * 2, entry_point=["dubble"] * 2) == [1.0] * 2  # not asked for
+    with pytest.warns(UserWarning, match="None of 2 answers defines `dubble`, which the column `entry_point` names"):
+        assert code_reward([GOOD] * 2, [check] * 2, entry_point=["dubble"] * 2) == [0.0] * 2
+
+
+@pytest.mark.parametrize("point", ["", "a b", "Solution(1).f", "import os", "f().", 3], ids=str)
+def test_an_entry_point_that_is_no_name_is_refused(monkeypatch, point):
+    monkeypatch.setenv("GXPO_ALLOW_CODE_EXECUTION", "1")
+    with pytest.raises(ValueError, match="The column `entry_point` holds .* it takes the name of a function"):
+        code_reward([GOOD], [TESTS], entry_point=[point])
+
+
+@pytest.mark.parametrize(
+    "tests, message",
+    [
+        ("print(double(2))", "row 1: The column `tests` holds 'print.*assert nothing"),
+        (3, "row 1: The column `tests` holds 3"),
+        (
+            "from my_module import double\nassert double(2) == 4",
+            "row 1: .* imports `my_module`, which is not installed",
+        ),
+        ("def test():\n    import my_module.x\n    assert double(2) == 4", "imports `my_module.x`, which is not"),
+        ("from .solution import double\nassert double(2) == 4", "row 1: .* import from a package"),
+    ],
+    ids=str,
+)
+def test_all_rows_of_tests_are_checked_at_once(tests, message):
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "tests": [json.dumps(TESTS), json.dumps(tests)]})
+    rows = rows.with_transform(
+        lambda batch: {k: [json.loads(v) if k == "tests" else v for v in batch[k]] for k in batch}
+    )
+    with pytest.raises(ValueError, match=message):
+        check_code_data(rows, "data")
+
+
+def test_rows_that_can_be_used_are_let_through():
+    optional = "try:\n    import my_module\nexcept ImportError:\n    my_module = None\nassert double(2) == 4"
+    rows = Dataset.from_dict(
+        {"tests": [TESTS, None, optional, *IMPORTS], "entry_point": [None] * 3 + ["f"] * len(IMPORTS)}
+    )
+    check_code_data(rows, "data")
+    with pytest.raises(ValueError, match="data has no column `tests`, which `code_reward` runs. It has entry_point"):
+        check_code_data(rows.remove_columns("tests"), "data")
+
+
+@pytest.mark.parametrize("where", ["training", "benchmark", "evaluation"])
+def test_tests_are_checked_before_a_run_begins(where, tmp_path, monkeypatch):
+    monkeypatch.setenv("GXPO_ALLOW_CODE_EXECUTION", "1")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Double {i}.", "tests": TESTS} for i in range(8)]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[5]["tests"] = "print(double(2))"
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*recipe("gxpo"), "--dataset_name", "bad.jsonl" if where == "training" else "good.jsonl"]
+    words += ["--eval_strategy", "no", "--reward_funcs", "code_reward", "--output_dir", "out", "--eval_steps", "1"]
+    words += ["--eval_benchmarks", "bad.jsonl"] if where == "benchmark" else []
+    with pytest.raises(ValueError, match="bad.jsonl, row 5: The column `tests` holds"):
+        if where == "evaluation":
+            options = {"models": ["gxpo_trl/tiny"], "benchmarks": ["bad.jsonl"], "reward_funcs": ["code_reward"]}
+            evaluate(EvaluationArguments(**options, output_dir="out"))
+        else:
+            build_trainer(parse_recipe(words))
 
 
 def test_an_answer_that_makes_the_tests_assert_nothing_is_not_right():

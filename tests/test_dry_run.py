@@ -25,7 +25,8 @@ def dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("sys.dont_write_bytecode", False)
-    (tmp_path / "dry_rewards.py").write_text(REWARDS)
+    in_words = "\n\ndef in_words(completions, **kwargs):\n    return ['1.0'] * len(completions)\n"
+    (tmp_path / "dry_rewards.py").write_text(REWARDS + in_words)
     rows = [row | {"answer": sum(row["numbers"])} for row in ROWS]
     write(tmp_path / "messages.jsonl", as_messages(rows))
     write(tmp_path / "texts.jsonl", rows)
@@ -95,6 +96,8 @@ def test_special_tokens_are_seen_and_a_template_is_not_missed(dry_run, tmp_path)
         ({"dataset_name": "one.jsonl", "gradient_accumulation_steps": 9}, "a generation batch takes 18"),
         ({"model_name_or_path": "empty"}, "empty` is a folder without weights"),
         ({"eval_benchmarks": ["nowhere.jsonl"], "eval_steps": 5}, "no file nowhere.jsonl"),
+        ({"eval_benchmarks": ["problems.jsonl"], "eval_steps": 5}, "`right_sum` fails on problems.jsonl: TypeError: "),
+        ({"reward_funcs": ["dry_rewards.in_words"], "reward_weights": None}, "`in_words` returned '1.0': return a"),
         ({"reward_weights": [1.0]}, "`reward_weights` has 1 numbers for 2"),
         ({"extrapolate_after": 10}, "`extrapolate_after` needs a trajectory"),
         ({"extrapolate_after": 100, "trajectory_steps": 1}, "`extrapolate_after` must be between 0 and `max_steps`"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from accelerate import PartialState
 from helpers import tiny_model
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from gxpo_trl.evaluation.benchmark import checksum, read_samples, run_benchmark, slug
+from gxpo_trl.evaluation.benchmark import checksum, judge_samples, read_samples, run_benchmark, slug, write_samples
+from gxpo_trl.evaluation.fingerprints import of_model
 from gxpo_trl.evaluation.sampling import Sample, load_model, load_tokenizer, read_sample, transformers_sampler
 from gxpo_trl.evaluation.scoring import evaluate, verify_again, verify_gold
 from gxpo_trl.evaluation.settings import EvaluationArguments
@@ -292,6 +294,83 @@ def test_recorded_completions_are_judged_again(tmp_path, capsys):
     assert read_samples(path.with_suffix(".verified.jsonl"))[0].score == spoiled["score"]
 
 
+def sampled(folder: Path, kind: str = "maths", **row) -> Path:
+    """Samples of one problem, the row of `folder/data.jsonl`, without a model."""
+    folder.mkdir(exist_ok=True)
+    (folder / "data.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": "B", "want": "B"} | row) + "\n")
+    task, path = load_task(str(folder / "data.jsonl"), kind=kind), folder / f"{slug(str(folder / 'data'))}.jsonl"
+    texts = ("It is (B).", "\\boxed{B}", "C")
+    write_samples(path, judge_samples(task, [0], [[Sample(text, [1], truncated=False) for text in texts]]))
+    return path
+
+
+REWARD = """
+def score(completions, want, **kwargs):
+    return [0.5 if wanted in completion[-1]["content"] else 0.0 for completion, wanted in zip(completions, want)]
+"""
+
+
+def test_recorded_completions_are_judged_as_they_are_told(tmp_path, capsys, monkeypatch):
+    path = sampled(tmp_path / "set")
+    (tmp_path / "rr.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    words = ["--verify_only", str(path), "--samples", "3"]
+    data = ["--benchmarks", "set/data.jsonl"]
+
+    def scores(*more: str) -> list[float]:
+        main([*words, *more])
+        capsys.readouterr()
+        return [record.score for record in read_samples(path.with_suffix(".verified.jsonl"))]
+
+    assert scores() == scores(*data) == [0.0, 1.0, 0.0]
+    assert scores("--kind", "choice") == scores(*data, "--kind", "choice") == [1.0, 1.0, 0.0]
+    rewarded = [*data, "--reward_funcs", "rr.py:score"]
+    assert scores(*rewarded) == [0.0, 0.0, 0.0] and scores(*rewarded, "--threshold", "0.5") == [1.0, 1.0, 0.0]
+    assert {record.kind for record in read_samples(path.with_suffix(".verified.jsonl"))} == {"reward"}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--reward_funcs", "rr.py:score"], "`reward_funcs` does nothing with `verify_only` and no data"),
+        (["--threshold", "0.5"], "`threshold` does nothing without `reward_funcs`"),
+        (["--answer_column", "want"], "`answer_column` does nothing with `verify_only` and no data"),
+        (["--kind", "chioce"], "no kind of answer `chioce`"),
+        (["--benchmarks", "arithmetic"], r"None of `benchmarks` has its samples in set--data.jsonl: arithmetic \("),
+        (["--benchmarks", "set/data.jsonl", "--prompt", "Q: {problem}"], "holds samples of other problems"),
+        (["--gold"], "`gold` and `verify_only`"),
+    ],
+    ids=str,
+)
+def test_what_judging_again_cannot_use_is_refused(tmp_path, monkeypatch, more, message):
+    path = sampled(tmp_path / "set")
+    (tmp_path / "rr.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        main(["--verify_only", str(path), "--samples", "3", *more])
+    assert not path.with_suffix(".verified.jsonl").exists()
+
+
+@pytest.mark.parametrize("edit", [{"answer": "C"}, {"want": "C"}, {"problem": "1 + 2?"}], ids=str)
+def test_rows_that_were_edited_since_are_not_judged_with(tmp_path, monkeypatch, edit):
+    monkeypatch.chdir(tmp_path)
+    path = sampled(tmp_path / "set")
+    before = path.read_text()
+    sampled(tmp_path / "set", **edit)
+    path.write_text(before)
+    with pytest.raises(SystemExit, match="samples of other problems than set/data.jsonl: its rows, or `prompt`"):
+        main(["--verify_only", str(path), "--samples", "3", "--benchmarks", "set/data.jsonl"])
+
+
+def test_samples_of_a_model_without_a_chat_template_and_of_earlier_versions_are_judged_again(tmp_path):
+    path = sampled(tmp_path / "set")
+    task = load_task(str(tmp_path / "set" / "data.jsonl"), kind="choice")
+    text = {**task.problems[0], "prompt": task.problems[0]["prompt"][0]["content"]}
+    for asked in (checksum(text), ""):
+        write_samples(path, [replace(record, asked=asked) for record in read_samples(path)])
+        assert verify_again(path, [1], [task])[1] == 1
+
+
 def test_right_answers_are_accepted_and_refused_ones_named(tmp_path, capsys):
     assert verify_gold(load_task("arithmetic")) == []
     path = tmp_path / "odd.jsonl"
@@ -326,6 +405,8 @@ def test_right_answers_are_accepted_and_refused_ones_named(tmp_path, capsys):
         ({"top_k": -1}, "`top_k` must be at least 0"),
         ({"repetition_penalty": 0.0}, "`repetition_penalty` must be a finite number above 0"),
         ({"vllm_gpu_memory_utilization": 0.0}, "`vllm_gpu_memory_utilization` must be above 0"),
+        ({"threshold": 0.5}, "`threshold` does nothing without `reward_funcs`"),
+        ({"reward_weights": [1.0]}, "`reward_weights` does nothing without `reward_funcs`"),
         ({"backend": "vllm", "token_budget": 100}, "`token_budget` has no meaning"),
     ],
     ids=str,
@@ -348,6 +429,122 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path):
     with pytest.raises(ValueError, match="holds an evaluation with `samples: 4`.*another `output_dir`"):
         evaluate(settings(tmp_path, samples=2))
     evaluate(settings(tmp_path, ks=[3]))  # which draws nothing else
+
+
+def model_at(folder: Path, seed: int = 0) -> str:
+    """The embedded model, with other weights for another seed."""
+    model = tiny_model()
+    if seed:
+        with torch.no_grad():
+            model.lm_head.weight[seed] += 1.0
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_MODEL_PATH).save_pretrained(folder)
+    return str(folder)
+
+
+def adapter_at(folder: Path, base: str, seed: int = 0) -> str:
+    torch.manual_seed(seed)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(init_lora_weights=False)).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def test_samples_of_a_model_that_has_changed_are_not_used_again(tmp_path):
+    chosen = settings(tmp_path, models=[model_at(tmp_path / "run")], limit=2, problems_per_batch=2)
+    evaluate(chosen)
+    table = (tmp_path / "out" / "table.md").read_text()
+    model_at(tmp_path / "run")  # the same weights, written again
+    (tmp_path / "run" / "training_args.bin").write_text("other settings")
+    evaluate(chosen)
+    model_at(tmp_path / "run", seed=1)
+    with pytest.raises(ValueError, match="run has changed since it was evaluated in .*Use another `output_dir`"):
+        evaluate(chosen)
+    assert (tmp_path / "out" / "table.md").read_text() == table
+
+
+def test_an_adapter_changes_with_its_base(tmp_path):
+    base = model_at(tmp_path / "base")
+    chosen = settings(tmp_path, models=[adapter_at(tmp_path / "run", base)], limit=2, problems_per_batch=2)
+    evaluate(chosen)
+    evaluate(chosen)
+    model_at(tmp_path / "base", seed=1)
+    with pytest.raises(ValueError, match="run has changed since"):
+        evaluate(chosen)
+    model_at(tmp_path / "base")
+    adapter_at(tmp_path / "run", base, seed=1)
+    with pytest.raises(ValueError, match="run has changed since"):
+        evaluate(chosen)
+
+
+def test_a_name_of_the_hub_is_known_by_its_revision(tmp_path, monkeypatch):
+    cached = str(tmp_path / "models--a--b" / "snapshots" / "abc123" / "config.json")
+    monkeypatch.setattr("gxpo_trl.evaluation.fingerprints.try_to_load_from_cache", lambda name, file: cached)
+    assert of_model("a/b") == "abc123"
+    adapter = adapter_at(tmp_path / "run", str(TINY_MODEL_PATH))
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "a/b"}))
+    with_base = of_model(adapter)
+    monkeypatch.undo()
+    assert of_model(adapter) == with_base  # which is loaded after the checksum was computed
+    assert of_model("nobody/has-this") is None and of_model("/no/such/folder") is None
+
+
+@pytest.mark.parametrize("named", ["scores.py:score", "scores.score"])
+def test_samples_of_rewards_that_have_changed_are_not_used_again(tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "scores", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = "def score(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+    (tmp_path / "scores.py").write_text(source)
+    chosen = settings(tmp_path, limit=2, problems_per_batch=2, reward_funcs=[named, "boxed_format_reward"])
+    evaluate(chosen)
+    (tmp_path / "scores.py").write_text(source.replace("1.0", "0.0"))
+    with pytest.raises(ValueError, match="file of `reward_funcs: scores.* has changed since .*`verify_only`"):
+        evaluate(chosen)
+    (tmp_path / "scores.py").write_text(source)
+    evaluate(chosen)
+
+
+def test_samples_of_an_earlier_version_are_used_with_a_warning(tmp_path, caplog):
+    chosen = settings(tmp_path, models=[model_at(tmp_path / "run")], limit=2, problems_per_batch=2)
+    results = evaluate(chosen)
+    path = next((tmp_path / "out").glob("*/settings.json"))
+    written = {k: v for k, v in json.loads(path.read_text()).items() if k != "content"}
+    path.write_text(json.dumps(written))
+    model_at(tmp_path / "run", seed=1)
+    for _ in range(2):  # nothing is recorded that is not known
+        caplog.clear()
+        assert evaluate(chosen) == results
+        assert "by an earlier version, which has not recorded" in caplog.text
+    assert json.loads(path.read_text()) == written
+
+
+@pytest.mark.parametrize("name, remedy", [("settings.json", "Use another"), ("results.json", "Remove the file")])
+@pytest.mark.parametrize("text", ['{"model": ', "[]"])
+def test_a_damaged_file_of_an_evaluation_is_named(tmp_path, name, remedy, text):
+    chosen = settings(tmp_path, limit=2, problems_per_batch=2)
+    evaluate(chosen)
+    path = samples_file(tmp_path).parent / name
+    before = path.read_text()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}.*{remedy}"):
+        evaluate(chosen)
+    assert path.read_text() == text
+    path.write_text(before)
+    evaluate(chosen)
+
+
+def test_the_table_has_the_models_of_earlier_calls(tmp_path, caplog):
+    runs = [model_at(tmp_path / part / "run", seed) for seed, part in enumerate(("a", "b"))]
+    for run in (*runs, runs[0]):
+        evaluate(settings(tmp_path, models=[run], limit=2, problems_per_batch=2))
+    rows = (tmp_path / "out" / "table.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| b--run", "| a--run"]  # those of this call last
+    (tmp_path / "out" / "b--run" / "results.json").write_text("{")
+    evaluate(settings(tmp_path, models=[runs[0]], limit=2, problems_per_batch=2))
+    assert "without the model of a damaged file" in caplog.text
+    assert "| run |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_models_do_not_share_a_folder(tmp_path):

@@ -113,6 +113,10 @@ def test_what_cannot_be_merged_is_refused_in_one_sentence(tmp_path):
     for folder in (base, str(tmp_path / "nowhere")):
         with pytest.raises(SystemExit, match="holds no adapter_config.json. Name the folder of an adapter"):
             main([folder, "--output_dir", str(tmp_path / "merged")])
+    adapter(tmp_path / "broken", base)
+    (tmp_path / "broken" / "adapter_config.json").write_text('{"base_model_name_or_path": ')
+    with pytest.raises(SystemExit, match="broken/adapter_config.json is not complete JSON"):
+        main([str(tmp_path / "broken"), "--output_dir", str(tmp_path / "merged")])
     model = AutoModelForCausalLM.from_pretrained(base)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(model, config).save_pretrained(tmp_path / "prompts")

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from helpers import ON_CPU, make_trainer, tiny_model
 from transformers import AutoTokenizer
@@ -209,6 +211,47 @@ def test_rewards_of_another_number_and_weights_of_another_are_named(own_task):
         judge_samples(task, [0], [[sample("a"), sample("b")]])
     with pytest.raises(ValueError, match="`reward_weights` has 1 numbers for 2 `reward_funcs`"):
         reward_sum([max, min], [1.0])
+
+
+@pytest.mark.parametrize("found", [["1.0"], "1", None, 1.0, [[1.0]], {"reward": 1.0}, ["one"]], ids=str)
+def test_rewards_that_are_no_numbers_are_named(own_task, found):
+    def odd(completions, **kwargs):
+        return found
+
+    task = load_task("text.jsonl", rewards=reward_sum([odd], None))
+    for judge in (lambda: judge_samples(task, [0], [[sample("a")]]), task.check_rewards):
+        with pytest.raises(ValueError, match="^The reward function `odd` returned .*: return a list with a number"):
+            judge()
+
+
+@pytest.mark.parametrize("found", [np.ones(1), torch.ones(1), (1,), [np.float32(1)], [True], iter([1.0])], ids=str)
+def test_numbers_of_any_kind_are_rewards(own_task, found):
+    task = load_task("text.jsonl", rewards=reward_sum([lambda completions, **kwargs: found], None))
+    assert judge_samples(task, [0], [[sample("a")]])[0].reward == 1.0
+
+
+@pytest.mark.parametrize("missing", ["numbers", "weight"])
+def test_a_benchmark_without_a_column_of_a_reward_is_refused_before_anything_is_sampled(own_task, missing):
+    write(own_task / "less.jsonl", [{k: v for k, v in row.items() if k != missing} for row in ROWS])
+    said = f"`right_sum` fails on less.jsonl: TypeError: .*'{missing}'. The columns are prompt"
+    with pytest.raises(ValueError, match=said):
+        build_trainer(parse_recipe([*train_options(own_task, "text.jsonl"), "--eval_benchmarks", "less.jsonl"]))
+    with pytest.raises(ValueError, match=said):
+        evaluate(settings(own_task, benchmarks=["text.jsonl", "less.jsonl"]))
+    assert not (own_task / "eval").exists()
+
+
+@pytest.mark.parametrize("taken", ["prompts", "completions", "completion_ids"])
+@pytest.mark.parametrize("form", ["prompts", "problems", "saved"])
+def test_a_column_that_trl_gives_rewards_itself_is_refused_at_the_start(own_task, taken, form):
+    rows = ROWS if form == "prompts" else [{"problem": row["prompt"], "answer": "5"} | row for row in ROWS]
+    rows = [{k: v for k, v in row.items() if form == "prompts" or k != "prompt"} | {taken: ["c"]} for row in rows]
+    name = write(own_task / "taken.jsonl", rows)
+    if form == "saved":
+        name = str(own_task / "taken")
+        Dataset.from_list(rows).save_to_disk(name)
+    with pytest.raises(ValueError, match=f"taken.* has a column `{taken}`, which TRL gives rewards itself. Rename"):
+        build_trainer(parse_recipe([*train_options(own_task, name), "--eval_benchmarks", "arithmetic"]))
 
 
 def test_named_sets_keep_their_scorer_unless_told_otherwise(own_task):

@@ -86,6 +86,7 @@ def test_same_seed_same_problems():
 )
 def test_the_reward_wants_the_plain_number_last(completion, expected):
     assert reward(completion, 7) == expected
+    assert arithmetic_reward([completion], ["\\boxed{7}"]) == [expected]  # as text, of a model without a template
 
 
 def test_last_boxed_number_of_a_text_without_one():

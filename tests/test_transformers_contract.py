@@ -50,6 +50,7 @@ CONFIG, CACHES = "transformers.GenerationConfig", "transformers.cache_utils"
 UPDATE, REPLAYS, GROUPED, CONFIGURATION = (f"trainer/{name}.py" for name in ("update", "replays", "grouped", "config"))
 BENCHMARKS, HUB, TRACKERS, RECORDS = (f"callbacks/{name}.py" for name in ("benchmarks", "hub", "trackers", "records"))
 ITSELF, CHECKPOINTS = "trainer/trainer.py", "trainer/checkpoints.py"
+FINGERPRINTS = "evaluation/fingerprints.py"
 GENERATION, TRAITS, SUPPORT = "sampling/grouped.py", "sampling/model_traits.py", "engines/support.py"
 SHIM, CARD, SCRIPTS, WRITING = "tests/cpu_engines.py", "reporting/card.py", "scripts/", "trajectory/writing.py"
 
@@ -186,6 +187,7 @@ NAMES = [
     ),
     Name("huggingface_hub.RepoUrl", "repo_id", SCRIPTS, "names the repository in full by it"),
     Name("huggingface_hub.errors", "HfHubHTTPError", HUB, "goes on training when it is raised"),
+    Name("huggingface_hub", "try_to_load_from_cache", FINGERPRINTS, "finds a revision by it", "repo_id, filename"),
     Name("huggingface_hub.ModelCard", "text", CARD, "appends sections to it"),
     Name("huggingface_hub.ModelCard", "data", CARD, "adds results to it"),
     Name("huggingface_hub.ModelCard", "save", WRITING, "writes a card with it", "filepath"),

@@ -13,7 +13,7 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from ..checks import check_at_least
-from ..evaluation.benchmark import Record, in_order, judge_samples, slug, tokenize_prompts
+from ..evaluation.benchmark import Record, check_slugs, in_order, judge_samples, slug, tokenize_prompts
 from ..evaluation.results import benchmark_results, why_doubtful
 from ..evaluation.sampling import Sample, Sampler, transformers_sampler
 from ..evaluation.settings import EvaluationArguments
@@ -76,6 +76,7 @@ class BenchmarkArguments:
 
     def __post_init__(self):
         check_at_least("eval_samples", self.eval_samples, 1)
+        check_slugs("eval_benchmarks", self.eval_benchmarks or [])
 
 
 class BenchmarkCallback(TrainerCallback):
@@ -96,8 +97,8 @@ class BenchmarkCallback(TrainerCallback):
         at_start (`bool`, *optional*, defaults to `False`): Whether to score before the first step too.
 
     Raises:
-        ValueError: If `eval_steps` is unset, a benchmark is not available, or the trainer can't sample a single turn
-            of n samples.
+        ValueError: If `eval_steps` is unset, a benchmark is not available, two would be logged under one name, a
+            reward function fails on one, or the trainer can't sample a single turn of n samples.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class BenchmarkCallback(TrainerCallback):
             raise ValueError("`eval_benchmarks` needs an interval: set `eval_steps`.")
         if reason := _why_not_sampled(trainer, samples):
             raise ValueError(f"`eval_benchmarks` {reason}. Leave it out.")
+        check_slugs("benchmarks", [named if isinstance(named, str) else named.name for named in benchmarks])
         self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._doubted: set[str] = set()
         self._sampler: Sampler | None = None  # of the model itself, for trainers that do not sample
@@ -122,6 +124,7 @@ class BenchmarkCallback(TrainerCallback):
         tasks = [load_task(named, **options) if isinstance(named, str) else named for named in benchmarks]
         self._tasks = [task.asked_of(self._tokenizer, "the model") for task in tasks]
         for task in self._tasks:
+            task.check_rewards()
             self._report_overlap(task)
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,21 @@ def slug(name: str) -> str:
         path = path.with_suffix("")
     parts = [part for part in path.parts if part not in ("/", "..", ".")] or path.resolve().parts[1:]
     return "--".join(parts[-2:])
+
+
+def check_slugs(setting: str, names: Sequence[str]) -> None:
+    """Refuses benchmarks that would share a file, or a name in the log.
+
+    Raises:
+        ValueError: Names the setting and those that share one.
+    """
+    for name in names:
+        same = [other for other in names if slug(other) == slug(name)]
+        if len(same) > 1:
+            raise ValueError(
+                f"Two of the benchmarks would share a file or a name, {slug(name)}: {', '.join(same)}. Leave one out "
+                f"of `{setting}`, or rename it or its folder."
+            )
 
 
 @dataclass(frozen=True)

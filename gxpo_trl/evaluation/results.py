@@ -6,10 +6,11 @@ import operator
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from ..run_folder import BenchmarkResults
 from ..tasks.rewards import KINDS
-from .benchmark import Record
+from .benchmark import Record, slug
 from .metrics import summarize
 
 
@@ -66,6 +67,13 @@ def why_doubtful(records: Sequence[Record]) -> str | None:
     )
 
 
+class ShownResults(TypedDict):
+    """What a row of the table has in addition to what all results have."""
+
+    mean_length: float
+    truncated: float
+
+
 COLUMNS = (
     "model",
     "benchmark",
@@ -80,8 +88,10 @@ COLUMNS = (
 def results_table(results: dict[str, dict[str, BenchmarkResults]]) -> str:
     """A Markdown table, a row for each model and benchmark: avg@n, and pass@k and maj@k of the largest k."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    names = [Path(model).name for model in results]
     for model, benchmarks in results.items():
-        rows += [(Path(model).name, benchmark, *_cells(found)) for benchmark, found in benchmarks.items()]
+        name = Path(model).name if names.count(Path(model).name) == 1 else slug(model)
+        rows += [(name, benchmark, *_cells(found)) for benchmark, found in benchmarks.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

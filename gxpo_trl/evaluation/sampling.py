@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..run_folder import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, is_adapter
+from ..run_folder import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_base, is_adapter
 from ..sampling.grouped import SharedNoise, pad_left, sample_grouped, why_not_grouped
 from ..sampling.model_traits import decoder_of
 from .settings import EvaluationArguments
@@ -57,7 +57,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, set up for batches of prompts; for an adapter without one, its base's."""
     folder = Path(model)
     if is_adapter(folder) and not (folder / TOKENIZER_CONFIG).is_file():
-        model = PeftConfig.from_pretrained(model).base_model_name_or_path
+        model = adapter_base(folder) or model
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

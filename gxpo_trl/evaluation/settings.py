@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..tasks.generated import read_mapping
+from ..tasks.generated import is_generated, read_mapping
 
 
 @dataclass
@@ -155,6 +155,7 @@ class EvaluationArguments:
                     "vLLM applies `min_p` before `top_p` and transformers after it, so that the backends would sample "
                     "differently. Set one of them."
                 )
+        self._check_switches()
         if self.ks is None:
             self.ks = [2**i for i in range(self.samples.bit_length())]
         for k in self.ks:
@@ -162,6 +163,24 @@ class EvaluationArguments:
                 raise ValueError(
                     f"`ks` has {k}, and there are {self.samples} samples of each problem. Raise `samples`, or leave "
                     f"{k} out."
+                )
+
+    def _check_switches(self) -> None:
+        """Refuses settings of something that is off."""
+        if self.verify_only and self.gold:
+            raise ValueError("`gold` and `verify_only` judge different things. Leave one of them out.")
+        if self.reward_weights and not self.reward_funcs:
+            raise ValueError("`reward_weights` does nothing without `reward_funcs`. Name these, or leave it out.")
+        if self.threshold != 1.0 and not (self.reward_funcs or any(map(is_generated, self.benchmarks))):
+            raise ValueError(
+                "`threshold` does nothing without `reward_funcs`: right answers score 1 or 0. Name these, or leave it "
+                "out."
+            )
+        for name in ("reward_funcs", "problem_column", "answer_column", "limit"):
+            if self.verify_only and getattr(self, name) and not self.benchmarks:
+                raise ValueError(
+                    f"`{name}` does nothing with `verify_only` and no data: it reads only the samples. Name the data "
+                    "that was sampled as `benchmarks`, or leave it out."
                 )
 
     def distribution(self) -> dict[str, float]:

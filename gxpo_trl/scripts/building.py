@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftModel
 from transformers import (
     AutoTokenizer,
@@ -26,16 +26,21 @@ from ..callbacks.hub import HubCallback, explain_hub_errors
 from ..callbacks.records import RunRecordCallback
 from ..callbacks.trackers import TrackerCallback
 from ..callbacks.trajectories import TrajectoryCallback
-from ..run_folder import ADAPTER_CONFIG, is_adapter
+from ..run_folder import ADAPTER_CONFIG, adapter_base, is_adapter
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
+from ..tasks.code import check_code_data, code_reward
 from ..tasks.datasets import has_name
-from ..tasks.examples import without_chat_template
+from ..tasks.examples import check_columns, without_chat_template
 from ..tasks.generated import is_generated, reasoning_gym_reward
 from ..tasks.task import Task, load_task, reward_sum
 from ..trainer.grouped import sample_in_groups
 from ..trainer.trainer import LookaheadTrainer
 from .arguments import Recipe
 from .parsing import trainer_class
+
+
+MIXTURE = "The mixture in `datasets`"
+"""What data is called that has no single name."""
 
 
 def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> LookaheadTrainer:
@@ -48,6 +53,7 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
     script, args = recipe.script, recipe.training
     _check_names(recipe)
     rewards, dataset = load_rewards(recipe), load_data(recipe)
+    check_code(rewards, dataset, recipe)
     if isinstance(dataset, DatasetDict):
         dataset = as_model_takes_it(dataset, recipe)
     model = _load_model(recipe)
@@ -110,7 +116,11 @@ def load_rewards(recipe: Recipe) -> list[Callable | str]:
 
 
 def load_data(recipe: Recipe) -> DatasetDict | IterableDatasetDict:
-    """The splits that the recipe names."""
+    """The splits that the recipe names.
+
+    Raises:
+        ValueError: If there are none, the split to evaluate on is missing, or a column is called as TRL's arguments.
+    """
     script, args = recipe.script, recipe.training
     problems = dataclasses.asdict(recipe.problems)
     if recipe.mixture.datasets:
@@ -127,7 +137,23 @@ def load_data(recipe: Recipe) -> DatasetDict | IterableDatasetDict:
             f"`{script.dataset_test_split}`, and the data has {', '.join(dataset)}. Name another "
             '`dataset_test_split`, or set `eval_strategy: "no"` and `eval_benchmarks`.'
         )
+    for split in _used_splits(dataset, recipe):  # of a stream they may be unknown
+        check_columns(split.column_names or (), script.dataset_name or MIXTURE)
     return dataset
+
+
+def _used_splits(dataset: DatasetDict | IterableDatasetDict, recipe: Recipe) -> list[Dataset | IterableDataset]:
+    names = {recipe.script.dataset_train_split}
+    if recipe.training.eval_strategy != "no":
+        names.add(recipe.script.dataset_test_split)
+    return [split for name, split in dataset.items() if name in names]
+
+
+def check_code(rewards: list[Callable | str], dataset: DatasetDict | IterableDatasetDict, recipe: Recipe) -> None:
+    """Checks the tests of all examples, if `code_reward` runs them. Those of a stream are checked as they come."""
+    splits = [split for split in _used_splits(dataset, recipe) if isinstance(split, Dataset)]
+    for split in splits if code_reward in rewards else ():
+        check_code_data(split, recipe.script.dataset_name or MIXTURE)
 
 
 def own_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -172,10 +198,11 @@ def load_adapter(
     """Loads a model with an adapter that can be trained further.
 
     Raises:
-        ValueError: If the folder holds no adapter.
+        ValueError: If the folder holds no adapter, or one whose settings can't be read.
     """
     if not is_adapter(Path(adapter)):
         raise ValueError(f"`resume_adapter: {adapter}` holds no {ADAPTER_CONFIG}. Name the folder of an adapter.")
+    adapter_base(Path(adapter))
     if quantization_config is not None:
         model_options = {**model_options, "quantization_config": quantization_config}
     base = create_model_from_path(model, **model_options)

@@ -24,8 +24,8 @@ from .keys import parse_keys
 def run(settings: EvaluationArguments) -> str:
     """Runs the evaluation, and returns the text to print."""
     if settings.verify_only:
-        path = Path(settings.verify_only)
-        results, changed = verify_again(path, settings.ks, load_tasks(settings) if settings.benchmarks else ())
+        path, tasks = Path(settings.verify_only), load_tasks(settings) if settings.benchmarks else ()
+        results, changed = verify_again(path, settings.ks, tasks, None if tasks else settings.kind)
         table = results_table({path.parent.name: {path.stem: results}})
         return f"{table}\n\n{changed} of {results['samples']} scores differ from the recorded ones."
     if settings.gold:

@@ -1,6 +1,6 @@
 """Shows a recipe's task: two prompts as the model sees them, and the rewards of right and wrong answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..evaluation.benchmark import tokenize_prompts
 from ..tasks.datasets import text_of_cell
 from ..tasks.examples import GOLD_COLUMNS, without_chat_template
 from ..tasks.names import resolve_model
-from ..tasks.task import RewardSum, name_of, reward_sum, spoken
+from ..tasks.task import name_of, reward_sum, spoken, try_rewards
 from .arguments import Recipe
 from .building import load_benchmark, load_data, load_rewards, own_tokenizer
 
@@ -111,7 +111,7 @@ def _describe_rewards(rows: Dataset, recipe: Recipe) -> Iterator[str]:
     said["nothing"] = ""
     totals = {}
     for form, completion in said.items():
-        parts = [_call(function, row, completion) for function in rewards.functions]
+        parts = try_rewards(rewards, row, "the data", completion)
         present = [weight * part for weight, part in zip(rewards.weights, parts, strict=True) if part is not None]
         totals[form] = sum(present) if present else None
         weighted = [f"{w:g} × {_number(part)}" for w, part in zip(rewards.weights, parts, strict=True)]
@@ -132,16 +132,6 @@ def _golds(rows: Dataset, recipe: Recipe) -> list[str]:
     return [""] * len(rows) if column is None else [text_of_cell(cell) for cell in rows[column][:]]
 
 
-def _call(function: Callable, row: dict[str, Any], completion: str) -> float | None:
-    try:
-        return RewardSum((function,), (1.0,))([row], [completion], [[0] * max(len(completion.split()), 1)])[0].score
-    except Exception as error:  # it is the user's code
-        raise ValueError(
-            f"The reward function `{name_of(function)}` fails on the data: {type(error).__name__}: {error}. The "
-            f"columns are {', '.join(row)}."
-        ) from error
-
-
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"
 
@@ -151,6 +141,7 @@ def _describe_benchmarks(recipe: Recipe) -> Iterator[str]:
     for name in recipe.benchmarks.eval_benchmarks or []:
         try:
             task = load_benchmark(name, recipe)
+            task.check_rewards()
         except (ValueError, OSError) as error:
             if not is_unreachable(error):
                 raise

@@ -139,19 +139,20 @@ def load_arithmetic(
     )
 
 
-def arithmetic_reward(completions: list[list[dict[str, str]]], solution: list[str], **kwargs) -> list[float]:
+def arithmetic_reward(completions: list[str | list[dict[str, str]]], solution: list[str], **kwargs) -> list[float]:
     """1.0 if the last `\\boxed{…}` holds a plain number that TRL's `accuracy_reward` accepts, else 0.0.
 
     By itself, math-verify gives `\\boxed{1+6}` full credit for 7; here an unevaluated sum is not an answer.
     Training rewards and held-out evaluation both call this function.
 
     Args:
-        completions (`list[list[dict[str, str]]]`): Conversational completions, one assistant message each.
+        completions (`list[str | list[dict[str, str]]]`): Texts, or an assistant message each.
         solution (`list[str]`): Gold answers, one for each completion.
     """
+    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [
-        _verify_boxed_number(boxed, gold) if (boxed := last_boxed_number(completion[-1]["content"])) else 0.0
-        for completion, gold in zip(completions, solution, strict=True)
+        _verify_boxed_number(boxed, gold) if (boxed := last_boxed_number(text)) else 0.0
+        for text, gold in zip(texts, solution, strict=True)
     ]
 
 

@@ -14,16 +14,22 @@ If Linux lets users create namespaces, the code has no network, and all processe
 Elsewhere it runs with the network, and children that leave its session may outlive it.
 """
 
+import importlib.util
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from .code_blocks import extract_code
 from .code_tests import prepare_tests
@@ -32,6 +38,8 @@ from .rewards import text_of
 
 PERMISSION = "GXPO_ALLOW_CODE_EXECUTION"
 PROCESSES = 16  # in addition to the user's own
+_ENTRY_POINT = re.compile(r"[^\W\d]\w*(?:\(\))?(?:\.[^\W\d]\w*(?:\(\))?)*")
+"""A name, or names and calls without arguments, joined by dots."""
 _RUNNER = str(Path(__file__).with_name("code_runner.py"))
 
 
@@ -50,7 +58,8 @@ def run_tests(
             (`prepare_tests`).
         time_limit (`float`): Seconds, of the clock and of the processor.
         memory_limit, file_limit (`int`): Bytes, of the address space and of a file written.
-        entry_point (`str`, *optional*): The function that `check(candidate)` gets; the last of the code's if unset.
+        entry_point (`str`, *optional*): The function that `check(candidate)` gets, which may be a method, as
+            `Solution().name`; the last of the code's if unset.
 
     Returns:
         `float`, *optional*: 1.0 if the tests finish and asserted something, 0.0 if not; `None` if no
@@ -151,7 +160,8 @@ def code_reward(
     Args:
         completions (`list`): In TRL's form.
         tests (`list`): Python sources, one a completion: the dataset's column `tests`; a list is one of lines.
-        entry_point (`list[str]`, *optional*): The dataset's column: the functions that must be written.
+        entry_point (`list[str]`, *optional*): The dataset's column: the functions that must be written, or methods, as
+            `Solution().name`. A warning comes where no answer of the batch defines one.
         log_metric: Provided by TRL's trainers.
 
     Raises:
@@ -160,7 +170,11 @@ def code_reward(
     check_permission()
     entry_points = entry_point or [None] * len(completions)
     sources = [_source_of(row) for row in tests]
-    scores = [_score(*row) for row in zip(completions, sources, entry_points, strict=True)]
+    for point in entry_points:
+        _check_entry_point(point)
+    codes = [_code_of(*row) for row in zip(completions, sources, entry_points, strict=True)]
+    _warn_of_missing(codes, sources, entry_points)
+    scores = [_score(*row) for row in zip(codes, sources, entry_points, strict=True)]
     not_run = [score is None and source is not None for score, source in zip(scores, sources, strict=True)]
     if log_metric is not None:
         log_metric("code_failures", float(sum(not_run)))
@@ -183,11 +197,79 @@ def _source_of(tests: Any) -> str | None:
     return source
 
 
-def _score(completion: Any, tests: str | None, entry_point: str | None) -> float | None:
+def _check_entry_point(entry_point: Any) -> None:
+    if entry_point is not None and not (isinstance(entry_point, str) and _ENTRY_POINT.fullmatch(entry_point)):
+        raise ValueError(
+            f"The column `entry_point` holds {entry_point!r:.60}: it takes the name of a function, or "
+            "`Solution().name`."
+        )
+
+
+def check_code_data(rows: Dataset, name: str) -> None:
+    """Refuses data whose `tests` or `entry_point` could not be used, all rows at once.
+
+    Args:
+        rows (`Dataset`): The examples.
+        name (`str`): What the data is called, for the message.
+
+    Raises:
+        ValueError: If there are no tests, or a row's can't be read, assert nothing, or need what is not installed. The
+            message has the row.
+    """
+    if "tests" not in rows.column_names:
+        raise ValueError(
+            f"{name} has no column `tests`, which `code_reward` runs. It has {', '.join(rows.column_names)}."
+        )
+    entry_points = rows["entry_point"][:] if "entry_point" in rows.column_names else [None] * len(rows)
+    for row, (tests, entry_point) in enumerate(zip(rows["tests"][:], entry_points, strict=True)):
+        try:
+            source = _source_of(tests)
+            _check_entry_point(entry_point)
+            missing = (
+                [module for module in prepare_tests(source).needed if not _is_installed(module)] if source else ()
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}, row {row}: {error}") from error
+        if missing:
+            raise ValueError(
+                f"{name}, row {row}: the column `tests` imports `{missing[0]}`, which is not installed, so that any "
+                "code would fail. Install it; if it is the answer that is meant, call it `solution`."
+            )
+
+
+@lru_cache
+def _is_installed(module: str) -> bool:
+    package = module.partition(".")[0]
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def _first_name(entry_point: str) -> str:
+    return re.match(r"\w+", entry_point)[0]
+
+
+def _code_of(completion: Any, tests: str | None, entry_point: str | None) -> str | None:
     if tests is None:
         return None
-    names = prepare_tests(tests).names or {entry_point} - {None}
-    code = extract_code(text_of(completion), names)
-    if code is None:
-        return 0.0
-    return run_tests(code, tests, entry_point=entry_point)
+    names = prepare_tests(tests).names or (set() if entry_point is None else {_first_name(entry_point)})
+    return extract_code(text_of(completion), names)
+
+
+def _warn_of_missing(codes: list[str | None], sources: list[str | None], entry_points: list[str | None]) -> None:
+    """Warns of a function that several answers, and no one of them, should have defined: it may be misspelled."""
+    for point in set(entry_points) - {None}:
+        rows = zip(codes, sources, entry_points, strict=True)
+        given = [
+            code for code, tests, of_row in rows if of_row == point and code and prepare_tests(tests).calls_candidate
+        ]
+        if len(given) > 1 and not any(re.search(rf"\b{_first_name(point)}\b", code) for code in given):
+            warnings.warn(
+                f"None of {len(given)} answers defines `{_first_name(point)}`, which the column `entry_point` names, "
+                "and all of them score 0. The prompt must ask for a function of that name.",
+                stacklevel=3,
+            )
+
+
+def _score(code: str | None, tests: str | None, entry_point: str | None) -> float | None:
+    if tests is None:
+        return None
+    return 0.0 if code is None else run_tests(code, tests, entry_point=entry_point)

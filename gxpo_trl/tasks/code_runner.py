@@ -33,6 +33,9 @@ PLAIN = {**NUMBERS, **CONTAINERS, str: str.__str__, bytes: lambda value: bytes._
 LEAVES = frozenset({int, float, complex, bool, str, bytes, type(None), type, types.FunctionType, type(len), range})
 SPECIAL = {f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "sub", "rsub", "contains")}
 DEEPEST = 50
+IMPORTED = "solution"
+"""The module by which tests import what the answer defines. `answer`, which is its name, is another."""
+OF_ANSWER = ("__main__", "answer", IMPORTED)
 
 
 # ---- Limits
@@ -114,7 +117,7 @@ def is_of_library(kind: type) -> bool:
         return True
     try:
         found = sys.modules[kind.__module__]
-        if found is sys.modules["__main__"]:
+        if any(found is sys.modules.get(name) for name in OF_ANSWER):
             return False
         for part in kind.__qualname__.split("."):
             found = getattr(found, part)
@@ -237,15 +240,28 @@ class Asserted:
 
 
 def candidate_of(module: types.ModuleType, entry_point: str | None) -> object:
-    """The argument of `check`: the function of that name, else the last one that the answer defines."""
+    """The argument of `check`: what is called so, as `Solution().name`, else the last function of the answer."""
     if entry_point:
-        return vars(module)[entry_point]
+        found = module
+        for part in entry_point.split("."):
+            found = getattr(found, part.removesuffix("()"))
+            found = found() if part.endswith("()") else found
+        return found
     functions = [
         value
         for name, value in vars(module).items()
         if isinstance(value, types.FunctionType) and value.__module__ == module.__name__ and not name.startswith("_")
     ]
     return functions[-1]
+
+
+def as_imported(module: types.ModuleType) -> types.ModuleType:
+    """The answer for `import solution`, which must not take the place of a function of that name."""
+    if IMPORTED not in vars(module):
+        return module
+    copy = types.ModuleType(module.__name__)
+    vars(copy).update(vars(module))
+    return copy
 
 
 def import_all(names: list[str]) -> None:
@@ -286,6 +302,7 @@ def main() -> None:
 
     untouched.put_back()
     stop_tracing()
+    sys.modules[IMPORTED] = as_imported(module)
     vars(module).update(
         __name__="__main__",
         _gxpo_asserted=asserted,

@@ -21,6 +21,8 @@ OPERATORS = {
 EQUAL = {"isclose", "allclose", "array_equal", "array_equiv"}
 """Functions of libraries that compare, in addition to those named `assert…`."""
 GIVES_UP = {"fail", "exit", "_exit", "quit"}
+ANSWERS = ("solution", "answer", "__main__")
+"""Names of modules by which tests may import what the answer defines."""
 BOUND_BY_PYTHON = {"super", "locals", "globals", "vars", "dir", "eval", "exec"}
 """Built-in functions that depend on where they are called."""
 
@@ -33,7 +35,8 @@ class PreparedTests:
         source (`str`): Python that uses the names above.
         names (`frozenset[str]`): What they expect the answer to define; empty if that is known as `candidate` only.
         mentioned (`frozenset[str]`): All names in them.
-        modules (`tuple[str, ...]`): What they import.
+        modules (`tuple[str, ...]`): What they import, apart from the answer.
+        needed (`tuple[str, ...]`): Those of them that they can't do without: not imported in a `try`.
         patches (`bool`): Whether they replace parts of modules themselves.
         calls_candidate (`bool`): Whether they call `check` with a function.
     """
@@ -42,6 +45,7 @@ class PreparedTests:
     names: frozenset[str]
     mentioned: frozenset[str]
     modules: tuple[str, ...]
+    needed: tuple[str, ...]
     patches: bool
     calls_candidate: bool
 
@@ -76,6 +80,7 @@ def prepare_tests(tests: str) -> PreparedTests:
         frozenset(names.wanted),
         frozenset(names.mentioned),
         tuple(sorted(names.modules | {"unittest"} if any("run_case" in call for call in calls) else names.modules)),
+        tuple(sorted(names.imported - names.guarded)),
         names.patches,
         any(CANDIDATE in call for call in calls),
     )
@@ -86,7 +91,7 @@ class _Names(ast.NodeVisitor):
 
     def __init__(self, tree: ast.Module):
         self.loaded, self.bound, self.functions, self.attributes = set(), set(), set(), set()
-        self.modules: set[str] = set()
+        self.modules, self.imported, self.guarded, self.asked = set(), set(), set(), set()
         self.aliases: dict[str, str] = {}
         self.patches = False
         self.visit(tree)
@@ -94,7 +99,8 @@ class _Names(ast.NodeVisitor):
         free = self.loaded - self.bound
         # A task may ask for a function with the name of a built-in one, only if it asks for nothing else.
         is_checked = "candidate" in self.bound
-        self.wanted = set() if is_checked else free - vars(builtins).keys() or free
+        self.wanted = set() if is_checked else free - vars(builtins).keys() or (set() if self.asked else free)
+        self.wanted |= self.asked
         self.built_in = {
             name for name in free & vars(builtins).keys() - self.wanted - BOUND_BY_PYTHON if not name.startswith("__")
         }
@@ -110,7 +116,10 @@ class _Names(ast.NodeVisitor):
         self.attributes.add(node.attr)
         self.patches |= not isinstance(node.ctx, ast.Load) and not _is_self(node.value)
         self.patches |= "patch" in node.attr
-        if module := self.aliases.get(_name_of(node.value)):  # `np.testing` may be a module that is not loaded yet
+        module = self.aliases.get(_name_of(node.value))
+        if module in ANSWERS:
+            self.asked.add(node.attr)
+        elif module:  # `np.testing` may be a module that is not loaded yet
             self.modules.add(f"{module}.{node.attr}")
         self.generic_visit(node)
 
@@ -129,15 +138,33 @@ class _Names(ast.NodeVisitor):
         self.bound |= {node.name} - {None}
         self.generic_visit(node)
 
+    def visit_Try(self, node: ast.Try) -> None:
+        self.generic_visit(node)
+        for inner in ast.walk(ast.Module(node.body, [])):
+            if isinstance(inner, ast.Import):
+                self.guarded |= {name.name for name in inner.names}
+            elif isinstance(inner, ast.ImportFrom):
+                self.guarded |= {inner.module} - {None}
+
     def visit_Import(self, node: ast.Import) -> None:
-        self.modules |= {name.name for name in node.names}
         self.aliases |= {name.asname or name.name: name.name for name in node.names}
         self.bound |= {name.asname or name.name.partition(".")[0] for name in node.names}
+        for name in node.names:
+            if name.name not in ANSWERS:
+                self._import(name.name)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        if node.module and not node.level and node.module != "__future__":
-            self.modules.add(node.module)
-        self.bound |= {name.asname or name.name for name in node.names}
+        if node.level:
+            raise ValueError("import from a package, and there is none: import the answer `from solution`")
+        self.bound |= {name.asname or name.name for name in node.names} - {"*"}
+        if node.module in ANSWERS:
+            self.asked |= {name.name for name in node.names} - {"*"}
+        elif node.module != "__future__":
+            self._import(node.module)
+
+    def _import(self, module: str) -> None:
+        self.modules.add(module)
+        self.imported.add(module)
 
 
 def _name_of(function: ast.expr) -> str:

@@ -5,6 +5,7 @@ form: a text, or a list of messages. All its columns are kept for the reward.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,14 @@ def gold_column(rows: Dataset, name: str, answer_column: str | None) -> str | No
     return answer_column or next((column for column in GOLD_COLUMNS if column in rows.column_names), None)
 
 
-def _check_prompts(rows: Dataset, name: str) -> None:
-    if taken := [column for column in NOT_OF_DATA if column in rows.column_names]:
+def check_columns(columns: Iterable[str], name: str) -> None:
+    """Refuses data with a column that TRL would give a reward function twice."""
+    if taken := [column for column in NOT_OF_DATA if column in columns]:
         raise ValueError(f"{name} has a column `{taken[0]}`, which TRL gives rewards itself. Rename the column.")
+
+
+def _check_prompts(rows: Dataset, name: str) -> None:
+    check_columns(rows.column_names, name)
     if not len(rows):
         raise ValueError(f"{name} has no rows.")
     for i, cell in enumerate(rows["prompt"][:]):

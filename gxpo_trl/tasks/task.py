@@ -6,7 +6,7 @@ In training TRL calls the rewards on the same examples, so a file and a reward f
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .answers import Verdict
+from .code import check_code_data, code_reward
 from .datasets import has_name, problem_set, text_of_cell
 from .examples import load_examples, without_chat_template
 from .generated import is_generated, reasoning_gym_reward
@@ -73,7 +74,7 @@ class RewardSum:
             trainer_state (`TrainerState`, *optional*): Of the run; as at its start if unset.
 
         Raises:
-            ValueError: If a function returns more or fewer numbers than there are completions.
+            ValueError: If a function returns anything but one number, or `None`, for each completion.
         """
         extra: dict[str, list] = {}
         given = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
@@ -126,11 +127,58 @@ def _call(function: Callable, given: dict[str, Any], count: int) -> list[float |
             rewards = thread.submit(asyncio.run, function(**given)).result()
     else:
         rewards = function(**given)
+    if not isinstance(rewards, Iterable) or isinstance(rewards, (str, Mapping)):
+        raise _of_another_kind(function, rewards)
+    rewards = list(rewards)
     if len(rewards) != count:
         raise ValueError(
             f"The reward function `{name_of(function)}` returned {len(rewards)} rewards for {count} completions."
         )
-    return [None if reward is None else float(reward) for reward in rewards]
+    return [None if reward is None else _number(function, reward) for reward in rewards]
+
+
+def _number(function: Callable, reward: Any) -> float:
+    """A reward as TRL reads it: texts are none, whatever they hold."""
+    if isinstance(reward, (str, bytes)):
+        raise _of_another_kind(function, reward)
+    try:
+        return float(reward)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last is of a tensor of several numbers
+        raise _of_another_kind(function, reward) from error
+
+
+def _of_another_kind(function: Callable, found: Any) -> ValueError:
+    return ValueError(
+        f"The reward function `{name_of(function)}` returned {found!r:.60}: return a list with a number, or None, for "
+        "each completion."
+    )
+
+
+def try_rewards(rewards: RewardSum, row: Row, name: str, completion: str = "") -> list[float | None]:
+    """What each function gives for a completion of one example: its errors come before anything is sampled.
+
+    Args:
+        rewards (`RewardSum`): The functions.
+        row (`Row`): The example.
+        name (`str`): Of the data, for the message.
+        completion (`str`): Its text.
+
+    Raises:
+        ValueError: If a function fails. The message names it.
+    """
+    return [_try(function, row, name, completion) for function in rewards.functions]
+
+
+def _try(function: Callable, row: Row, name: str, completion: str) -> float | None:
+    try:
+        return RewardSum((function,), (1.0,))([row], [completion], [[0] * max(len(completion.split()), 1)])[0].score
+    except Exception as error:  # it is the user's code
+        if str(error).startswith("The reward function"):  # of what it returned
+            raise
+        raise ValueError(
+            f"The reward function `{name_of(function)}` fails on {name}: {type(error).__name__}: {error}. The "
+            f"columns are {', '.join(row)}."
+        ) from error
 
 
 def in_a_box(gold: str) -> str:
@@ -185,6 +233,19 @@ class Task:
             Judgement(verdict.score, self._is_right(verdict.score), verdict.answer, verdict.failed)
             for verdict in verdicts
         ]
+
+    def check_rewards(self) -> None:
+        """Calls the reward functions on the first example.
+
+        Raises:
+            ValueError: If one fails, as where a column is missing, or could not run the tests of any example.
+        """
+        if self.rewards is not None:
+            if code_reward in self.rewards.functions:
+                check_code_data(self.problems, self.name)
+            row = self.problems[0]
+            gold = self.golds([row])[0]
+            try_rewards(self.rewards, row, self.name, in_a_box(gold) if gold else "")
 
     def _is_right(self, reward: float | None) -> float | None:
         return None if reward is None else float(reward >= self.threshold - TOLERANCE)

@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from ..run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_base, is_adapter
 
 
 def merge_adapter(folder: Path) -> None:
@@ -25,14 +25,16 @@ def load_merged(folder: Path, base: str | None = None) -> PreTrainedModel:
         base (`str`, *optional*): Its base model, if that has moved since training.
 
     Raises:
-        ValueError: If there is no adapter, its base model is not available, or its kind can't be merged.
+        ValueError: If there is no adapter, its settings can't be read, its base model is not available, or its kind
+            can't be merged.
     """
     if not is_adapter(folder):
         raise ValueError(f"{folder} holds no {ADAPTER_CONFIG}. Name the folder of an adapter, a checkpoint or a run.")
+    named = adapter_base(folder)
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         raise ValueError(f"{folder} holds a {config.peft_type.value} adapter, which can't be merged into weights.")
-    model, dtypes = _load_base(base or config.base_model_name_or_path, folder)
+    model, dtypes = _load_base(base or named, folder)
     was_tied = _untie(model)
     with warnings.catch_warnings():  # that the embeddings are no longer tied: they are tied again below
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
