@@ -188,6 +188,14 @@ SAME = [
     (r"n(n-1)!", "n!"),
     (r"\frac{n(n-1)}{2}", r"\binom{n}{2}"),
     (r"F_n = \sum_{k=0}^{n-1} F_{n-k-1} F_k", r"F_n = \sum_{k=0}^{n-1} F_k F_{n-k-1}"),
+    # Words: case, articles, plurals of phrases, hyphens and punctuation between them don't count
+    (r"\text{a circle of radius 3.}", r"\text{Circle of radius 3}"),
+    (r"\text{no real solutions}", r"\text{no real solution}"),
+    (r"\text{non-negative}", r"\text{Nonnegative}"),
+    (r"\text{increasing, then decreasing}", r"\text{increasing then decreasing}"),
+    (r"\text{it's true}", r"\text{its true}"),
+    (r"\text{x>3}", r"\text{x > 3}"),
+    (r"(-1, \text{The Point})", r"(-1, \text{point})"),
 ]
 
 
@@ -297,6 +305,22 @@ DIFFERENT = [
     (r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", r"\frac16"),
     ("y = 3x + 1", "y = 3x"),
     ("(2, 1), 3", "(1, 2), 3"),
+    # Signs, relations and decimal points in a text, and a name's last letter
+    (r"\text{x < 3}", r"\text{x > 3}"),
+    (r"\text{y = x - 1}", r"\text{y = x + 1}"),
+    (r"\text{15 hours or so}", r"\text{1.5 hours or so}"),
+    (r"\text{5 below}", r"\text{-5 below}"),
+    (r"\text{A-}", r"\text{A+}"),
+    (r"\text{A}", r"\text{A+}"),
+    (r"\text{12 of it}", r"\text{1/2 of it}"),
+    (r"\text{June 15}", r"\text{June 1-5}"),
+    (r"\text{rooms 12}", r"\text{rooms 1, 2}"),
+    (r"\text{xy}", r"\text{x-y}"),
+    (r"\text{f}", r"\text{f'}"),
+    (r"\text{Jame}", r"\text{James}"),
+    (r"\mathrm{2x-1}", r"\mathrm{2x+1}"),
+    (r"\operatorname{2x-1}", r"\operatorname{2x+1}"),
+    (r"(-1, \text{x < 3})", r"(-1, \text{x > 3})"),
 ]
 
 

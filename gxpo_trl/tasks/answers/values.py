@@ -30,6 +30,11 @@ _NAME = (  # `x`, `\theta_{w}`, `\dot{x}_0`, `y'`, and the value I(0), which is 
 )
 _TOKEN = re.compile(rf"\s*(?:\\({_KNOWN})(?![a-zA-Z])|({_NAME})|(\\.|\d+(?:\.\d+)?|\.\d+|\S))")
 
+_BETWEEN_WORDS = re.compile(  # hyphens, commas, full stops and apostrophes that are no signs
+    r"(?<=[^\W\d]{2})-(?=[^\W\d])|(?<=[^\W\d])-(?=[^\W\d]{2})|[,;:](?= [^\W\d]{2})|(?<=[^\W\d]{2}),(?=[^\W\d]{2})"
+    r"|(?<=[^\W\d])\.(?!\d)|(?<=[^\W\d]{2})['!?]|'(?=[^\W\d])"
+)
+
 
 class Element(NamedTuple):
     """A value: a number, or a tuple's brackets and elements; its name, x of `x = 5`; the difference of the sides."""
@@ -42,6 +47,15 @@ class Element(NamedTuple):
 def equal(one: mp.mpf, other: mp.mpf, tolerance: mp.mpf = mp.zero) -> bool:
     """Whether two numbers are the same, to 650 digits or with a relative tolerance."""
     return one == other or abs(one - other) < max(tolerance, mp.eps * 10**50) * max(abs(one), abs(other), 1e-50)
+
+
+def _folded(text: str) -> str:
+    """Words without what doesn't count: case, articles, spaces, plural. Signs, relations and decimal points do."""
+    text = re.sub(r"[\\{}\"“”`]", "", text.lower()).strip(" .,;")
+    text = re.sub(r"\b(?:an?|the) (?=[^\W\d])", "", re.sub(r"^\((\w+)\)$", r"\1", text))
+    if " " in text:  # a word by itself may be a name: James
+        text = re.sub(r"(?<=[^\W\d]{2}[^\W\ds])s\b", "", text)
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", _BETWEEN_WORDS.sub("", text))
 
 
 def _bounded(number: mp.mpf, largest: int = 10**100) -> mp.mpf:
@@ -171,8 +185,8 @@ class Answer:
 
     def _variable(self, token: str) -> mp.mpf:
         name = re.sub(r"[\s{}\\]", "", token)
-        if token.startswith("\\text"):  # of words, case, plural and articles don't count
-            name = re.sub(r"\b(?:an?|the) |s\b|\W", "", token[5:].lower())
+        if token.startswith("\\text"):
+            name = _folded(token[5:])
         is_unit = name.startswith("unit") or name == "degree" and not self._in_call
         self.has_units |= is_unit
         self.names += not is_unit and name not in _CONSTANTS
