@@ -196,6 +196,17 @@ SAME = [
     (r"\text{it's true}", r"\text{its true}"),
     (r"\text{x>3}", r"\text{x > 3}"),
     (r"(-1, \text{The Point})", r"(-1, \text{point})"),
+    # Magnitudes before units
+    (r"3\text{ million dollars}", "3000000"),
+    ("3 million dollars", "3000000"),
+    (r"\$3\text{ million}", r"3\text{ million dollars}"),
+    (r"3{,}000\text{ miles}", r"3\text{ thousand miles}"),
+    (r"2\text{ hundred thousand people}", "200000"),
+    ("three million", "3{,}000{,}000"),
+    (r"3\text{ million US dollars}", r"\$3{,}000{,}000"),
+    (r"3\text{ dozen eggs}", "36"),
+    (r"3\text{ dozens}", "36"),
+    (r"5\text{ fourth graders}", "5"),
 ]
 
 
@@ -321,6 +332,19 @@ DIFFERENT = [
     (r"\mathrm{2x-1}", r"\mathrm{2x+1}"),
     (r"\operatorname{2x-1}", r"\operatorname{2x+1}"),
     (r"(-1, \text{x < 3})", r"(-1, \text{x > 3})"),
+    # A magnitude or a part that is left out
+    (r"3\text{ million dollars}", "3"),
+    ("3 million dollars", "3"),
+    (r"3\text{ thousand miles}", "3"),
+    (r"3\text{ billion people}", "3"),
+    (r"3\text{ dollars}", r"3\text{ million dollars}"),
+    (r"3\text{ dozen eggs}", "3"),
+    (r"3\text{ brand new dozens}", "3"),
+    (r"18\text{ dozens}", "18"),
+    (r"18\text{ tenths}", "18"),
+    (r"18\text{ hundredths}", "18"),
+    (r"18\text{ half miles}", "18"),
+    (r"18\text{ hundredths of seconds}", "18"),
 ]
 
 

@@ -35,8 +35,13 @@ _SAME = {
 _WORDS = {
     **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())},
     **dict.fromkeys(("st", "nd", "rd", "th"), ""), **{name: rf"\{name}" for name in FUNCTIONS}, "to": ":", "i": "i",
-    "dozen": r"\times 12", "hundred": r"\times 100", "thousand": r"\times 10^3", "million": r"\times 10^6", "e": "e",
-    "billion": r"\times 10^9", "and": ", ", "minus": "-", "negative": "-", "infinity": r"\infty", "pi": r"\pi",
+    "e": "e", "and": ", ", "minus": "-", "negative": "-", "infinity": r"\infty", "pi": r"\pi",
+}  # fmt: skip
+_MAGNITUDES = {
+    word: rf"\times {number} " for number, word in (
+        ("12", "dozen"), ("100", "hundred"), ("10^3", "thousand"), ("10^6", "million"), ("10^9", "billion"),
+        ("10^{12}", "trillion"),
+    )
 }  # fmt: skip
 _UNITS = {
     alias: aliases.split()[0] for aliases in (
@@ -50,7 +55,10 @@ _UNITS = {
 _PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "micro": "µ", "nano": "n", "mega": "M"}
 _PREFIXES |= {short: short for short in _PREFIXES.values()}
 _UNITS = {name + alias: short + unit for name, short in _PREFIXES.items() for alias, unit in _UNITS.items()} | _UNITS
-_NO_NOUN = "times plus minus thirds quarters halves hundreds thousands millions".split()
+_PARTS = (
+    "thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths millionths".split()
+)
+_NO_NOUN = {"times", "plus", "minus", "half", "halves", *_PARTS, *_MAGNITUDES, *(word + "s" for word in _MAGNITUDES)}
 _OF_FORMULAS = {*_WORDS, *_NO_NOUN, *(form for unit in _UNITS for form in (unit, unit + "s"))}
 _REWRITES = [
     # A backslash that was escaped, thousands, characters and commands
@@ -122,8 +130,18 @@ def _word(found: re.Match) -> str:
     text = (found[1] if found[2] is None else found[2]).strip(" ,")
     if text.lower() in _WORDS or "answer" in text.lower():
         return _WORDS.get(text.lower(), "") + " "
-    units = _units(text) if re.search(r"[\w)}!\]{]\s*$", found.string[: found.start()]) else None
+    units = _counted(text) if re.search(r"[\w)}!\]{]\s*$", found.string[: found.start()]) else None
     return units or (rf"\text{{{text}}}" if any(map(str.isalpha, text)) else f" {text} ")
+
+
+def _counted(text: str) -> str | None:
+    """What follows a number: a magnitude or several, or units, or both, as of 3 million dollars."""
+    word, _, rest = text.partition(" ")
+    factor = _MAGNITUDES.get(word.lower()) or _MAGNITUDES.get(word.lower().removesuffix("s"))
+    if factor is None:
+        return _units(text)
+    following = _counted(rest.strip()) if rest.strip() else ""
+    return None if following is None else factor + following
 
 
 def _units(text: str) -> str | None:
@@ -132,7 +150,9 @@ def _units(text: str) -> str | None:
     text = re.sub(r"\b(sq|cu)[a-z]*\.? (\w+)", lambda m: f"{m[2]}^{2 if m[1] == 'sq' else 3}", text)
     units = []
     for word in re.findall(r"[^\W\d_]+", text):
-        plural = word.lower() if len(word) > 3 and word.endswith("s") and word.lower() not in _NO_NOUN else ""
+        if word.lower() in _NO_NOUN:
+            return None
+        plural = word.lower() if len(word) > 3 and word.endswith("s") else ""
         forms = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
         units.append(next((_UNITS[form] for form in forms if form in _UNITS), plural))
     if not units or not units[-1] or units.count("") > 1 or re.search(r"(?<![\^{-])\d", text):
