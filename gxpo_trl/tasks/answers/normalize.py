@@ -63,6 +63,9 @@ _OF_FORMULAS = {*_WORDS, *_NO_NOUN, *(form for unit in _UNITS for form in (unit,
 _REWRITES = [
     # A backslash that was escaped, thousands, characters and commands
     (r"\s", " "), (r"\\\\(?=[a-zA-Z])(?!.*\\end)", r"\\"),
+    # Two asterisks are bold type around a whole side, a power between operands, and else nothing
+    (r"((?:^|[^\s\w)}\]|!'*])\s*)\*\*([^*]+)\*\*(?=\W*$|\s*[,;=])", r"\1\2"),
+    (r"(?<=[\w)}\]|!'])(\s?)\*\*(?=\s?[\w({\[\\+.√|−-])", r"\1^"),
     (r"(?<=\d)(?:\{,\}|,?\\[,;:! ]\s*,?|['~\u2009\u202f\xa0]|(?<!\d{4}) )(?=\d{3}(?!\d))", ""),
     (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"), (r"\\(?:[hv]space|tag|label|[hv]?phantom)\*?\s*\{[^{}]*\}", " "),
     (r"\\sim(?=\s*[-+]?[\d.])", r"\\approx "), (r"^\s*([a-zA-Z]+(?: +[a-zA-Z]+)+)[ .!]*$", lambda m: _phrase(m[1])),

@@ -137,7 +137,7 @@ class Answer:
             if self._tokens[-1] in ("+", "-"):
                 left += self._expression(1)
             elif self._next("^"):
-                left = mp.power(left, _bounded(self._operand()))
+                left = mp.power(left, _bounded(self._expression(2, ("!", r"\%"))))  # 2^3^2 is 2^9
             elif self._next("!"):
                 left = mp.factorial(_bounded(left if mp.isint(left) else mp.nan, 10**4))
             elif self._next(r"\%"):
