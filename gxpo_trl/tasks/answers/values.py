@@ -19,10 +19,22 @@ FUNCTIONS |= {"arc" + name: getattr(mp, "a" + name) for name in _CIRCULAR} | {"l
 _CONSTANTS = {"e": +mp.e, "pi": +mp.pi, "i": mp.j, "infty": mp.inf, "degree": +mp.degree, "unitrad": mp.one}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", "lvert": "rvert", "lfloor": "rfloor", "lceil": "rceil"}
 _TIMES, _DIVIDED, _SEPARATORS = ("*", "cdot", "times", "ast"), ("/", "div", ":"), (",", ";", "vee", "cup")
+_ORDERED = {  # operators whose sides can't be exchanged, that bind less than sums or more
+    **dict.fromkeys("to mapsto implies subset subseteq supset supseteq models vdash prec succ nmid".split(), 0.5),
+    **dict.fromkeys("setminus circ".split(), 1.5),
+}
 _EQUAL, _FLIPPED = ("=", "in", "equiv"), {"<": ">", ">": "<", "le": "ge", "ge": "le"}
 _ENDS = (*"_)]", "", *_CLOSING.values(), *_SEPARATORS, *_EQUAL, *_FLIPPED)
-_LEVELS = {**dict.fromkeys(_ENDS, 0), "+": 1, "-": 1, "^": 3, "!": 3, r"\%": 3}  # 2 of products, signed or not
-_KNOWN = "|".join(filter(str.isalpha, ("frac", *FUNCTIONS, *_CLOSING, *_TIMES, *_DIVIDED, *_ENDS)))
+_LEVELS = {
+    **dict.fromkeys(_ENDS, 0),
+    "+": 1,
+    "-": 1,
+    "^": 3,
+    "!": 3,
+    r"\%": 3,
+    **_ORDERED,
+}  # 2 of products, signed or not
+_KNOWN = "|".join(filter(str.isalpha, ("frac", *FUNCTIONS, *_CLOSING, *_TIMES, *_DIVIDED, *_ENDS, *_ORDERED)))
 _GROUP = r"\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?\w)"
 _NAME = (  # `x`, `\theta_{w}`, `\dot{x}_0`, `y'`, and the value I(0), which is not a product
     rf"(?:\\(?:text|unit|mod|vec|hat|bar|d?dot|tilde|overline|mathbb|mathcal){_GROUP}|\\[a-zA-Z]+|[a-zA-Z])'*"
@@ -88,7 +100,7 @@ class Answer:
                     found += element.value[1] if is_set else [element]
                 self.elements += [element for element in found if element not in self.elements]
             is_complex = any(mp.im(element.value) for element in self.elements if not isinstance(element.value, tuple))
-            if self.names and point % 2 and is_complex or re.search(r"(?<![_\d.])[\d.]+\s+[\d.]", text):
+            if self.names and point % 2 and is_complex or re.search(r"(?<![_^\d.])[\d.]+\s+[\d.]", text):
                 self.elements = []  # a root of a negative number, or two numbers
         except (ArithmeticError, LookupError, TypeError, ValueError):
             self.elements = []
@@ -129,7 +141,7 @@ class Answer:
         before, after = ["<", *signs, "<"][variables[0] : variables[0] + 2]
         return Element(("[("[before == "<"] + "])"[after == "<"], [Element(low), Element(high)]))
 
-    def _expression(self, level: int = 0, ends: tuple[str, ...] = ()) -> mp.mpf | tuple:
+    def _expression(self, level: float = 0, ends: tuple[str, ...] = ()) -> mp.mpf | tuple:
         """Reads on while what follows binds closer than a level."""
         left = self._operand()
         while _LEVELS.get(self._tokens[-1], 2) > level and self._tokens[-1] not in ends:
@@ -144,6 +156,9 @@ class Answer:
                 left /= 100
             elif self._next(*_DIVIDED):
                 left /= self._expression(2)
+            elif self._tokens[-1] in _ORDERED:
+                operator = self._next()
+                left = self._variable("\\" + operator) * left + self._expression(_LEVELS[operator])
             else:
                 self._next(*_TIMES)
                 factor = self._expression(2)
@@ -164,7 +179,7 @@ class Answer:
         if token in FUNCTIONS:
             return self._call(token)
         if token not in _CLOSING:
-            return self._variable(token)
+            return self._variable("\\" + token if token in _ORDERED else token)
         closing, elements = self._list(*(")]" if token in "([" else (_CLOSING[token],)))
         if token == r"\{" or len(elements) != 1:
             return (token + closing).replace("\\", ""), elements
