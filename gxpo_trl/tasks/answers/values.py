@@ -25,15 +25,9 @@ _ORDERED = {  # operators whose sides can't be exchanged, that bind less than su
 }
 _EQUAL, _FLIPPED = ("=", "in", "equiv"), {"<": ">", ">": "<", "le": "ge", "ge": "le"}
 _ENDS = (*"_)]", "", *_CLOSING.values(), *_SEPARATORS, *_EQUAL, *_FLIPPED)
-_LEVELS = {
-    **dict.fromkeys(_ENDS, 0),
-    "+": 1,
-    "-": 1,
-    "^": 3,
-    "!": 3,
-    r"\%": 3,
-    **_ORDERED,
-}  # 2 of products, signed or not
+_LEVELS = (
+    _ORDERED | dict.fromkeys(_ENDS, 0) | {"+": 1, "-": 1, "^": 3, "!": 3, r"\%": 3}
+)  # 2 of products, signed or not
 _KNOWN = "|".join(filter(str.isalpha, ("frac", *FUNCTIONS, *_CLOSING, *_TIMES, *_DIVIDED, *_ENDS, *_ORDERED)))
 _GROUP = r"\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?\w)"
 _NAME = (  # `x`, `\theta_{w}`, `\dot{x}_0`, `y'`, and the value I(0), which is not a product
