@@ -105,6 +105,7 @@ _REWRITES = [
      lambda m: re.sub(r"(?<!\\)&", "", re.sub(r"\\\\[\s&]*(?==)", "", m[2])).replace(r"\\", ",")),
     (r"\\begin\{(?:\w*matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*\\\\.*?)\\end\{\w+\}",
      lambda m: "[" + ",".join(f"[{row.replace('&', ',')}]" for row in m[1].split(r"\\") if row.strip()) + "]"),
+    (r"^\s*(\d{4}-\d\d-\d\d)\s*$", r"\\text{\1}"),  # a date is no difference
     (r"\\\\\s*$", ""), (r"^\s*([a-zA-Z]?)\s*\\approx", r"\1="), (r"\\approx.*", ""),
     (r"\|([^|]+)\|", r"\\lvert \1\\rvert "), (r"\\\{\s*\\\}", r"\\emptyset"), (r"^\](.*)\[$", r"(\1)"),
     (r"\{?([^{}]{0,99})\\(over|choose)(?![a-z])([^{}]{0,99})\}?", r"\\\2{\1}{\3}"), (r"\\over\{", r"\\frac{"),
