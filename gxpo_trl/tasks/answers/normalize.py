@@ -51,8 +51,9 @@ _UNITS = {
         "in inch inche", "ft foot feet", "yd yard", "mi mile", "lb pound", "oz ounce", "dollar usd buck", "euro eur",
         "degree deg", "percent percentage", "rad radian", "N newton", "J joule", "W watt", "V volt", "Hz hertz",
         "Pa pascal", "K kelvin", "Ω ohm", "Å angstrom", "mol mole", "C celsius", "F fahrenheit", "people person",
-        "erg", "eV", "cent", "yen", "week", "month", "unit", "men", "women", "children", "cup", "pint", "quart",
-        "gallon gal", "teaspoon tsp", "tablespoon tbsp", "acre", "hectare", "ton tonne", "decade", "century centurie",
+        "erg", "eV", "cent", "yen", "week", "month", "unit", "am", "pm", "men", "women", "children", "cup",
+        "pint", "quart", "gallon gal", "teaspoon tsp", "tablespoon tbsp", "acre", "hectare", "ton tonne", "decade",
+        "century centurie",
     ) for alias in aliases.split()
 }  # fmt: skip
 _PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "micro": "µ", "nano": "n", "mega": "M"}
@@ -64,7 +65,7 @@ _PARTS = (
 _NO_NOUN = {"times", "plus", "minus", "half", "halves", *_PARTS, *_MAGNITUDES, *(word + "s" for word in _MAGNITUDES)}
 _OF_FORMULAS = {*_WORDS, *_NO_NOUN, *(form for unit in _UNITS for form in (unit, unit + "s"))}
 _QUANTITY = re.compile(  # a number, mixed or not, with a sign and a currency; and what is counted
-    r"((?:[-+ ]|\\unit\{\w+\})*(?:(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?: ?/ ?\d+)?|\(\d+\+\\frac\{\d+\}\{\d+\}\)))"
+    r"((?:[-+ ]|\\unit\{\w+\})*(?:(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?: ?[/:] ?\d+)?|\(\d+\+\\frac\{\d+\}\{\d+\}\)))"
     r"(?: +|(?=[^a-zA-Z]|[a-zA-Z]{2}|$))(|\D.*)"  # 3D is no number of days
 )
 _REWRITES = [
