@@ -35,11 +35,9 @@ _NAME = (  # `x`, `\theta_{w}`, `\dot{x}_0`, `y'`, and the value I(0), which is 
     rf"(?:\s*_{_GROUP})?'*(?:(?<![ei])\(\d+\))?"
 )
 _TOKEN = re.compile(rf"\s*(?:\\({_KNOWN})(?![a-zA-Z])|({_NAME})|(\\.|\d+(?:\.\d+)?|\.\d+|\S))")
-
 _BETWEEN_WORDS = re.compile(  # hyphens, commas, full stops and apostrophes that are no signs
     r"(?<=[^\W\d]{2})-(?=[^\W\d])|(?<=[^\W\d])-(?=[^\W\d]{2})|[,;:](?= [^\W\d]{2})|(?<=[^\W\d]{2})[,;:](?= )"
-    r"|(?<=[^\W\d]{2}),(?=[^\W\d]{2})"
-    r"|(?<=[^\W\d])\.(?!\d)|(?<=[^\W\d]{2})['!?]|'(?=[^\W\d])"
+    r"|(?<=[^\W\d]{2}),(?=[^\W\d]{2})|(?<=[^\W\d])\.(?!\d)|(?<=[^\W\d]{2})['!?]|'(?=[^\W\d])"
 )
 
 
