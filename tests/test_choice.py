@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from gxpo_trl.tasks.answers.choice import choose, format_choices
+from gxpo_trl.tasks.answers.choice import LETTERS, choose, format_choices
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,77 @@ from gxpo_trl.tasks.answers.choice import choose, format_choices
         ("We select (C)", "C"),
         ("Option C is wrong.", None),
         ("The answer is C is not true.", None),
+        ("The answer is C. (The answer would be A if the mass doubled.)", "C"),  # under a condition
+        ("The answer is C. The correct choice would be A if the mass doubled.", "C"),
+        ("The answer is C. If the mass doubled, the answer would be A.", "C"),
+        ("Had the mass doubled, A would be the right answer. But the answer is C.", "C"),
+        ("The answer is C. Had the mass doubled, A would be the right answer.", "C"),
+        ("If we neglect friction, the answer would be C.", "C"),
+        ("The answer would be C.", "C"),
+        ("<answer>C</answer>", "C"),
+        ("<answer>\n(C)\n</answer>", "C"),
+        ("<answer>C. photon</answer>\nOption A is wrong.", "C"),
+        ("The answer is A.\n<answer>B</answer> No: <answer>The answer is C.</answer>", "C"),
+        (r"<answer>\boxed{C}</answer>", "C"),
+        ("The answer is C. <answer>A or B</answer>", None),
+        ("Put it in <answer> tags. The answer is C.", "C"),
     ],
 )
 def test_the_last_statement_is_the_choice(completion, letter):
     assert choose(completion, "C") == (float(letter == "C"), letter)
 
 
-@pytest.mark.parametrize("piece", [" ", "answer ", "it is ", "\\boxed{", "(", "*", "answer\n"])
+@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "The answer is {}.",
+        "Answer: {}",
+        "I choose {}",
+        "I pick {} — it fits.",
+        "**Answer: {}**",
+        "The correct option is {}.",
+        "The best choice is {}",
+        "The answer is **{}**: the photon",
+        "So the answer is option {}",
+        "My answer is {}, since the others fail.",
+        "The answer is {} because of x.",
+        "I would choose {}.",
+        "I choose {} over J.",
+        "I think the answer is {}.",
+        "Answer: I think it is {}.",
+        "Therefore, {}.",
+        "答案是{}。",
+        "<answer>{}</answer>",
+    ],
+)
+def test_every_letter_can_be_chosen(completion, letter):
+    assert choose(completion.format(letter), letter) == (1.0, letter)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "The answer I gave was wrong.",
+        "Answer: I don't know.",
+        "Answer: I'm not sure.",
+        "The answer is, I think, a train.",
+        "It is I who did it.",
+        "Is the answer I?",
+        "I must be right.",
+        "The answer is I.e. nothing.",
+        "The answer is I and II.",
+        "The answer: I, II and IV are true.",
+        "The answer is I = 5.",
+    ],
+)
+def test_the_pronoun_and_the_numeral_are_no_choice(completion):
+    assert choose(completion, "I") == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    "piece", [" ", "answer ", "it is ", "\\boxed{", "(", "*", "answer\n", "<answer>", "would be A if "]
+)
 def test_ten_thousand_of_anything_take_no_time(piece):
     started = time.perf_counter()
     assert choose("answer" + piece * 10_000 + "x", "C") == (0.0, None)

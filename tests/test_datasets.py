@@ -140,6 +140,24 @@ def test_not_a_number_is_an_empty_cell(tmp_path):
     assert resolve_dataset(path)["train"]["solution"][:] == ["1.5", ""]
 
 
+@pytest.mark.parametrize(
+    "written, gold",
+    [
+        ('"2024-01-05"', "2024-01-05"),
+        ('"2024-01-05 10:30:00"', "2024-01-05 10:30:00"),
+        ("9007199254740993", "9007199254740993"),
+        ("123456789012345678901234567890", "1.2345678901234568e+29"),
+        ("7.0", "7"),
+        ("[1.0, 2.5]", "1, 2.5"),
+        ("[[1, 2], [3, 4]]", "(1, 2), (3, 4)"),
+    ],
+)
+def test_a_cell_of_json_is_what_was_written(tmp_path, written, gold):
+    """Of integers that don't fit, the loader keeps the first digits."""
+    (path := tmp_path / "mine.jsonl").write_text(f'{{"problem": "P", "answer": {written}}}\n')
+    assert to_prompts(load_problems(str(path)))["solution"][:] == [gold]
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
 def test_files_are_read_by_their_columns(tmp_path, suffix):
     path, rows = str(tmp_path / f"mine.{suffix}"), [{"q": "1 + 1?", "a": 2.0}, {"q": "2 + 3?", "a": 5.0}]

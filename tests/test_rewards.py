@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,10 @@ def test_golds_may_be_numbers_lists_and_none():
     golds = [7, 7.0, np.int64(7), np.float32(0.5), [1, 2], ["1", "2"], np.array([1, 2]), 8]
     texts = [r"\boxed{7}"] * 3 + [r"\boxed{1/2}"] + [r"\boxed{2, 1}"] * 3 + [r"\boxed{7}"]
     assert maths_reward(texts, golds) == [1.0] * 7 + [0.0]
+    golds = [[[1, 2], [3, 4]], [np.array([3, 4]), (1, 2)], [[[1, 2], 3], 4], date(2024, 1, 5)]
+    assert maths_reward([r"\boxed{(1,2),(3,4)}"] * 4, golds) == [1.0, 1.0, 0.0, 0.0]
+    texts = [r"\boxed{1,2,3,4}", r"\boxed{(1,2),(4,3)}", r"\boxed{((1,2),3),4}", r"\boxed{2024-01-05}"]
+    assert maths_reward(texts, golds) == [0.0, 0.0, 1.0, 1.0]
     with pytest.warns(UserWarning, match="row 1 .*None"):
         assert maths_reward([r"\boxed{7}"] * 2, ["7", None]) == [1.0, None]
     assert choice_reward(["(C)", "(C)"], ["C", None]) == [1.0, None]

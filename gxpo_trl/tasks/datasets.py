@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .answers import final_answer
 from .answers.choice import LETTERS, format_choices
 from .arithmetic import load_arithmetic
 from .generated import is_generated
-from .rewards import KINDS
+from .rewards import KINDS, date_text, listed
 
 
 Row = dict[str, Any]
@@ -333,11 +334,17 @@ def _read(row: Row, column: Column) -> str:
 
 
 def text_of_cell(value: Any) -> str:
-    """A cell as text: of a conversation its last message, of several answers all, of 2.0 "2", of nothing ""."""
+    """A cell as text: of a conversation its last message, of several answers all, of 2.0 "2", of nothing "".
+
+    The loader of JSON makes times of dates, whose text is the date, and floats of integers that don't fit, of which
+    only the first digits are right: 1.2345678901234568e+29.
+    """
     if isinstance(value, list):
-        value = value[-1]["content"] if value and isinstance(value[-1], dict) else ", ".join(map(str, value))
-    if isinstance(value, float) and value.is_integer():
+        value = value[-1]["content"] if value and isinstance(value[-1], dict) else listed(value, text_of_cell)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
+    if isinstance(value, date):
+        value = date_text(value)
     return "" if value is None or value != value else str(value).strip()  # NaN is an empty cell
 
 

@@ -11,6 +11,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import date, datetime
+from datetime import time as time_of_day
 from typing import Any
 
 from ..spelling import nearest
@@ -76,17 +78,35 @@ def texts_of(completions: Sequence[Completion]) -> list[str]:
 
 
 def golds_of(solution: Sequence[Any]) -> list[str]:
-    """Right answers as texts, also for numbers and lists; `""` for `None`."""
+    """Right answers as texts, also for numbers and lists (within lists: tuples); `""` for `None`."""
     return [_gold_text(gold, row) for row, gold in enumerate(solution)]
 
 
+def listed(answers: Sequence[Any], text: Callable[[Any], str]) -> str:
+    """Several answers as one text: `1, 2` for `[1, 2]`, and `(1, 2), (3, 4)` for `[[1, 2], [3, 4]]`."""
+    return ", ".join(
+        f"({listed(answer, text)})" if isinstance(answer, (list, tuple)) else text(answer) for answer in answers
+    )
+
+
+def date_text(moment: date) -> str:
+    """A date, or a time, without its hours if it is a date's: the loader of JSON makes times of dates."""
+    is_date = isinstance(moment, datetime) and moment.time() == time_of_day()
+    return str(moment.date() if is_date else moment)
+
+
+def _plain(gold: Any) -> Any:
+    return gold.tolist() if hasattr(gold, "tolist") else gold  # of numpy, or a tensor
+
+
 def _gold_text(gold: Any, row: int) -> str:
-    if hasattr(gold, "tolist"):  # of numpy, or a tensor
-        gold = gold.tolist()
+    gold = _plain(gold)
     if isinstance(gold, (list, tuple)):
-        return ", ".join(_gold_text(element, row) for element in gold)
+        return listed(list(map(_plain, gold)), lambda element: _gold_text(element, row))
     if gold is None or isinstance(gold, float) and math.isnan(gold):
         return ""
+    if isinstance(gold, date):
+        return date_text(gold)
     if isinstance(gold, (str, int, float)):
         return str(gold)
     raise ValueError(f"The solution of row {row} is {gold!r:.100}: a text, a number or a list of them is expected.")

@@ -33,15 +33,24 @@ def _joined(text: str) -> str:
 
 
 def _match(gold: str, answer: str) -> bool:
-    """All alternatives must be right. A percentage may be its number, and a whole number may be of percents."""
+    """All alternatives must be right. A percentage may be its number, and a number from 1 on may be of percents."""
     if key(gold) == key(answer) or _same_at_points(gold, answer):
         return True
     if (option := _OPTION.fullmatch(answer)) and not _OPTION.fullmatch(gold):
         return key(gold) == option[1] or _match(gold, normalize(option[2]))
     if r"\vee" in answer:
         return all(_match(gold, alternative) for alternative in answer.split(r"\vee"))
-    is_percent = (r"\%" in gold) != (r"\%" in answer) and (r"\%" in gold or gold.isdigit())
+    is_percent = (r"\%" in gold) != (r"\%" in answer) and (r"\%" in gold or _may_be_of_percents(gold))
     return is_percent and _same_at_points(gold.replace(r"\%", ""), answer.replace(r"\%", ""))
+
+
+def _may_be_of_percents(gold: str) -> bool:
+    """Whether it is a number, and no share: 12.5 and not 0.125."""
+    read = Answer(gold, 0, True)
+    values = [element.value for element in read.elements]
+    return (
+        len(values) == 1 and not (read.names or read.has_units or isinstance(values[0], tuple)) and abs(values[0]) >= 1
+    )
 
 
 def _same_at_points(gold: str, answer: str) -> bool:

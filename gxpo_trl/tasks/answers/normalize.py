@@ -19,6 +19,8 @@ _SAME = {
         r"\le": r"\leq \leqslant <= ≤", r"\ge": r"\geq \geqslant >= ≥", "<": r"\lt", ">": r"\gt",
         r"\ne": r"\neq != ≠", r"\approx": "≈", r"\in": "∈", r"\cup": "∪", r"\emptyset": r"\varnothing ∅",
         r"\dots": r"\ldots \cdots", "i": r"\imath", r"\epsilon": r"\varepsilon", r"\phi": r"\varphi", r"\vee": r"\lor",
+        r"\to": r"\rightarrow \longrightarrow →", r"\implies": r"\Rightarrow \Longrightarrow ⇒", r"\subset": "⊂",
+        r"\setminus": r"\smallsetminus \backslash ∖", r"\circ": "∘", r"\mapsto": "↦", r"\subseteq": "⊆",
         ":": r"\mid \colon", "'": "′ ’", r"\pm": "±", r"\sqrt": "√", r"\infty": r"∞ \infinity", r"\{": r"\lbrace",
         r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle", r"\degree": r"° \degrees \deg", r"\mod": r"\pmod \bmod",
         r"\mathbb{R}": r"ℝ \R", r"\lfloor": "⌊", r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
@@ -35,8 +37,13 @@ _SAME = {
 _WORDS = {
     **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())},
     **dict.fromkeys(("st", "nd", "rd", "th"), ""), **{name: rf"\{name}" for name in FUNCTIONS}, "to": ":", "i": "i",
-    "dozen": r"\times 12", "hundred": r"\times 100", "thousand": r"\times 10^3", "million": r"\times 10^6", "e": "e",
-    "billion": r"\times 10^9", "and": ", ", "minus": "-", "negative": "-", "infinity": r"\infty", "pi": r"\pi",
+    "e": "e", "and": ", ", "minus": "-", "negative": "-", "infinity": r"\infty", "pi": r"\pi",
+}  # fmt: skip
+_MAGNITUDES = {
+    word: rf"\times {number} " for number, word in (
+        ("12", "dozen"), ("100", "hundred"), ("10^3", "thousand"), ("10^6", "million"), ("10^9", "billion"),
+        ("10^{12}", "trillion"),
+    )
 }  # fmt: skip
 _UNITS = {
     alias: aliases.split()[0] for aliases in (
@@ -44,18 +51,31 @@ _UNITS = {
         "in inch inche", "ft foot feet", "yd yard", "mi mile", "lb pound", "oz ounce", "dollar usd buck", "euro eur",
         "degree deg", "percent percentage", "rad radian", "N newton", "J joule", "W watt", "V volt", "Hz hertz",
         "Pa pascal", "K kelvin", "Ω ohm", "Å angstrom", "mol mole", "C celsius", "F fahrenheit", "people person",
-        "erg", "eV", "cent", "yen", "week", "month", "unit", "men", "women", "children",
+        "erg", "eV", "cent", "yen", "week", "month", "unit", "am", "pm", "men", "women", "children", "cup",
+        "pint", "quart", "gallon gal", "teaspoon tsp", "tablespoon tbsp", "acre", "hectare", "ton tonne", "decade",
+        "century centurie",
     ) for alias in aliases.split()
 }  # fmt: skip
 _PREFIXES = {"kilo": "k", "centi": "c", "milli": "m", "micro": "µ", "nano": "n", "mega": "M"}
 _PREFIXES |= {short: short for short in _PREFIXES.values()}
 _UNITS = {name + alias: short + unit for name, short in _PREFIXES.items() for alias, unit in _UNITS.items()} | _UNITS
-_NO_NOUN = "times plus minus thirds quarters halves hundreds thousands millions".split()
+_PARTS = (
+    "thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths millionths".split()
+)
+_NO_NOUN = {"times", "plus", "minus", "half", "halves", *_PARTS, *_MAGNITUDES, *(word + "s" for word in _MAGNITUDES)}
 _OF_FORMULAS = {*_WORDS, *_NO_NOUN, *(form for unit in _UNITS for form in (unit, unit + "s"))}
+_QUANTITY = re.compile(  # a number, mixed or not, with a sign and a currency; and what is counted
+    r"((?:[-+ ]|\\unit\{\w+\})*(?:(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?: ?[/:] ?\d+)?|\(\d+\+\\frac\{\d+\}\{\d+\}\)))"
+    r"(?: +|(?=[^a-zA-Z]|[a-zA-Z]{2}|$))(|\D.*)"  # 3D is no number of days
+)
 _REWRITES = [
     # A backslash that was escaped, thousands, characters and commands
     (r"\s", " "), (r"\\\\(?=[a-zA-Z])(?!.*\\end)", r"\\"),
-    (r"(?<=\d)(?:\{,\}|,?\\[,;:! ]\s*,?|['~\u2009\u202f\xa0]|(?<!\d{4}) )(?=\d{3}(?!\d))", ""),
+    # Two asterisks are bold type around a whole side, a power between operands, and else nothing
+    (r"((?:^|[^\s\w)}\]|!'*])\s*)\*\*([^*]+)\*\*(?=\W*$|\s*[,;=])", r"\1\2"),
+    (r"(?<=[\w)}\]|!'])(\s?)\*\*(?=\s?[\w({\[\\+.√|−-])", r"\1^"),
+    (r"(?<=\d)(?<![_^]\d)(?<![_^]\d\d)(?<![_^]\d\d\d)"  # not of \log_2 128
+     r"(?:\{,\}|,?\\[,;:! ]\s*,?|['~\u2009\u202f\xa0]|(?<!\d{4}) )(?=\d{3}(?!\d))", ""),
     (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"), (r"\\(?:[hv]space|tag|label|[hv]?phantom)\*?\s*\{[^{}]*\}", " "),
     (r"\\sim(?=\s*[-+]?[\d.])", r"\\approx "), (r"^\s*([a-zA-Z]+(?: +[a-zA-Z]+)+)[ .!]*$", lambda m: _phrase(m[1])),
     (r"\\[a-zA-Z]+|\\.|[<>!]=|~|\*\*|[^\0-\x7f]", lambda m: _SAME.get(m[0], unicodedata.normalize("NFKC", m[0]))),
@@ -73,15 +93,20 @@ _REWRITES = [
     # Words, units, bases; then forms
     (rf"(?:np\.)?(?<![a-zA-Z\\])({'|'.join([*FUNCTIONS, 'pi', 'theta', 'alpha', 'beta'])})(?![a-z])", r"\\\1"),
     (r"\\text\s*\{\s*\(?or\b([^{}]*?)\)?\s*\}", r" \\vee \1"), (r"\\mu\s*\\text\s*\{", r"\\text{µ"),
+    (r"(?<=\d)\s*\\text\s*\{\s*([AaPp])\.?\s?[Mm]\.?\s*\}|(?:(?<=:\d\d)\s?([AaPp])\.?|(?<=\d)\s?([AaPp])\.)[Mm]\b\.?",
+     lambda m: rf"\unit{{{(m[1] or m[2] or m[3]).lower()}m}}"),
     (r"\(?\\text\s*\{\s*\(?(?:in )?base (\w+)\)?\s*\}", r"_{\\text{\1}}"),
     (r"^\s*\\text\s*\{\s*(USD|EUR)\s*\}(?=\s*\d)", r"\\unit{\1}"), (r"\\degree\s*([CF])\b", r"\\degree\\unit{\1}"),
-    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}|(?<=[\d)} ])(?<!\\)((?:[a-zA-Z]{4,}|[ckm]m|[km]g|ft|ml|mi|hr|sq|lb|oz|min"
-     r"|men|mph)\b(?:[ /]+[a-zA-Z]{2,})*\.?(?![(']))", lambda m: _word(m)),
+    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}|(?<=[\d)} ])(?<!\\)((?:[a-zA-Z]{4,}|[ckm]m|[km]g|cup|ft|ml|mi|hr|sq|lb|oz"
+     r"|min|ton|men|mph)\b(?:[ /]+[a-zA-Z]{2,})*\.?(?![(']))", lambda m: _word(m)),
     (r"\^\s*\{\s*\}", ""), (r"(?<=\d)\s*_\s*\{?\s*(\d+)\s*\}?", r"\\unit{base\1}"),
     (r",?(?<![a-zA-Z\\])\s*(?:and|(or))(?![a-zA-Z])\s*", lambda m: r" \vee " if m[1] else ", "),
     (r"\\begin\s*\{cases\}(.*)\\end\s*\{cases\}", lambda m: m[1].replace(r"\\", ",")),
+    (r"\\begin\s*\{((?:align(?:ed)?|gather(?:ed)?|split|equation)\*?)\}(.*)\\end\s*\{\1\}",  # also 1 + 2 \\ &= 3
+     lambda m: re.sub(r"(?<!\\)&", "", re.sub(r"\\\\[\s&]*(?==)", "", m[2])).replace(r"\\", ",")),
     (r"\\begin\{(?:\w*matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*\\\\.*?)\\end\{\w+\}",
      lambda m: "[" + ",".join(f"[{row.replace('&', ',')}]" for row in m[1].split(r"\\") if row.strip()) + "]"),
+    (r"^\s*(\d{4}-\d\d-\d\d)\s*$", r"\\text{\1}"),  # a date is no difference
     (r"\\\\\s*$", ""), (r"^\s*([a-zA-Z]?)\s*\\approx", r"\1="), (r"\\approx.*", ""),
     (r"\|([^|]+)\|", r"\\lvert \1\\rvert "), (r"\\\{\s*\\\}", r"\\emptyset"), (r"^\](.*)\[$", r"(\1)"),
     (r"\{?([^{}]{0,99})\\(over|choose)(?![a-z])([^{}]{0,99})\}?", r"\\\2{\1}{\3}"), (r"\\over\{", r"\\frac{"),
@@ -122,8 +147,25 @@ def _word(found: re.Match) -> str:
     text = (found[1] if found[2] is None else found[2]).strip(" ,")
     if text.lower() in _WORDS or "answer" in text.lower():
         return _WORDS.get(text.lower(), "") + " "
-    units = _units(text) if re.search(r"[\w)}!\]{]\s*$", found.string[: found.start()]) else None
+    before = found.string[: found.start()].rstrip()
+    if not re.search(r"[\w)}!\]]$", before) and (quantity := _QUANTITY.fullmatch(text)):
+        units = _counted(quantity[2])
+        if units is not None:
+            return f" {quantity[1]}{units} "
+    units = _counted(text) if re.search(r"[\w)}!\]{]$", before) else None
     return units or (rf"\text{{{text}}}" if any(map(str.isalpha, text)) else f" {text} ")
+
+
+def _counted(text: str) -> str | None:
+    """What follows a number: a magnitude or several, or units, or both, as of 3 million dollars."""
+    if re.fullmatch(r"(?:\\degree|\\%|\\unit\{\w+\})?", text):
+        return text + " "
+    word, _, rest = text.partition(" ")
+    factor = _MAGNITUDES.get(word.lower()) or _MAGNITUDES.get(word.lower().removesuffix("s"))
+    if factor is None:
+        return _units(text)
+    following = _counted(rest.strip())
+    return None if following is None else factor + following
 
 
 def _units(text: str) -> str | None:
@@ -132,7 +174,9 @@ def _units(text: str) -> str | None:
     text = re.sub(r"\b(sq|cu)[a-z]*\.? (\w+)", lambda m: f"{m[2]}^{2 if m[1] == 'sq' else 3}", text)
     units = []
     for word in re.findall(r"[^\W\d_]+", text):
-        plural = word.lower() if len(word) > 3 and word.endswith("s") and word.lower() not in _NO_NOUN else ""
+        if word.lower() in _NO_NOUN:
+            return None
+        plural = word.lower() if len(word) > 3 and word.endswith("s") else ""
         forms = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
         units.append(next((_UNITS[form] for form in forms if form in _UNITS), plural))
     if not units or not units[-1] or units.count("") > 1 or re.search(r"(?<![\^{-])\d", text):

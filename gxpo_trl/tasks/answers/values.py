@@ -19,16 +19,26 @@ FUNCTIONS |= {"arc" + name: getattr(mp, "a" + name) for name in _CIRCULAR} | {"l
 _CONSTANTS = {"e": +mp.e, "pi": +mp.pi, "i": mp.j, "infty": mp.inf, "degree": +mp.degree, "unitrad": mp.one}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", "lvert": "rvert", "lfloor": "rfloor", "lceil": "rceil"}
 _TIMES, _DIVIDED, _SEPARATORS = ("*", "cdot", "times", "ast"), ("/", "div", ":"), (",", ";", "vee", "cup")
+_ORDERED = {  # operators whose sides can't be exchanged, that bind less than sums or more
+    **dict.fromkeys("to mapsto implies subset subseteq supset supseteq models vdash prec succ nmid".split(), 0.5),
+    **dict.fromkeys("setminus circ".split(), 1.5),
+}
 _EQUAL, _FLIPPED = ("=", "in", "equiv"), {"<": ">", ">": "<", "le": "ge", "ge": "le"}
 _ENDS = (*"_)]", "", *_CLOSING.values(), *_SEPARATORS, *_EQUAL, *_FLIPPED)
-_LEVELS = {**dict.fromkeys(_ENDS, 0), "+": 1, "-": 1, "^": 3, "!": 3, r"\%": 3}  # 2 of products, signed or not
-_KNOWN = "|".join(filter(str.isalpha, ("frac", *FUNCTIONS, *_CLOSING, *_TIMES, *_DIVIDED, *_ENDS)))
+_LEVELS = (
+    _ORDERED | dict.fromkeys(_ENDS, 0) | {"+": 1, "-": 1, "^": 3, "!": 3, r"\%": 3}
+)  # 2 of products, signed or not
+_KNOWN = "|".join(filter(str.isalpha, ("frac", *FUNCTIONS, *_CLOSING, *_TIMES, *_DIVIDED, *_ENDS, *_ORDERED)))
 _GROUP = r"\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?\w)"
 _NAME = (  # `x`, `\theta_{w}`, `\dot{x}_0`, `y'`, and the value I(0), which is not a product
     rf"(?:\\(?:text|unit|mod|vec|hat|bar|d?dot|tilde|overline|mathbb|mathcal){_GROUP}|\\[a-zA-Z]+|[a-zA-Z])'*"
     rf"(?:\s*_{_GROUP})?'*(?:(?<![ei])\(\d+\))?"
 )
 _TOKEN = re.compile(rf"\s*(?:\\({_KNOWN})(?![a-zA-Z])|({_NAME})|(\\.|\d+(?:\.\d+)?|\.\d+|\S))")
+_BETWEEN_WORDS = re.compile(  # hyphens, commas, full stops and apostrophes that are no signs
+    r"(?<=[^\W\d]{2})-(?=[^\W\d])|(?<=[^\W\d])-(?=[^\W\d]{2})|[,;:](?= [^\W\d]{2})|(?<=[^\W\d]{2})[,;:](?= )"
+    r"|(?<=[^\W\d]{2}),(?=[^\W\d]{2})|(?<=[^\W\d])\.(?!\d)|(?<=[^\W\d]{2})['!?]|'(?=[^\W\d])"
+)
 
 
 class Element(NamedTuple):
@@ -42,6 +52,15 @@ class Element(NamedTuple):
 def equal(one: mp.mpf, other: mp.mpf, tolerance: mp.mpf = mp.zero) -> bool:
     """Whether two numbers are the same, to 650 digits or with a relative tolerance."""
     return one == other or abs(one - other) < max(tolerance, mp.eps * 10**50) * max(abs(one), abs(other), 1e-50)
+
+
+def _folded(text: str) -> str:
+    """Words without what doesn't count: case, articles, spaces, plural. Signs, relations and decimal points do."""
+    text = re.sub(r"[\\{}\"“”`]", "", text.lower()).strip(" .,;")
+    text = re.sub(r"\b(?:an?|the) (?=[^\W\d])", "", re.sub(r"^\((\w+)\)$", r"\1", text))
+    if " " in text:  # a word by itself may be a name: James
+        text = re.sub(r"(?<=[^\W\d]{2}[^\W\ds])s\b", "", text)
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", _BETWEEN_WORDS.sub("", text))
 
 
 def _bounded(number: mp.mpf, largest: int = 10**100) -> mp.mpf:
@@ -74,7 +93,7 @@ class Answer:
                     found += element.value[1] if is_set else [element]
                 self.elements += [element for element in found if element not in self.elements]
             is_complex = any(mp.im(element.value) for element in self.elements if not isinstance(element.value, tuple))
-            if self.names and point % 2 and is_complex or re.search(r"(?<![_\d.])[\d.]+\s+[\d.]", text):
+            if self.names and point % 2 and is_complex or re.search(r"(?<![_^\d.])[\d.]+\s+[\d.]", text):
                 self.elements = []  # a root of a negative number, or two numbers
         except (ArithmeticError, LookupError, TypeError, ValueError):
             self.elements = []
@@ -115,7 +134,7 @@ class Answer:
         before, after = ["<", *signs, "<"][variables[0] : variables[0] + 2]
         return Element(("[("[before == "<"] + "])"[after == "<"], [Element(low), Element(high)]))
 
-    def _expression(self, level: int = 0, ends: tuple[str, ...] = ()) -> mp.mpf | tuple:
+    def _expression(self, level: float = 0, ends: tuple[str, ...] = ()) -> mp.mpf | tuple:
         """Reads on while what follows binds closer than a level."""
         left = self._operand()
         while _LEVELS.get(self._tokens[-1], 2) > level and self._tokens[-1] not in ends:
@@ -123,13 +142,16 @@ class Answer:
             if self._tokens[-1] in ("+", "-"):
                 left += self._expression(1)
             elif self._next("^"):
-                left = mp.power(left, _bounded(self._operand()))
+                left = mp.power(left, _bounded(self._expression(2, ("!", r"\%"))))  # 2^3^2 is 2^9
             elif self._next("!"):
                 left = mp.factorial(_bounded(left if mp.isint(left) else mp.nan, 10**4))
             elif self._next(r"\%"):
                 left /= 100
             elif self._next(*_DIVIDED):
                 left /= self._expression(2)
+            elif self._tokens[-1] in _ORDERED:
+                operator = self._next()
+                left = self._variable("\\" + operator) * left + self._expression(_LEVELS[operator])
             else:
                 self._next(*_TIMES)
                 factor = self._expression(2)
@@ -150,7 +172,7 @@ class Answer:
         if token in FUNCTIONS:
             return self._call(token)
         if token not in _CLOSING:
-            return self._variable(token)
+            return self._variable("\\" + token if token in _ORDERED else token)
         closing, elements = self._list(*(")]" if token in "([" else (_CLOSING[token],)))
         if token == r"\{" or len(elements) != 1:
             return (token + closing).replace("\\", ""), elements
@@ -171,8 +193,8 @@ class Answer:
 
     def _variable(self, token: str) -> mp.mpf:
         name = re.sub(r"[\s{}\\]", "", token)
-        if token.startswith("\\text"):  # of words, case, plural and articles don't count
-            name = re.sub(r"\b(?:an?|the) |s\b|\W", "", token[5:].lower())
+        if token.startswith("\\text"):
+            name = _folded(token[5:])
         is_unit = name.startswith("unit") or name == "degree" and not self._in_call
         self.has_units |= is_unit
         self.names += not is_unit and name not in _CONSTANTS
