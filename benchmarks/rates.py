@@ -164,8 +164,14 @@ REGIMES = (
         Part("harder", "Longer problems", ARMS, (1e-5, 2e-4, 4e-4, 2e-2), {"max_completion_length": 48}, seeds=8),
         more=(*others(1e-4, 2e-4, 4e-4), *check_minibatches(1e-5, 4e-4, 2e-2)),
     ),
-    Regime(Part("bf16", "bf16", ARMS, (1e-5, 4e-4, 2e-2), {"bf16": True}, seeds=4)),
-    Regime(Part("long", "A long run", ARMS, (4e-4, 8e-4), seeds=4, batches=300, every=30)),
+    Regime(
+        Part("bf16", "bf16", ARMS, (1e-5, 4e-4, 2e-2), {"bf16": True}, seeds=4),
+        more=check_minibatches(1e-5, 4e-4, 2e-2),
+    ),
+    Regime(
+        Part("long", "A long run", ARMS, (4e-4, 8e-4), seeds=4, batches=300, every=30),
+        more=check_minibatches(4e-4, 8e-4),
+    ),
 )
 
 

@@ -224,7 +224,11 @@ def test_rewards_that_are_no_numbers_are_named(own_task, found):
             judge()
 
 
-@pytest.mark.parametrize("found", [np.ones(1), torch.ones(1), (1,), [np.float32(1)], [True], iter([1.0])], ids=str)
+@pytest.mark.parametrize(
+    "found",
+    [np.ones(1), torch.ones(1), (1,), [np.float32(1)], [True], iter([1.0])],
+    ids=lambda found: type(found).__name__,
+)
 def test_numbers_of_any_kind_are_rewards(own_task, found):
     task = load_task("text.jsonl", rewards=reward_sum([lambda completions, **kwargs: found], None))
     assert judge_samples(task, [0], [[sample("a")]])[0].reward == 1.0
