@@ -347,7 +347,7 @@ def test_rows_that_can_be_used_are_let_through():
 def test_tests_are_checked_before_a_run_begins(where, tmp_path, monkeypatch):
     monkeypatch.setenv("GXPO_ALLOW_CODE_EXECUTION", "1")
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"Double {i}.", "tests": TESTS} for i in range(8)]
+    rows = [{"prompt": f"Double {i}.", "tests": TESTS} for i in range(16)]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows[5]["tests"] = "print(double(2))"
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -196,11 +196,9 @@ def test_what_a_dataclass_refuses_is_one_sentence_with_the_line_of_what_it_names
         (["--dry-run", "perhaps"], "`dry_run`: expected true or false"),
         (["--gate_window", "1"], "`gate_window` must be"),
         (["--run_name", "\udcff"], "expected text in UTF-8"),
-        (["--seed", "1", "--seed", "1"], "`seed` is given twice. Give it once"),
-        (["--learning_rate=1e-3", "--learning-rate", "1e-4"], "`learning-rate` is given twice"),
         (
             ["--reward_funcs", "a", "--seed", "1", "--reward_funcs", "b"],
-            "`reward_funcs` is given twice.*--reward_funcs A B",
+            "`reward_funcs` is given twice.*`--reward_funcs A B`",
         ),
         (["--config", "other.yaml"], "`--config` is given twice. Name one recipe."),
     ],
@@ -229,6 +227,15 @@ def test_a_setting_of_what_is_off_is_refused(tmp_path, words, said):
     switch = re.search("without `(\\w+)`", said)[1]
     value = "null" if switch in ("eval_benchmarks", "extrapolate_after") else "false"
     parse_recipe(["--config", str(path), f"--{switch}", value])  # somebody has turned it off
+
+
+def test_of_a_value_that_is_given_twice_the_last_counts(tmp_path):
+    assert parse(write(tmp_path), "--seed", "1", "--learning_rate=1e-3", "--seed=2").training.seed == 2
+
+
+def test_a_list_in_pieces_is_refused_by_every_command(capsys):
+    with pytest.raises(SystemExit, match="`models` is given twice. Give all in one: `--models A B`"):
+        cli.main(["eval", "--models", "a", "--models", "b"])
 
 
 def test_the_place_of_a_fault_in_the_code_names_no_setting(tmp_path):

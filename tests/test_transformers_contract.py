@@ -109,8 +109,14 @@ NAMES = [
     Name("transformers.TrainerControl", "should_log", BENCHMARKS, "keeps the step's own log from being dropped"),
     Name(CALLBACK, "on_train_begin", BENCHMARKS, "scores the start", "args, state, control"),
     *(
-        Name(CALLBACK, event, UPDATE, "knows by it where the training loop is", "args, state, control")
-        for event in ("on_step_begin", "on_optimizer_step")
+        Name(
+            CALLBACK,
+            event,
+            "trainer/step_callbacks.py",
+            "knows by it where the training loop is",
+            "args, state, control",
+        )
+        for event in ("on_step_begin", "on_optimizer_step", "on_step_end")
     ),
     Name(CALLBACK, "on_step_begin", TRACKERS, "knows by it that all trackers have begun", "args, state, control"),
     Name(CALLBACK, "on_step_end", BENCHMARKS, "scores every so many steps", "args, state, control"),

@@ -94,6 +94,7 @@ NAMES = [
         "trl.GRPOConfig", "use_adaptive_entropy", "trainer/checkpoints.py", "knows by it that TRL saves its own state"
     ),
     Name("trl.GRPOConfig", "num_generations", "trainer/config.py", "computes accumulation from it"),
+    Name("trl.GRPOConfig", "generation_batch_size", "trainer/config.py", "knows by it how many prompts a batch takes"),
     Name("trl.GRPOConfig", "max_completion_length", SCRIPTS, "says by it how long completions may get"),
     Name(
         *("trl.TrlParser", "parse_args_and_config", SCRIPTS, "reads recipes with it"),

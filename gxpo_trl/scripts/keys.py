@@ -140,8 +140,10 @@ class KeyParser(TrlParser):
         """All settings by key, with those that a command line gives.
 
         Raises:
-            ValueError: If a key is unknown or gone, or its value is none that it takes.
+            ValueError: If a key is unknown or gone, its value is none that it takes, or a list is given in pieces, of
+                which argparse would take the last.
         """
+        self._check_lists(words)
         try:
             settings, unknown = self.parse_known_args(words)
         except argparse.ArgumentError as error:
@@ -150,6 +152,13 @@ class KeyParser(TrlParser):
         if unknown:
             raise ValueError(self._of_unknown(unknown[0], "the command line"))
         return vars(settings)
+
+    def _check_lists(self, words: list[str]) -> None:
+        said = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+        for action in self._actions:
+            if action.nargs == "+" and said.count(action.dest) > 1:
+                key = action.dest
+                raise ValueError(f"the command line: `{key}` is given twice. Give all in one: `--{key} A B`.")
 
     def _reader(self, key: str, of_list: bool) -> Callable[[str], Any]:
         def read(word: str) -> Any:
@@ -207,7 +216,7 @@ def find_origin(arguments: list[str]) -> tuple[Origin, list[str]]:
     """The file that a command line names, and the remaining words.
 
     Raises:
-        ValueError: If `--config` is the last word, a key is given twice, or the file can't be read.
+        ValueError: If `--config` is the last word, or is given twice, or the file can't be read.
     """
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if broken := [word for word in words if re.search("[\ud800-\udfff]", word)]:
@@ -226,8 +235,6 @@ def find_origin(arguments: list[str]) -> tuple[Origin, list[str]]:
     for word in words:
         if word.startswith("--"):
             key, _, value = word.removeprefix("--").partition("=")
-            if key.replace("-", "_") in given:
-                raise ValueError(f"the command line: `{key}` is given twice. Give it once; a list is `--{key} A B`.")
             values = [value] if value else []
             given |= dict.fromkeys((key.replace("-", "_"), key.replace("-", "_").removeprefix("no_")), values)
         else:
