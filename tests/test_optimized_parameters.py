@@ -171,6 +171,24 @@ def test_an_optimizer_that_holds_nothing_of_the_model_is_refused(tmp_path):
             make_trainer(tmp_path, model=model, optimizers=(AdamW(other), None))
 
 
+@pytest.mark.parametrize("how", ["zero", "none"])
+@pytest.mark.parametrize("settings", [{}, {"extrapolation": "optimizer"}, {"update_rule": "sfpo"}], ids=str)
+def test_a_hook_of_the_optimizers_step_acts_on_all_passes(tmp_path, how, settings):
+    model = tiny_model()
+    optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    before = [p.detach().clone() for p in norms]
+
+    def hold(*_):
+        for p in norms:
+            p.grad = None if how == "none" else torch.zeros_like(p)
+
+    optimizer.register_step_pre_hook(hold)
+    trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None), max_steps=2, **settings)
+    trainer.train()
+    assert all(map(torch.equal, before, norms)) and logged(trainer, "lookahead/active") == [1.0, 1.0]
+
+
 def test_a_model_that_is_frozen_before_the_first_step_is_refused_then(tmp_path):
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=1)
     trainer.model.requires_grad_(False)

@@ -5,8 +5,8 @@ from transformers import TrainerCallback
 from .update import LookaheadUpdate
 
 
-class StepTakenCallback(TrainerCallback):
-    """Tells the update that the step was taken, before other callbacks may save.
+class UpdateCallback(TrainerCallback):
+    """What both have.
 
     Args:
         update (`LookaheadUpdate`): Of the trainer that has the callback.
@@ -14,20 +14,17 @@ class StepTakenCallback(TrainerCallback):
 
     def __init__(self, update: LookaheadUpdate):
         self.update = update
+
+
+class StepTakenCallback(UpdateCallback):
+    """The first of all callbacks: says that the step was taken, before others may save."""
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.update.step_taken()
 
 
-class StepCallback(TrainerCallback):
-    """Tells the update and the layout where the training loop is, after other callbacks may have changed the loss.
-
-    Args:
-        update (`LookaheadUpdate`): Of the trainer that has the callback.
-    """
-
-    def __init__(self, update: LookaheadUpdate):
-        self.update = update
+class StepCallback(UpdateCallback):
+    """After the user's callbacks, which may have changed the loss: says that a step begins, and that it has ended."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.update.layout.position = 0

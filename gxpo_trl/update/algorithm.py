@@ -60,12 +60,10 @@ def lookahead_step(
             if not math.isfinite(norm):
                 return _fall_back(state, origin, measure)
             clips.append(clip)
-            if rule.extrapolation is None:
-                state.step()
-            elif probe == 0:
+            if probe == 0 and rule.extrapolation is not None:
                 overwrites = _step_and_compare(state)
             else:
-                step_and_keep(state, overwrites)  # g1
+                step_and_keep(state, overwrites)  # g1, which the prediction needs
 
         # Predict θK, and reposition: θ̃ = θ0 + α (θK - θ0).
         if rule.phantom_steps:
