@@ -161,11 +161,11 @@ def test_the_adapter_that_is_saved_is_the_one_that_was_trained(tmp_path):
             assert not torch.equal(logits, saved(tokens).logits)
 
 
-def command_line(folder: Path) -> list[str]:
+def command_line(folder: Path, reward: str = f"{__file__}:spread") -> list[str]:
     """Two steps of the recipe with four completions each, and a checkpoint after each."""
     settings = {"prompts_per_step": 2, "num_generations": 2, "per_device_train_batch_size": 4, "max_steps": 2}
     settings |= {"save_strategy": "steps", "save_steps": 1, "eval_on_start": False, "eval_steps": 100}
-    settings |= {"reward_funcs": f"{Path(__file__)}:spread", "output_dir": folder, "learning_rate": 1e-3}
+    settings |= {"reward_funcs": reward, "output_dir": folder, "learning_rate": 1e-3}
     settings |= {"model_name_or_path": MADE / "model", "dataset_name": MADE / "train.jsonl"}
     settings |= {"eval_benchmarks": MADE / "test.jsonl", "disable_tqdm": True}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -192,8 +192,7 @@ def test_a_run_that_was_killed_ends_where_it_would_have(tmp_path):
 
 def test_the_recipe_is_rehearsed_with_its_own_model_and_data(tmp_path, capsys):
     """Its reward gives 1 to a right answer, and 0 to a wrong one."""
-    words = [*command_line(tmp_path / "run"), "--dry-run", "--reward_funcs", f"{HOME}/rewards.py:sum_reward"]
-    train.main(words)
+    train.main([*command_line(tmp_path / "run", f"{HOME}/rewards.py:sum_reward"), "--dry-run"])
     printed = capsys.readouterr().out
     assert re.search(r"^ +1  for the right answer", printed, re.MULTILINE)
     assert re.search(r"^ +0  for another's answer", printed, re.MULTILINE)
