@@ -105,6 +105,9 @@ class LookaheadConfig(GRPOConfig):
             and 32 and 512; with `update_rule: check` as for two passes, and at least 0.6.
         step_control_gain (`float`, *optional*, defaults to `0.5`):
             κ: how fast the multiplier changes, as exp(κ (cosine - target)) a step; 0 keeps it at 1.
+        check_steps (`int`, *optional*, defaults to `1`):
+            With `update_rule: check`, every how many optimizer steps one is checked, from the first on. Where several
+            optimizer steps share a batch of rollouts, their number makes one check a batch.
         snapshot_device (`str`, *optional*, defaults to `"model"`):
             Where the copies of an active step are kept: `"model"`, next to the parameters, or `"cpu"`, in pinned host
             memory.
@@ -242,6 +245,13 @@ class LookaheadConfig(GRPOConfig):
         default=0.5,
         metadata={"help": "κ: how fast the multiplier changes, as exp(κ (cosine - target)) a step; 0 keeps it at 1."},
     )
+    check_steps: int = field(
+        default=1,
+        metadata={
+            "help": "With 'check', every how many optimizer steps one is checked, from the first on. Where several "
+            "optimizer steps share a batch of rollouts, their number makes one check a batch."
+        },
+    )
     snapshot_device: str = field(
         default="model",
         metadata={
@@ -378,7 +388,8 @@ class LookaheadConfig(GRPOConfig):
             check_at_least(name, getattr(self, name), 0.0)
         for name in ("gate_warmup_steps", "alpha_decay_steps", "lookahead_diagnostics_steps"):
             check_at_least(name, getattr(self, name), 0)
-        check_at_least("gate_patience", self.gate_patience, 1)
+        for name in ("gate_patience", "check_steps"):
+            check_at_least(name, getattr(self, name), 1)
         check_at_least("gate_window", self.gate_window, 2)
         for name in ("max_tokens_per_micro_batch", "max_active_steps"):
             if getattr(self, name) is not None:
