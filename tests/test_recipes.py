@@ -262,6 +262,11 @@ def test_the_plan_says_what_a_run_takes(tmp_path):
         (["--max_active_steps", "60"], f"{51 * 3 + 249} to {60 * 3 + 240} backward passes"),
         (["--update_rule", "sfpo", "--lookahead_steps", "3"], f"{51 * 4 + 249} to 1,200 backward passes"),
         (["--update_rule", "grpo"], "1 a step: 300 backward passes in all"),
+        (["--update_rule", "check"], f"{300 * (1 + 2 / 128):,.0f} backward passes in all; GRPO has 300"),
+        (
+            ["--update_rule", "check", "--check_steps", "3"],
+            f"micro-batches in every 3 steps: {300 + 100 * 2 / 128:,.0f} backward passes in all",
+        ),
         (["--gate_warmup_steps", "0"], f"{3 * 3 + 297} to 900 backward passes"),  # the third has two to compare with
         (["--lookahead_diagnostics_steps", "5"], "(and 5 in every 5th active step for diagnostics"),
         (["--dtype", "float32"], f"frozen weights {4 * FROZEN / 2**30:.1f} GiB"),

@@ -629,6 +629,11 @@ def test_without_plain_steps_an_update_is_estimated_by_its_passes(tmp_path):
     assert pays_row(tmp_path, "gxpo")[1:5] == [f"{3 / 3.8:.2f}", "3.00", "passes (an estimate)", "100%"]
     write_run(tmp_path / "check", timed([1.2] * 8), {**GXPO, "update_rule": "check"})
     assert pays_row(tmp_path, "check")[1:5] == [f"{3 / 4.2:.2f}", "1.00", "passes (an estimate)", "100%"]
+    checked_at_times = timed([1.8, 1.0, 1.0, 1.0] * 2)
+    for entry in checked_at_times[1:]:
+        entry["lookahead/backward_passes"] = entry["step"] + (entry["step"] + 3) // 4
+    write_run(tmp_path / "check4", checked_at_times, {**GXPO, "update_rule": "check", "check_steps": 4})
+    assert pays_row(tmp_path, "check4")[2] == "1.25"
 
 
 def test_a_run_of_grpo_says_what_two_and_three_passes_would_need(tmp_path):

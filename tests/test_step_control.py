@@ -312,6 +312,7 @@ def test_the_target_is_by_passes_and_completions(tmp_path, config_class, setting
         ({"update_rule": "grpo"}, "`update_rule: check`"),
         ({"update_rule": "grpo"}, "`lookahead_steps: 1`"),
         ({"update_rule": "check", "gradient_accumulation_steps": 1}, "`gradient_accumulation_steps`"),
+        ({"update_rule": "check", "gradient_accumulation_steps": 2, "check_steps": 0}, "`check_steps`"),
         ({"step_control": "kl"}, "`step_control`"),
         ({"step_control_target": 1.0}, "`step_control_target`"),
         ({"step_control_target": -0.1}, "`step_control_target`"),
@@ -770,8 +771,46 @@ def test_each_micro_batch_has_its_turn(tmp_path, monkeypatch):
         return replay_one(window, index)
 
     monkeypatch.setattr(RolloutWindow, "replay_one", recorded)
-    train(tmp_path, **CHECK, max_steps=5, step_control_gain=0.0)
+    train(tmp_path / "each", **CHECK, max_steps=5, step_control_gain=0.0)
     assert indices == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]  # of four, at both ends of each step
+    indices.clear()
+    train(tmp_path / "third", **CHECK, max_steps=7, step_control_gain=0.0, check_steps=3)
+    assert indices == [0, 0, 1, 1, 2, 2]
+
+
+def steps_checked(trainer) -> list[int]:
+    return [entry["step"] for entry in trainer.state.log_history if "lookahead/cos_check" in entry]
+
+
+def test_a_check_every_so_many_steps_changes_the_length_after_these_only(tmp_path):
+    """Every second step, from the first on; the search at the start is that of a run with a check after each."""
+    common = {**METHOD, **CHECK, "max_steps": 5, "step_control_target": 0.6}
+    each, second = (train(tmp_path / str(n), **common, check_steps=n) for n in (1, 2))
+    multipliers, cosines = logged(second, "lookahead/step_multiplier"), logged(second, "lookahead/cos_check")
+    assert steps_checked(second) == [1, 3, 5]
+    assert multipliers[3] == pytest.approx(taken(StepControl(0.6, 0.5, multipliers[2]), cosines[1]))
+    assert multipliers[4] == multipliers[3] != multipliers[2]
+    assert logged(each, "lookahead/step_multiplier")[:2] == multipliers[:2]
+    tries = second.lookahead.control.steps_tried + 2
+    assert second.backward_passes == 5 + 3 * 0.5 + tries
+
+
+def test_checks_that_are_far_apart_go_on_where_a_checkpoint_was(tmp_path):
+    settings = {**METHOD, **CHECK, "save_strategy": "steps", "save_steps": 1, "max_steps": 6, "check_steps": 4}
+    whole = train(tmp_path / "whole", **settings)
+    for step in (3, 4, 5):
+        resumed = make_trainer(tmp_path / "whole", **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_equal_parameters(whole, resumed)
+        assert resumed.backward_passes == whole.backward_passes
+
+
+def test_disjoint_minibatches_are_checked_once_a_batch(tmp_path):
+    """Two optimizer steps a batch: the first of them, whose rollouts are of the policy that is stepped."""
+    shared = {"steps_per_generation": 8, "num_generations": 4, "check_steps": 2, "max_steps": 4}
+    trainer = train(tmp_path, **{**METHOD, **CHECK, **shared}, step_control_gain=0.0)
+    assert steps_checked(trainer) == [1, 3]
+    assert trainer.backward_passes == 4 + 2 * 0.5
 
 
 def test_a_step_without_advantage_is_not_checked(tmp_path):
