@@ -56,8 +56,10 @@ GXPO = Arm("GXPO", {"update_rule": "gxpo", "lookahead_steps": 5, "reposition_alp
 SFPO = Arm("SFPO", {"update_rule": "sfpo", "lookahead_steps": 3, "reposition_alpha": 0.8, "gate_signal": "never"})
 ARMS = (STOCK, GRPO, THREE_ITERATIONS, GXPO, SFPO)
 CONTROLLED = Arm("two passes, controlled", {**GXPO.settings, "lookahead_steps": 1, "step_control": "cosine"})
+CHECK = Arm("check", {"update_rule": "check", "per_device_train_batch_size": 8})
+CONTROLLED_ARMS = (CONTROLLED, CHECK)
 CONTROL_RATES = (2e-5, 2e-4, 2e-3)
-"""At which `CONTROLLED` and GRPO are compared."""
+"""At which they and GRPO are compared."""
 PHASES = (
     ("look", (GRPO, GXPO, STOCK, THREE_ITERATIONS, SFPO)),
     ("rates", (GRPO, GXPO)),
@@ -66,6 +68,7 @@ PHASES = (
     ("seeds", (THREE_ITERATIONS, SFPO)),
     ("seeds", (STOCK,)),
     ("control", (CONTROLLED,)),
+    ("control", (CHECK,)),
     ("control", (GRPO,)),
 )
 
@@ -93,7 +96,7 @@ class Bench:
 
     def measure(self, label: str, rate: float, seed: int) -> dict:
         """One run, in the process that this is called in, and what came of it as `result.json` in its folder."""
-        arm = next(arm for arm in (*ARMS, CONTROLLED) if arm.label == label)
+        arm = next(arm for arm in (*ARMS, *CONTROLLED_ARMS) if arm.label == label)
         batches = self.batches_of(seed)
         folder = self.folder / f"{batches}-batches"
         place = folder / f"{label}, lr {rate:g}".replace(" ", "_") / f"seed-{seed}"
@@ -181,8 +184,10 @@ def chosen(rows: Sequence[dict]) -> list[list[dict]]:
         best = best_rate(arm, rows)
         compared = [row for row in own if row["seed"] not in TUNING_SEEDS and row["learning_rate"] == best]
         found.append(compared or [row for row in own if row["learning_rate"] == RATES[0]])
-    controlled = [row for row in rows if (row["arm"], row["learning_rate"]) == (CONTROLLED.label, CONTROL_RATES[1])]
-    return [*found, controlled] if controlled else found
+    for arm in CONTROLLED_ARMS:
+        runs = [row for row in rows if (row["arm"], row["learning_rate"]) == (arm.label, CONTROL_RATES[1])]
+        found += [runs] if runs else []
+    return found
 
 
 def show(rows: Sequence[dict]) -> None:
@@ -195,7 +200,7 @@ def show(rows: Sequence[dict]) -> None:
         seeds = str(len(runs)) + (" (look)" if first["seed"] in TUNING_SEEDS else "")
         accuracies = over_runs(runs), at_ends(runs)
         cells = [first["arm"], f"{first['learning_rate']:g}", seeds, *map(with_interval, accuracies)]
-        cells += [str(first["curve"][-1][2]), str(first["curve"][-1][0])]
+        cells += [f"{first['curve'][-1][2]:.0f}", str(first["curve"][-1][0])]
         cells += [number(seconds[name], 1) for name in COLUMNS]
         cells += [number(max(run["peak_resident_gib"] for run in runs), 2)]
         print(f"| {' | '.join(cells)} |")
@@ -221,11 +226,11 @@ def with_interval(values: Sequence[float]) -> str:
 
 
 def show_control(rows: Sequence[dict]) -> None:
-    """Accuracy of GRPO and of two controlled passes, over the run and at its end, by learning rate."""
+    """Accuracy of GRPO and of the arms with step control, over the run and at its end, by learning rate."""
     compared = [row for row in rows if row["seed"] not in TUNING_SEEDS]
-    if any(row["arm"] == CONTROLLED.label for row in compared):
+    if any(row["arm"] in {arm.label for arm in CONTROLLED_ARMS} for row in compared):
         print(f"\n| arm | {' | '.join(f'{rate:g}' for rate in CONTROL_RATES)} |\n|{'---|' * (len(CONTROL_RATES) + 1)}")
-        for arm in (GRPO, CONTROLLED):
+        for arm in (GRPO, *CONTROLLED_ARMS):
             cells = []
             for rate in CONTROL_RATES:
                 runs = [row for row in compared if (row["arm"], row["learning_rate"]) == (arm.label, rate)]
