@@ -65,15 +65,8 @@ CHECK = Arm("check", {"update_rule": "check", **EIGHT_MICRO_BATCHES})
 CHECK_MINIBATCHES = Arm(
     "check, 4 disjoint minibatches",
     {
-        **{"update_rule": "check", "per_device_train_batch_size": 8},
-        **{"gradient_accumulation_steps": 4, "steps_per_generation": 16},
-    },
-)
-CHECK_ONCE = Arm(
-    "check once a batch, 4 disjoint minibatches",
-    {
-        **{"update_rule": "check", "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2},
-        **{"steps_per_generation": 8, "check_steps": 4},
+        **{"update_rule": "check", "per_device_train_batch_size": 16},
+        **{"gradient_accumulation_steps": 2, "steps_per_generation": 8},
     },
 )
 RIVALS = (
@@ -86,10 +79,9 @@ PRODIGY = Arm("Prodigy", {}, ("prodigy",))
 PACKAGES = {"schedule-free": "schedulefree", PRODIGY.label: "prodigyopt"}
 """What an arm needs that the project does not install."""
 ARMS = (GRPO, TWO_PASSES, CHECK)
-CHECKS = (CHECK, CHECK_MINIBATCHES, CHECK_ONCE)
-CONTROLLED = {arm.label for arm in (TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, *CHECKS)}
+CONTROLLED = {arm.label for arm in (TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK, CHECK_MINIBATCHES)}
 COMPARED = (
-    *(GRPO, FOUR_MINIBATCHES, TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, *CHECKS),
+    *(GRPO, FOUR_MINIBATCHES, TWO_PASSES, THREE_PASSES, PHANTOM_CONTROLLED, CHECK, CHECK_MINIBATCHES),
     *(THREE_ITERATIONS, GXPO, PHANTOM),
 )
 RIVALS_IN_PASSES = [arm.label for arm in (FOUR_MINIBATCHES, THREE_ITERATIONS, GXPO)]
@@ -98,7 +90,7 @@ LABELS = [arm.label for arm in (*COMPARED, *RIVALS, PRODIGY)]
 COLORS = {
     **{"GRPO": "#888888", THREE_ITERATIONS.label: "#4c78a8", GXPO.label: "#72b7b2"},
     **{TWO_PASSES.label: "#d62728", THREE_PASSES.label: "#ff9d3b", CHECK.label: "#9467bd"},
-    **{CHECK_ONCE.label: "#e377c2"},
+    **{CHECK_MINIBATCHES.label: "#e377c2"},
     **{"adaptive KL": "#2ca02c", "hypergradient": "#8c564b"},
 }
 
@@ -135,7 +127,7 @@ EVERYWHERE = (*ARMS, THREE_PASSES, THREE_ITERATIONS, GXPO, *RIVALS)
 
 def check_minibatches(*rates: float) -> tuple[tuple[Arm, float], ...]:
     """*check* with four optimizer steps a batch, each on rows of its own, at rates that are far apart."""
-    return tuple((arm, rate) for arm in (CHECK_MINIBATCHES, CHECK_ONCE) for rate in rates)
+    return tuple((CHECK_MINIBATCHES, rate) for rate in rates)
 
 
 FULL = (1e-5, 5e-5, 2e-4, 4e-4, 8e-4, 5e-3, 2e-2)
@@ -155,8 +147,7 @@ REGIMES = (
         more=((GRPO, 1e-4), *others(5e-5, 1e-4, 2e-4), *check_minibatches(1e-5, 2e-4, 2e-2)),
         changes={
             CHECK.label: {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
-            CHECK_MINIBATCHES.label: {"per_device_train_batch_size": 2},
-            CHECK_ONCE.label: {"per_device_train_batch_size": 4},
+            CHECK_MINIBATCHES.label: {"per_device_train_batch_size": 4},
             FOUR_MINIBATCHES.label: {"per_device_train_batch_size": 8},
         },
     ),
@@ -165,8 +156,7 @@ REGIMES = (
         more=((GRPO, 1.6e-3), *others(2e-4, 4e-4, 8e-4), *check_minibatches(1e-5, 8e-4, 2e-2)),
         changes={
             CHECK.label: {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 16},
-            CHECK_MINIBATCHES.label: {"per_device_train_batch_size": 32},
-            CHECK_ONCE.label: {"per_device_train_batch_size": 64},
+            CHECK_MINIBATCHES.label: {"per_device_train_batch_size": 64},
             FOUR_MINIBATCHES.label: {"gradient_accumulation_steps": 4, "steps_per_generation": 16},
         },
     ),
@@ -385,7 +375,7 @@ def compare(result: dict, arm: str) -> list[str]:
 
 def overview(results: dict[str, dict]) -> str:
     """What matters of all regimes: two controlled passes and *check*, at any rate, against tuned GRPO."""
-    arms = {"two passes": TWO_PASSES, "check": CHECK, "check once, 4 minibatches": CHECK_ONCE}
+    arms = {"two passes": TWO_PASSES, "check": CHECK, "check, 4 minibatches": CHECK_MINIBATCHES}
     heads = ["regime", *(head for name in arms for head in (f"{name}: AUC", "at the end", "least")), "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for regime in REGIMES:
@@ -406,7 +396,7 @@ def text(results: dict[str, dict]) -> str:
             continue
         blocks += [f"**{regime.part.title}**, {regime.part.batches} batches:", summary(result)]
         there = by_arm(result)
-        pairs = itertools.product((TWO_PASSES.label, CHECK_ONCE.label), RIVALS_IN_PASSES)
+        pairs = itertools.product((TWO_PASSES.label, CHECK_MINIBATCHES.label), RIVALS_IN_PASSES)
         lines = [f"- {against(result, *pair)}" for pair in pairs if set(pair) <= there.keys()]
         blocks += ["\n".join(lines)]
         blocks += [table(result)]

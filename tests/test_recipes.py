@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = recipe_names()
 RULE = {"update_rule", "lookahead_steps", "reposition_alpha", "active_threshold"}
 RULE |= {"step_control", "gate_signal", "gate_threshold", "gate_window", "gate_warmup_steps", "output_dir"}
-IN_MINIBATCHES = {"check_steps", "generation_batch_size", "steps_per_generation", "prompts_per_step", "max_steps"}
+IN_MINIBATCHES = {"generation_batch_size", "steps_per_generation", "prompts_per_step", "max_steps"}
 IN_MINIBATCHES |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
 IN_MINIBATCHES |= {"logging_steps", "eval_steps", "save_steps"}  # what makes several optimizer steps of a batch
 OVER_GRPO = {"loss_type", "beta", "epsilon_high", "reward_funcs"}  # what makes GRPO DAPO
@@ -61,8 +61,9 @@ def test_there_is_one_for_every_setting():
     expected = {f"{model}/{method}.yaml" for model in GXPO_MODELS for method in GXPO_METHODS}
     expected |= {f"{model}/{method}.yaml" for model in SFPO_MODELS for method in SFPO_METHODS}
     expected |= {f"{model}/next.yaml" for model in NEXT_MODELS}
-    expected |= {f"{machine}/{method}.yaml" for machine in HOME for method in ("grpo", "gxpo", "step-control", "check")}
-    expected |= {f"tiny/{method}.yaml" for method in ("grpo", "sfpo", "gxpo", "next", "check")}
+    expected |= {f"{machine}/{method}.yaml" for machine in HOME for method in ("grpo", "gxpo", "step-control")}
+    expected |= {f"tiny/{method}.yaml" for method in ("grpo", "sfpo", "gxpo", "next")}
+    expected |= {f"{folder}/check.yaml" for folder in (*HOME, "tiny")}
     expected |= {f"{folder}/step-control.yaml" for folder in (*GXPO_MODELS, *SFPO_MODELS, REAL, "tiny")}
     expected |= {"reasoning-gym/gxpo.yaml"}
     expected |= {f"{REAL}/grpo.yaml", f"{REAL}/gxpo.yaml"}
@@ -77,7 +78,8 @@ def test_methods_of_one_folder_differ_in_the_rule_alone(folder):
     for name in NAMES:
         method = name.removeprefix(f"{folder}/").removesuffix(".yaml")
         if name.startswith(f"{folder}/") and method not in ("grpo", "next"):
-            allowed = RULE | (OVER_GRPO if method.startswith("dapo") else IN_MINIBATCHES if method == "check" else set())
+            allowed = RULE | (OVER_GRPO if method.startswith("dapo") else set())
+            allowed |= IN_MINIBATCHES if method == "check" else set()
             assert {"output_dir"} <= differing(f"{folder}/grpo.yaml", name) <= allowed, name
     if f"{folder}/dapo.yaml" in NAMES:
         assert differing(f"{folder}/dapo.yaml", f"{folder}/dapo_sfpo.yaml") <= RULE
@@ -85,11 +87,11 @@ def test_methods_of_one_folder_differ_in_the_rule_alone(folder):
 
 @pytest.mark.parametrize("folder", [*HOME, "tiny"])
 def test_a_check_is_of_the_same_batches_in_several_steps(folder):
-    """As many batches as the other recipes have, logged and evaluated after as many, one check each."""
+    """As many batches as the other recipes have, logged and evaluated after as many."""
     plain, checked = parse(f"{folder}/grpo.yaml").training, parse(f"{folder}/check.yaml").training
     assert checked.generation_batch_size == plain.generation_batch_size
-    steps = checked.steps_per_generation // checked.gradient_accumulation_steps
-    assert steps == checked.check_steps == (2 if folder == "t4" else 4) and plain.logging_steps == 1
+    steps = checked.steps_of_batch
+    assert steps == (2 if folder == "t4" else 4) and plain.steps_of_batch == 1
     for name in ("max_steps", "logging_steps", "eval_steps", "save_steps"):
         assert getattr(checked, name) == steps * getattr(plain, name) or checked.save_strategy == "no"
     assert checked.generation_batch_size / steps >= 32
@@ -279,7 +281,7 @@ def test_the_plan_says_what_a_run_takes(tmp_path):
         (["--update_rule", "grpo"], "1 a step: 300 backward passes in all"),
         (["--update_rule", "check"], f"{300 * (1 + 2 / 128):,.0f} backward passes in all; GRPO has 300"),
         (
-            ["--update_rule", "check", "--check_steps", "3"],
+            ["--update_rule", "check", "--generation_batch_size", "1920"],
             f"micro-batches in every 3 steps: {300 + 100 * 2 / 128:,.0f} backward passes in all",
         ),
         (["--gate_warmup_steps", "0"], f"{3 * 3 + 297} to 900 backward passes"),  # the third has two to compare with
@@ -335,7 +337,8 @@ def check_rehearsal(name: str, printed: str, **overridden) -> None:
     steps = 1 if "extrapolate_after" in settings else 3
     (last,) = (line for line in printed.splitlines() if line.startswith("Rehearsed"))
     passes = int(re.search(r"(\d+) backward passes", last).group(1))
-    tries = 1 + (MOST_TRIES if {"step_control", "check_steps"} & settings.keys() else 0)  # of a step: one in three has no advantage
+    controls = settings["update_rule"] == "check" or "step_control" in settings
+    tries = 1 + (MOST_TRIES if controls else 0)  # of a step: one in three has no advantage
     assert f"{steps} steps" in last and steps + min(probes, 1) <= passes <= steps + 2 * probes * tries
 
 

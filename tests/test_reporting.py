@@ -632,7 +632,7 @@ def test_without_plain_steps_an_update_is_estimated_by_its_passes(tmp_path):
     checked_at_times = timed([1.8, 1.0, 1.0, 1.0] * 2)
     for entry in checked_at_times[1:]:
         entry["lookahead/backward_passes"] = entry["step"] + (entry["step"] + 3) // 4
-    write_run(tmp_path / "check4", checked_at_times, {**GXPO, "update_rule": "check", "check_steps": 4})
+    write_run(tmp_path / "check4", checked_at_times, {**GXPO, "update_rule": "check", "num_iterations": 4})
     assert pays_row(tmp_path, "check4")[2] == "1.25"
 
 

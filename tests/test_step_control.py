@@ -312,7 +312,6 @@ def test_the_target_is_by_passes_and_completions(tmp_path, config_class, setting
         ({"update_rule": "grpo"}, "`update_rule: check`"),
         ({"update_rule": "grpo"}, "`lookahead_steps: 1`"),
         ({"update_rule": "check", "gradient_accumulation_steps": 1}, "`gradient_accumulation_steps`"),
-        ({"update_rule": "check", "gradient_accumulation_steps": 2, "check_steps": 0}, "`check_steps`"),
         ({"step_control": "kl"}, "`step_control`"),
         ({"step_control_target": 1.0}, "`step_control_target`"),
         ({"step_control_target": -0.1}, "`step_control_target`"),
@@ -774,7 +773,7 @@ def test_each_micro_batch_has_its_turn(tmp_path, monkeypatch):
     train(tmp_path / "each", **CHECK, max_steps=5, step_control_gain=0.0)
     assert indices == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]  # of four, at both ends of each step
     indices.clear()
-    train(tmp_path / "third", **CHECK, max_steps=7, step_control_gain=0.0, check_steps=3)
+    train(tmp_path / "third", **CHECK, max_steps=7, step_control_gain=0.0, num_iterations=3)
     assert indices == [0, 0, 1, 1, 2, 2]
 
 
@@ -782,35 +781,35 @@ def steps_checked(trainer) -> list[int]:
     return [entry["step"] for entry in trainer.state.log_history if "lookahead/cos_check" in entry]
 
 
-def test_a_check_every_so_many_steps_changes_the_length_after_these_only(tmp_path):
-    """Every second step, from the first on; the search at the start is that of a run with a check after each."""
-    common = {**METHOD, **CHECK, "max_steps": 5, "step_control_target": 0.6}
-    each, second = (train(tmp_path / str(n), **common, check_steps=n) for n in (1, 2))
-    multipliers, cosines = logged(second, "lookahead/step_multiplier"), logged(second, "lookahead/cos_check")
-    assert steps_checked(second) == [1, 3, 5]
-    assert multipliers[3] == pytest.approx(taken(StepControl(0.6, 0.5, multipliers[2]), cosines[1]))
-    assert multipliers[4] == multipliers[3] != multipliers[2]
-    assert logged(each, "lookahead/step_multiplier")[:2] == multipliers[:2]
-    tries = second.lookahead.control.steps_tried + 2
-    assert second.backward_passes == 5 + 3 * 0.5 + tries
+@pytest.mark.parametrize(
+    "shared, checked",
+    [
+        ({"steps_per_generation": 8}, [1, 3, 5]),
+        ({"num_iterations": 3}, [1, 4]),
+        ({"steps_per_generation": 2}, [1, 2, 3, 4, 5]),
+    ],
+    ids=str,
+)
+def test_of_the_steps_on_a_batch_the_first_is_checked(tmp_path, shared, checked):
+    """Its rollouts are of the policy that it steps. The length changes after these steps only."""
+    trainer = train(tmp_path, **METHOD, **CHECK, **shared, max_steps=5, step_control_target=0.6)
+    multipliers, cosines = logged(trainer, "lookahead/step_multiplier"), logged(trainer, "lookahead/cos_check")
+    assert steps_checked(trainer) == checked
+    control = StepControl(0.6, 0.5, multipliers[2])
+    for step in (3, 4):
+        cosine = cosines[checked.index(step)] if step in checked else None
+        assert multipliers[step] == pytest.approx(taken(control, cosine))
+    assert trainer.backward_passes == 5 + len(checked) * 0.5 + trainer.lookahead.control.steps_tried + 2
 
 
 def test_checks_that_are_far_apart_go_on_where_a_checkpoint_was(tmp_path):
-    settings = {**METHOD, **CHECK, "save_strategy": "steps", "save_steps": 1, "max_steps": 6, "check_steps": 4}
+    settings = {**METHOD, **CHECK, "save_strategy": "steps", "save_steps": 1, "max_steps": 6, "num_iterations": 2}
     whole = train(tmp_path / "whole", **settings)
-    for step in (3, 4, 5):
+    for step in (2, 4):
         resumed = make_trainer(tmp_path / "whole", **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_equal_parameters(whole, resumed)
         assert resumed.backward_passes == whole.backward_passes
-
-
-def test_disjoint_minibatches_are_checked_once_a_batch(tmp_path):
-    """Two optimizer steps a batch: the first of them, whose rollouts are of the policy that is stepped."""
-    shared = {"steps_per_generation": 8, "num_generations": 4, "check_steps": 2, "max_steps": 4}
-    trainer = train(tmp_path, **{**METHOD, **CHECK, **shared}, step_control_gain=0.0)
-    assert steps_checked(trainer) == [1, 3]
-    assert trainer.backward_passes == 4 + 2 * 0.5
 
 
 def test_a_step_without_advantage_is_not_checked(tmp_path):

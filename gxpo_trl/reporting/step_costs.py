@@ -4,7 +4,6 @@ s is the share of a plain step outside its update, and c the time of an active u
 run that reaches the same accuracy with f times fewer rollouts takes (s + c (1 - s)) / f of the time.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,8 +89,7 @@ def share_needed(c: float, f: float) -> float | None:
 
 
 def step_times(run: Run) -> list[StepTime]:
-    """The steps of a run that logged the time of their update; those of one batch of rollouts, or of one check, are
-    one."""
+    """The steps of a run that logged the time of their update; those of one batch of rollouts are one."""
     checks = run.settings.get("update_rule") == "check"  # every step replays, and none is called active
     found, before = [], {"step": 0, BACKWARD_PASSES: 0.0, ELAPSED_TIME: 0.0}
     for entry in run.log:
@@ -106,8 +104,7 @@ def step_times(run: Run) -> list[StepTime]:
         active = 1.0 if checks else entry.get(ACTIVE, 0.0)
         found.append(StepTime(entry["step"], count, active, passes, entry[UPDATE_TIME], total))
         before = {name: entry[name] for name in before if is_number(entry.get(name))}
-    period = run.settings.get("check_steps") or 1 if checks else 1
-    return _by_batch(found, math.lcm(_steps_of_batch(run), period))
+    return _by_batch(found, _steps_of_batch(run))
 
 
 def _steps_of_batch(run: Run) -> int:

@@ -54,9 +54,9 @@ def _describe_passes(recipe: Recipe) -> str:
     if args.update_rule == "grpo":
         return f"1 a step: {steps:,} backward passes in all" if steps > 0 else "1 a step"
     if args.update_rule == "check":
-        passes = 1 + 2 / args.gradient_accumulation_steps / args.check_steps
+        passes = 1 + 2 / args.gradient_accumulation_steps / args.steps_of_batch
         text = f"1 a step and 2 of {args.gradient_accumulation_steps} micro-batches"
-        text += f" in every {args.check_steps} steps" if args.check_steps > 1 else ""
+        text += f" in every {args.steps_of_batch} steps" if args.steps_of_batch > 1 else ""
         return f"{text}: {steps * passes:,.0f} backward passes in all; GRPO has {steps:,}" if steps > 0 else text
     passes = args.lookahead_rule().passes
     text = f"{passes} a step while the gate is open, then 1"

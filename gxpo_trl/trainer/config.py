@@ -56,8 +56,8 @@ class LookaheadConfig(GRPOConfig):
         update_rule (`str`, *optional*, defaults to `"gxpo"`):
             How a batch of rollouts becomes an update: `"gxpo"` (three passes: two probes, extrapolation, correction),
             `"sfpo"` (K + 1 passes: K probes, correction), `"grpo"` (plain single pass through the same trainer) or
-            `"check"` (that, with step control: after the step one micro-batch says whether it was too long, for two
-            micro-batches more than a pass).
+            `"check"` (that, with step control: after the first step on a batch one micro-batch says whether it was
+            too long, for two micro-batches more than a pass).
         lookahead_steps (`int`, *optional*, defaults to `5`):
             K: for `"gxpo"` the virtual steps that the two probes are extrapolated to, or 1 for one probe and a
             correction from where it led (two passes, nothing extrapolated or repositioned); for `"sfpo"` the probes
@@ -105,9 +105,6 @@ class LookaheadConfig(GRPOConfig):
             and 32 and 512; with `update_rule: check` as for two passes, and at least 0.6.
         step_control_gain (`float`, *optional*, defaults to `0.5`):
             κ: how fast the multiplier changes, as exp(κ (cosine - target)) a step; 0 keeps it at 1.
-        check_steps (`int`, *optional*, defaults to `1`):
-            With `update_rule: check`, every how many optimizer steps one is checked, from the first on. Where several
-            optimizer steps share a batch of rollouts, their number makes one check a batch.
         snapshot_device (`str`, *optional*, defaults to `"model"`):
             Where the copies of an active step are kept: `"model"`, next to the parameters, or `"cpu"`, in pinned host
             memory.
@@ -135,8 +132,8 @@ class LookaheadConfig(GRPOConfig):
         metadata={
             "help": "How a batch of rollouts becomes an update: 'gxpo' (three passes: two probes, extrapolation, "
             "correction), 'sfpo' (K + 1 passes: K probes, correction), 'grpo' (plain single pass through the same "
-            "trainer) or 'check' (that, with step control: after the step one micro-batch says whether it was too "
-            "long, for two micro-batches more than a pass)."
+            "trainer) or 'check' (that, with step control: after the first step on a batch one micro-batch says "
+            "whether it was too long, for two micro-batches more than a pass)."
         },
     )
     lookahead_steps: int = field(
@@ -244,13 +241,6 @@ class LookaheadConfig(GRPOConfig):
     step_control_gain: float = field(
         default=0.5,
         metadata={"help": "κ: how fast the multiplier changes, as exp(κ (cosine - target)) a step; 0 keeps it at 1."},
-    )
-    check_steps: int = field(
-        default=1,
-        metadata={
-            "help": "With 'check', every how many optimizer steps one is checked, from the first on. Where several "
-            "optimizer steps share a batch of rollouts, their number makes one check a batch."
-        },
     )
     snapshot_device: str = field(
         default="model",
@@ -388,8 +378,7 @@ class LookaheadConfig(GRPOConfig):
             check_at_least(name, getattr(self, name), 0.0)
         for name in ("gate_warmup_steps", "alpha_decay_steps", "lookahead_diagnostics_steps"):
             check_at_least(name, getattr(self, name), 0)
-        for name in ("gate_patience", "check_steps"):
-            check_at_least(name, getattr(self, name), 1)
+        check_at_least("gate_patience", self.gate_patience, 1)
         check_at_least("gate_window", self.gate_window, 2)
         for name in ("max_tokens_per_micro_batch", "max_active_steps"):
             if getattr(self, name) is not None:
@@ -452,6 +441,12 @@ class LookaheadConfig(GRPOConfig):
                 f"{self.generation_batch_size} / `num_generations` {self.num_generations}), so that no step could be "
                 "trained. Add data, or set a smaller `gradient_accumulation_steps` or `per_device_train_batch_size`."
             )
+
+    @property
+    def steps_of_batch(self) -> int:
+        """Optimizer steps that a batch of rollouts lasts for."""
+        micro_batches = self.steps_per_generation * self.num_iterations
+        return math.ceil(micro_batches / self.gradient_accumulation_steps)
 
     def lookahead_rule(self) -> LookaheadRule | None:
         """The update rule as the update step reads it; `None` for TRL's own single pass."""

@@ -230,7 +230,7 @@ class LookaheadTrainer(GRPOTrainer):
         args, rule = self.args, self.lookahead.rule
         completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         single = "1 pass and two micro-batches" if self.lookahead.checks else "1 pass"
-        single += f" in every {args.check_steps} steps" if self.lookahead.checks and args.check_steps > 1 else ""
+        single += f" in every {args.steps_of_batch} steps" if self.lookahead.checks and args.steps_of_batch > 1 else ""
         passes = single if rule is None else f"{rule.passes} passes while active and 1 after"
         return (
             f"{args.update_rule.upper()}: {completions / args.num_generations:g} prompts × {args.num_generations} "

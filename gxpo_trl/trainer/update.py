@@ -48,7 +48,7 @@ class LookaheadUpdate:
 
     Attributes:
         rule (`LookaheadRule`, *optional*): The update rule; `None` for TRL's own single pass.
-        checks (`bool`): Whether a micro-batch is replayed after each step, or each that is due (`update_rule: check`).
+        checks (`bool`): Whether a micro-batch is replayed after a batch's first step (`update_rule: check`).
         gate (`Gate`): Whether the active phase lasts.
         length (`StepLength`): The length of the steps.
         layout (`BatchLayout`): The layout of the rollouts.
@@ -268,7 +268,7 @@ class LookaheadUpdate:
             metrics = {"active": 0.0}
             if replayed:
                 self._find_length(model, window)
-                if self.trainer.state.global_step % self.trainer.args.check_steps == 0:
+                if self.trainer.state.global_step % self.trainer.args.steps_of_batch == 0:
                     self._to_check = ToCheck(model, window, self._copy_of_parameters())
             if window is not None:
                 self.engine.passes.finish()
@@ -331,7 +331,7 @@ class LookaheadUpdate:
 
     def _replay_one(self, model: torch.nn.Module, window: RolloutWindow) -> Replay:
         """A pass over one micro-batch; each in its turn, since they are sorted by length."""
-        checks = self.trainer.state.global_step // self.trainer.args.check_steps
+        checks = self.trainer.state.global_step // self.trainer.args.steps_of_batch
         index = checks % window.replayed_micro_batches
         return lambda: self.replays.run(self.engine, model, window.replay_one(index))
 
