@@ -41,7 +41,7 @@ METHODS = {
     "change of the gradient coordinate by coordinate to K steps, moves a part α of the way, and corrects there.",
     "sfpo": "SFPO: while its gate is open, a step takes K fast steps on a batch of rollouts, goes back to a part α of "
     "the way, and takes one slow step from there.",
-    "check": "GRPO: one step on each batch of rollouts, after which one micro-batch says whether it was too long.",
+    "check": "GRPO: after the first step on a batch of rollouts, one micro-batch says whether it was too long.",
     "grpo": "GRPO: one step on each batch of rollouts.",
 }
 TWO_PASSES = "GXPO in two passes: while its gate is open, a step takes one probe step on a batch of rollouts, and "
