@@ -12,7 +12,7 @@ import yaml
 from mutate_recipes import cases, run
 
 from gxpo_trl.scripts import cli
-from gxpo_trl.scripts.bounds import BOUNDS
+from gxpo_trl.scripts.bounds import BOUNDS, Choices
 from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.tasks.code import PERMISSION
 from gxpo_trl.values import read_value
@@ -157,6 +157,11 @@ def test_yaml_is_taken_as_it_is_written(tmp_path):
         ("num_generations: 1", "a finite number of at least 2"),
         ("seed: -1", "a number of at least 0 and at most"),
         ("lora_dropout: -0.1", "a number of at least 0"),
+        ("loss_type: drgrpo", "one of 'grpo', .*did you mean `dr_grpo`"),
+        ("scale_rewards: groups", "one of 'group', 'batch', 'none', got groups; did you mean `group`"),
+        ("importance_sampling_level: word", "one of 'token', 'sequence', got word"),
+        ("multi_objective_aggregation: mean", "one of 'sum_then_normalize', 'normalize_then_sum'"),
+        ("vllm_importance_sampling_mode: clip", "one of 'token_truncate'"),
     ],
 )
 def test_a_value_of_another_type_or_out_of_bounds_says_what_was_expected(tmp_path, line, expected):
@@ -312,9 +317,11 @@ def test_words_are_read_by_what_is_meant(value, kind, read):
 
 def test_bounds_are_those_of_fields_that_there_are_and_defaults_are_within():
     for owner, bounds in BOUNDS.items():
-        fields = {field.name: field.default for field in dataclasses.fields(owner)}
+        fields = {field.name: field for field in dataclasses.fields(owner)}
         for name, bound in bounds.items():
-            assert fields[name] is None or bound.hold(fields[name]), name
+            default, said = fields[name].default, fields[name].metadata["help"]
+            assert default is None or bound.hold(default), name
+            assert not isinstance(bound, Choices) or all(f"{text}'" in said for text in bound.texts), name
 
 
 # ---- The environment
