@@ -277,6 +277,8 @@ SAME = [
     (r"\text{7:30 PM}", "7:30 PM"),
     (r"\text{8 AM}", r"8\text{ a.m.}"),
     (r"\text{2 hours 30 minutes}", r"\text{2 hours, and 30 minutes}"),
+    # A root
+    ("-2", r"\sqrt[3]{-8}"),
 ]
 
 
@@ -294,7 +296,6 @@ DIFFERENT = [
     ("5:4:3", "3:4:5"),
     ("1,2,2", "1,1,2"),
     ("one solution", "No solution"),
-    ("3/2", "three halves"),
     ("x plus y", "x+y"),
     ("decreasing", "monotonically increasing"),
     ("17", "18"),
@@ -461,6 +462,9 @@ DIFFERENT = [
     ("123456789012345688901234567890", "1.2345678901234568e+29"),
     (r"\text{7:30 a.m.}", r"\text{7:30 p.m.}"),
     (r"\text{8 AM}", r"8\text{ PM}"),
+    # A root
+    ("2", r"\sqrt[3]{-8}"),
+    ("2", r"\sqrt[4]{-16}"),
 ]
 
 
