@@ -279,6 +279,10 @@ SAME = [
     (r"\text{2 hours 30 minutes}", r"\text{2 hours, and 30 minutes}"),
     # A root
     ("-2", r"\sqrt[3]{-8}"),
+    # A decimal comma, a unit of one letter
+    ("0,5", "0.5"),
+    ("25 s", r"25\text{ seconds}"),
+    (r"25\text{ s}", "25 s"),
 ]
 
 
@@ -465,6 +469,10 @@ DIFFERENT = [
     # A root
     ("2", r"\sqrt[3]{-8}"),
     ("2", r"\sqrt[4]{-16}"),
+    # A decimal comma, a unit of one letter
+    ("0,6", "0.5"),
+    ("3.5", "3, 5"),
+    ("25 m", r"25\text{ s}"),
 ]
 
 
