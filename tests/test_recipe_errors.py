@@ -427,6 +427,30 @@ def test_a_model_that_cannot_be_read_ends_an_evaluation_in_one_sentence(tmp_path
     assert "\n" not in ended.value.code
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--models", "/nowhere/x"], "`models`: there is no folder /nowhere/x"),
+        (["--models", "."], "`models`: . is not a checkpoint: it holds neither a config.json nor an adapter_config"),
+        (["--dtype", "float13"], "`dtype` must be 'auto' or a type of torch such as 'bfloat16', got 'float13'"),
+        (["--dtype", "nn"], "`dtype` must be 'auto' or a type of torch"),
+        (["--output_dir", "file"], "`output_dir: file` can't be created: .*/file is not a folder"),
+    ],
+)
+def test_an_evaluation_that_cannot_work_names_the_setting(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    models = [] if "--models" in words else ["--models", "gxpo_trl/tiny"]
+    with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+        cli.main(["eval", *models, "--benchmarks", "arithmetic", "--limit", "1", *words])
+
+
+def test_a_report_that_cannot_be_written_names_the_setting(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="^error: `out: .*/file` can't be created: .*/file is not a folder"):
+        cli.main(["report", str(tmp_path), "--out", str(tmp_path / "file")])
+
+
 # ---- By the hundred
 
 

@@ -1,7 +1,6 @@
 """From a recipe to a trainer: model, data, rewards, and the callbacks that the recipe asks for."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..callbacks.hub import HubCallback, explain_hub_errors
 from ..callbacks.records import RunRecordCallback
 from ..callbacks.trackers import TrackerCallback
 from ..callbacks.trajectories import TrajectoryCallback
-from ..run_folder import ADAPTER_CONFIG, adapter_base, is_adapter
+from ..run_folder import ADAPTER_CONFIG, adapter_base, check_output_dir, is_adapter
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
 from ..tasks.datasets import has_name
 from ..tasks.examples import check_columns, without_chat_template
@@ -92,19 +91,6 @@ def _check_names(recipe: Recipe) -> None:
     scores_itself = script.dataset_name is not None and is_generated(script.dataset_name)
     if not script.reward_funcs and not script.reward_model_name_or_path and not scores_itself:
         raise ValueError("The recipe names no reward. Set `reward_funcs` or `reward_model_name_or_path`.")
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Refuses a path where no folder can be created.
-
-    Raises:
-        ValueError: Says why.
-    """
-    folder = Path(output_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        problem = "can't be written to" if there.is_dir() else "is not a folder"
-        raise ValueError(f"`output_dir: {output_dir}` can't be created: {there} {problem}.")
 
 
 def load_rewards(recipe: Recipe) -> list[Callable | str]:
