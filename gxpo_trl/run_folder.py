@@ -59,6 +59,19 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 STEP = re.compile(r"(checkpoint|step)-(\d+)")
 
 
+def check_output_dir(output_dir: str | Path, setting: str = "output_dir") -> None:
+    """Refuses a path where no folder can be created.
+
+    Raises:
+        ValueError: Says why.
+    """
+    folder = Path(output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "can't be written to" if there.is_dir() else "is not a folder"
+        raise ValueError(f"`{setting}: {output_dir}` can't be created: {there} {problem}.")
+
+
 def step_folder(run: Path, step: int) -> Path:
     """The folder of a step's adapter in a trajectory."""
     return run / TRAJECTORY_FOLDER / f"step-{step:06d}"

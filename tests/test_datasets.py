@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,21 @@ def test_where_a_set_is_on_the_hub(tmp_path, monkeypatch):
     local = ("gxpo_trl/arithmetic", "arithmetic", "reasoning_gym/chain_sum", "data/mine.jsonl")
     for elsewhere in (*local, "DAPO-Math-17k+MATH-train", None):
         assert hub_dataset(elsewhere) is None
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "it is empty"),
+        ("\n\n", "it is empty"),
+        ('{"problem": "1+1", "answer": "2"', "JSON parse error: Missing a comma .* in row 0"),
+    ],
+)
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_file_that_cannot_be_read_says_why(tmp_path, form, content, said):
+    file = tmp_path / "data" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text(content)
+    path = file if form == "file" else file.parent
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} can't be loaded: {said}\.$"):
+        resolve_dataset(str(path))

@@ -15,6 +15,7 @@ from gxpo_trl.evaluation.results import benchmark_results, why_doubtful
 from gxpo_trl.evaluation.sampling import Sample
 from gxpo_trl.evaluation.scoring import evaluate, verify_again, verify_gold
 from gxpo_trl.evaluation.settings import EvaluationArguments
+from gxpo_trl.scripts import cli
 from gxpo_trl.scripts.building import build_trainer
 from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.tasks import TINY_MODEL_PATH
@@ -216,7 +217,7 @@ def test_rewards_of_another_number_and_weights_of_another_are_named(own_task):
 @pytest.mark.parametrize("found", [["1.0"], "1", None, 1.0, [[1.0]], {"reward": 1.0}, ["one"]], ids=str)
 def test_rewards_that_are_no_numbers_are_named(own_task, found):
     def odd(completions, **kwargs):
-        return found
+        return found * len(completions) if isinstance(found, list) else found
 
     task = load_task("text.jsonl", rewards=reward_sum([odd], None))
     for judge in (lambda: judge_samples(task, [0], [[sample("a")]]), task.check_rewards):
@@ -243,6 +244,26 @@ def test_a_benchmark_without_a_column_of_a_reward_is_refused_before_anything_is_
     with pytest.raises(ValueError, match=said):
         evaluate(settings(own_task, benchmarks=["text.jsonl", "less.jsonl"]))
     assert not (own_task / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("[target[0]] * len(completions)", "fails on text.jsonl: TypeError: .*'target'.* The columns are prompt"),
+        ("kwargs['target']", "fails on text.jsonl: KeyError: 'target'. The columns are prompt"),
+        ("[1.0]", "returned 1 rewards for 2 completions"),
+        ("['1'] * len(completions)", "returned '1': return a list with a number, or None, for each completion"),
+        ("None", "returned None: return a list with a number"),
+    ],
+)
+def test_a_reward_that_fails_on_the_training_data_is_refused_before_the_first_step(own_task, body, said):
+    columns = "target, " if "target[0]" in body else ""
+    (own_task / "sum_rewards.py").write_text(
+        f"{REWARDS}\n\ndef right_sum(completions, {columns}**kwargs):\n    return {body}\n"
+    )
+    with pytest.raises(SystemExit, match=f"^error: [^`]*The reward function `right_sum` {said}"):
+        cli.main(["train", *train_options(own_task, "text.jsonl"), "--eval_benchmarks", "arithmetic"])
+    assert not (own_task / "out").exists()
 
 
 @pytest.mark.parametrize("taken", ["prompts", "completions", "completion_ids"])

@@ -12,7 +12,7 @@ import yaml
 from mutate_recipes import cases, run
 
 from gxpo_trl.scripts import cli
-from gxpo_trl.scripts.bounds import BOUNDS
+from gxpo_trl.scripts.bounds import BOUNDS, Choices
 from gxpo_trl.scripts.parsing import parse_recipe
 from gxpo_trl.tasks.code import PERMISSION
 from gxpo_trl.values import read_value
@@ -157,6 +157,11 @@ def test_yaml_is_taken_as_it_is_written(tmp_path):
         ("num_generations: 1", "a finite number of at least 2"),
         ("seed: -1", "a number of at least 0 and at most"),
         ("lora_dropout: -0.1", "a number of at least 0"),
+        ("loss_type: drgrpo", "one of 'grpo', .*did you mean `dr_grpo`"),
+        ("scale_rewards: groups", "one of 'group', 'batch', 'none', got groups; did you mean `group`"),
+        ("importance_sampling_level: word", "one of 'token', 'sequence', got word"),
+        ("multi_objective_aggregation: mean", "one of 'sum_then_normalize', 'normalize_then_sum'"),
+        ("vllm_importance_sampling_mode: clip", "one of 'token_truncate'"),
     ],
 )
 def test_a_value_of_another_type_or_out_of_bounds_says_what_was_expected(tmp_path, line, expected):
@@ -312,9 +317,11 @@ def test_words_are_read_by_what_is_meant(value, kind, read):
 
 def test_bounds_are_those_of_fields_that_there_are_and_defaults_are_within():
     for owner, bounds in BOUNDS.items():
-        fields = {field.name: field.default for field in dataclasses.fields(owner)}
+        fields = {field.name: field for field in dataclasses.fields(owner)}
         for name, bound in bounds.items():
-            assert fields[name] is None or bound.hold(fields[name]), name
+            default, said = fields[name].default, fields[name].metadata["help"]
+            assert default is None or bound.hold(default), name
+            assert not isinstance(bound, Choices) or all(f"{text}'" in said for text in bound.texts), name
 
 
 # ---- The environment
@@ -418,6 +425,30 @@ def test_a_model_that_cannot_be_read_ends_an_evaluation_in_one_sentence(tmp_path
     with pytest.raises(SystemExit, match="^error: .+") as ended:
         cli.main(["eval", "--models", str(tmp_path), *words])
     assert "\n" not in ended.value.code
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--models", "/nowhere/x"], "`models`: there is no folder /nowhere/x"),
+        (["--models", "."], "`models`: . is not a checkpoint: it holds neither a config.json nor an adapter_config"),
+        (["--dtype", "float13"], "`dtype` must be 'auto' or a type of torch such as 'bfloat16', got 'float13'"),
+        (["--dtype", "nn"], "`dtype` must be 'auto' or a type of torch"),
+        (["--output_dir", "file"], "`output_dir: file` can't be created: .*/file is not a folder"),
+    ],
+)
+def test_an_evaluation_that_cannot_work_names_the_setting(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    models = [] if "--models" in words else ["--models", "gxpo_trl/tiny"]
+    with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+        cli.main(["eval", *models, "--benchmarks", "arithmetic", "--limit", "1", *words])
+
+
+def test_a_report_that_cannot_be_written_names_the_setting(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="^error: `out: .*/file` can't be created: .*/file is not a folder"):
+        cli.main(["report", str(tmp_path), "--out", str(tmp_path / "file")])
 
 
 # ---- By the hundred

@@ -17,11 +17,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gxpo_trl.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_extrapolation, step_folder
+from gxpo_trl.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_INDEX, read_extrapolation, step_folder
 from gxpo_trl.scripts.extrapolate import main
 from gxpo_trl.tasks import TINY_MODEL_PATH
 from gxpo_trl.trajectory import deltas as deltas_module
-from gxpo_trl.trajectory.checkpoints import load_trajectory
+from gxpo_trl.trajectory.checkpoints import load_trajectory, weight_files
 from gxpo_trl.trajectory.deltas import low_rank_deltas
 from gxpo_trl.trajectory.forecast import checkpoints_ahead, extrapolate
 from gxpo_trl.trajectory.linear import least_squares, line_weights, linearity, rank_1_line, secant
@@ -321,6 +321,13 @@ def test_checkpoints_that_adapt_other_modules_are_refused(tmp_path):
     save_run(tmp_path, at_random, lora(target_modules=["q_proj"]), steps=(30,))
     with pytest.raises(ValueError, match="checkpoint-10 adapts other modules than"):
         load_trajectory(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"weight_map": {"a"', "[]", "{}", '{"weight_map": {"a": 3}}'])
+def test_a_broken_index_of_weights_is_named(tmp_path, content):
+    (tmp_path / MODEL_INDEX).write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path / MODEL_INDEX}"):
+        weight_files(tmp_path)
 
 
 def test_full_fine_tuning_without_its_start_is_refused(tmp_path):

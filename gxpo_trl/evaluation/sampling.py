@@ -53,6 +53,21 @@ Sampler = Callable[[list[list[int]], int, int], list[list[Sample]]]
 """Samples n completions of each prompt, given as tokens: `(prompts, n, seed)` to one list of n for each prompt."""
 
 
+def check_model(model: str) -> None:
+    """Refuses a path where no model is. A name of the Hub has one slash at most.
+
+    Raises:
+        ValueError: If there is no such folder, or no model or adapter in it.
+    """
+    folder = Path(model)
+    if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise ValueError(f"`models`: there is no folder {model}.")
+    if folder.is_dir() and not is_adapter(folder) and not (folder / MODEL_CONFIG).is_file():
+        raise ValueError(
+            f"`models`: {model} is not a checkpoint: it holds neither a {MODEL_CONFIG} nor an {ADAPTER_CONFIG}."
+        )
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, set up for batches of prompts; for an adapter without one, its base's."""
     folder = Path(model)
@@ -65,15 +80,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: str, settings: EvaluationArguments, device: torch.device) -> torch.nn.Module:
-    """Loads a checkpoint to sample from. An adapter is loaded on its base.
-
-    Raises:
-        ValueError: If it is a folder without a model or an adapter in it.
-    """
-    folder = Path(model)
-    if folder.is_dir() and not is_adapter(folder) and not (folder / MODEL_CONFIG).is_file():
-        raise ValueError(f"{model} is not a checkpoint: it holds neither a {MODEL_CONFIG} nor an {ADAPTER_CONFIG}.")
-    loader = AutoPeftModelForCausalLM if is_adapter(folder) else AutoModelForCausalLM
+    """Loads a checkpoint to sample from. An adapter is loaded on its base."""
+    loader = AutoPeftModelForCausalLM if is_adapter(Path(model)) else AutoModelForCausalLM
     options = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     return loader.from_pretrained(model, **options).to(device).eval()
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from ..tasks.generated import is_generated, read_mapping
 
 
@@ -144,6 +146,8 @@ class EvaluationArguments:
             raise ValueError(
                 f"`vllm_gpu_memory_utilization` must be above 0 and at most 1, got {self.vllm_gpu_memory_utilization}."
             )
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"`dtype` must be 'auto' or a type of torch such as 'bfloat16', got {self.dtype!r}.")
         if self.backend not in ("transformers", "vllm"):
             raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {self.backend!r}.")
         if self.backend == "vllm":

@@ -1,10 +1,12 @@
-"""Bounds of TRL's numbers. TRL checks them not at all, or only during a run."""
+"""Bounds of TRL's numbers, and choices of its texts. TRL checks them not at all, or only during a run."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from trl import GRPOConfig, ModelConfig
+
+from ..spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,24 @@ class Bounds:
         return f"a number {least} and {'below' if self.below else 'at most'} {self.most}"
 
 
+@dataclass(frozen=True)
+class Choices:
+    """The texts that a setting may be. Other types have been read by then."""
+
+    texts: tuple[str, ...]
+
+    def hold(self, text: Any) -> bool:
+        return not isinstance(text, str) or text in self.texts
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(repr, self.texts))}"
+
+
 FROM_0, FROM_1, ABOVE_0 = Bounds(0), Bounds(1), Bounds(0, above=True)
 SHARE, POSITIVE_SHARE, DECAY = Bounds(0, 1), Bounds(0, 1, above=True), Bounds(0, 1, below=True)
 PORT = Bounds(1, 65535)
-BOUNDS: dict[type, dict[str, Bounds]] = {
+LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+BOUNDS: dict[type, dict[str, Bounds | Choices]] = {
     GRPOConfig: {
         **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), FROM_1),
         **dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"), FROM_1),
@@ -59,19 +75,29 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
         "num_generations": Bounds(2),
         "num_generations_eval": FROM_1,
         "max_steps": Bounds(-1),
+        "loss_type": Choices(LOSSES),
+        "importance_sampling_level": Choices(("token", "sequence")),
+        "scale_rewards": Choices(("group", "batch", "none")),
+        "multi_objective_aggregation": Choices(("sum_then_normalize", "normalize_then_sum")),
+        "vllm_mode": Choices(("server", "colocate")),
+        "vllm_importance_sampling_mode": Choices(
+            ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+        ),
     },
     ModelConfig: {"lora_r": FROM_1, "lora_alpha": FROM_1, "lora_dropout": DECAY},
 }
 """Bounds by the class that has the fields; its subclasses have them too."""
 
 
-def bounds_of(classes: tuple[type, ...]) -> dict[str, Bounds]:
+def bounds_of(classes: tuple[type, ...]) -> dict[str, Bounds | Choices]:
     """The bounds of the fields of these dataclasses, by name."""
     owned = [bounds for owner, bounds in BOUNDS.items() if any(issubclass(found, owner) for found in classes)]
     return {name: bound for bounds in owned for name, bound in bounds.items()}
 
 
-def check_bounds(value: Any, bounds: Bounds | None) -> None:
-    """Raises a `ValueError` such as `expected a finite number above 0, got -1.` if a number is out of its bounds."""
-    if bounds is not None and isinstance(value, (int, float)) and not bounds.hold(value):
-        raise ValueError(f"expected {bounds}, got {value}.")
+def check_bounds(value: Any, bounds: Bounds | Choices | None) -> None:
+    """Raises a `ValueError` such as `expected a finite number above 0, got -1.` if a value is out of its bounds."""
+    is_bounded = isinstance(value, (int, float)) or isinstance(bounds, Choices)
+    if bounds is not None and is_bounded and not bounds.hold(value):
+        end = nearest(value, bounds.texts) if isinstance(bounds, Choices) else "."
+        raise ValueError(f"expected {bounds}, got {value}{end}")

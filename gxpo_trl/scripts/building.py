@@ -1,7 +1,6 @@
 """From a recipe to a trainer: model, data, rewards, and the callbacks that the recipe asks for."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from ..callbacks.hub import HubCallback, explain_hub_errors
 from ..callbacks.records import RunRecordCallback
 from ..callbacks.trackers import TrackerCallback
 from ..callbacks.trajectories import TrajectoryCallback
-from ..run_folder import ADAPTER_CONFIG, adapter_base, is_adapter
+from ..run_folder import ADAPTER_CONFIG, adapter_base, check_output_dir, is_adapter
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
-from ..tasks.code import check_code_data, code_reward
 from ..tasks.datasets import has_name
 from ..tasks.examples import check_columns, without_chat_template
 from ..tasks.generated import is_generated, reasoning_gym_reward
-from ..tasks.task import Task, load_task, reward_sum
+from ..tasks.task import OWN_REWARD, Task, load_task, reward_sum
 from ..trainer.grouped import sample_in_groups
 from ..trainer.trainer import LookaheadTrainer
 from .arguments import Recipe
@@ -53,9 +51,9 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
     script, args = recipe.script, recipe.training
     _check_names(recipe)
     rewards, dataset = load_rewards(recipe), load_data(recipe)
-    check_code(rewards, dataset, recipe)
     if isinstance(dataset, DatasetDict):
         dataset = as_model_takes_it(dataset, recipe)
+    check_rewards(rewards, dataset, recipe)
     model = _load_model(recipe)
     with explain_hub_errors(args):
         trainer = trainer_class(args.update_rule)(
@@ -93,19 +91,6 @@ def _check_names(recipe: Recipe) -> None:
     scores_itself = script.dataset_name is not None and is_generated(script.dataset_name)
     if not script.reward_funcs and not script.reward_model_name_or_path and not scores_itself:
         raise ValueError("The recipe names no reward. Set `reward_funcs` or `reward_model_name_or_path`.")
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Refuses a path where no folder can be created.
-
-    Raises:
-        ValueError: Says why.
-    """
-    folder = Path(output_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        problem = "can't be written to" if there.is_dir() else "is not a folder"
-        raise ValueError(f"`output_dir: {output_dir}` can't be created: {there} {problem}.")
 
 
 def load_rewards(recipe: Recipe) -> list[Callable | str]:
@@ -149,11 +134,18 @@ def _used_splits(dataset: DatasetDict | IterableDatasetDict, recipe: Recipe) -> 
     return [split for name, split in dataset.items() if name in names]
 
 
-def check_code(rewards: list[Callable | str], dataset: DatasetDict | IterableDatasetDict, recipe: Recipe) -> None:
-    """Checks the tests of all examples, if `code_reward` runs them. Those of a stream are checked as they come."""
-    splits = [split for split in _used_splits(dataset, recipe) if isinstance(split, Dataset)]
-    for split in splits if code_reward in rewards else ():
-        check_code_data(split, recipe.script.dataset_name or MIXTURE)
+def check_rewards(rewards: list[Callable | str], dataset: DatasetDict | IterableDatasetDict, recipe: Recipe) -> None:
+    """Calls the reward functions on the first example of each split, except of a stream.
+
+    Raises:
+        ValueError: If one fails, or could not run the tests of an example.
+    """
+    functions = reward_sum([reward for reward in rewards if callable(reward)], None)
+    name = recipe.script.dataset_name or MIXTURE
+    for split in _used_splits(dataset, recipe):
+        if isinstance(split, Dataset) and len(split):
+            gold = "solution" if "solution" in split.column_names else None
+            Task(name, OWN_REWARD, split, functions, gold).check_rewards()
 
 
 def own_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -77,7 +77,7 @@ class Origin:
             if any(
                 re.search(rf"{around}{re.escape(word)}{around}", said)
                 for word in words
-                if isinstance(word, str) and word
+                if isinstance(word, str) and re.search(r"[^\W\d]{2}", word)  # a name: many settings may be 1
             ):
                 return f"{self._place(key)}: `{key}`: {sentence}"
         return sentence if self.file.path is None else f"{self.file.path}: {sentence}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..reporting.arms import load_runs
 from ..reporting.page import write_report
 from ..reporting.sections import make_sections
+from ..run_folder import check_output_dir
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
+        check_output_dir(options.out, "out")
         runs = load_runs(options.runs)
         page = write_report(runs, make_sections(runs, options.baseline, options.evaluations), options.out)
     except (ValueError, OSError) as error:

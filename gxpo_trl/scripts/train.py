@@ -24,8 +24,9 @@ import sys
 
 import torch
 
+from gxpo_trl.run_folder import check_output_dir
 from gxpo_trl.scripts.arguments import Recipe
-from gxpo_trl.scripts.building import build_trainer, check_output_dir
+from gxpo_trl.scripts.building import build_trainer
 from gxpo_trl.scripts.dry_run import conclude, rehearse
 from gxpo_trl.scripts.failing import clear_away, one_sentence
 from gxpo_trl.scripts.lock import hold_folder, on_main_process

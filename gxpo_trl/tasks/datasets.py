@@ -301,12 +301,18 @@ def load_rows(chosen: ProblemSet, name: str, split: str | None = None, prefer: t
     except KeyError as error:
         raise ValueError(f"{name} has no split {error}. It has train, test.") from error
     except (ValueError, OSError, DatasetGenerationError, StopIteration) as error:
-        raise ValueError(f"{name} can't be loaded: {error or 'it is empty'}.") from error
+        raise ValueError(f"{name} can't be loaded: {reason_of(error)}.") from error
     if isinstance(loaded, Dataset):
         return loaded
     if split is not None and split not in loaded:
         raise ValueError(f"{name} has no split '{split}'. It has {', '.join(loaded)}.")
     return loaded[split or next((found for found in prefer if found in loaded), next(iter(loaded)))]
+
+
+def reason_of(error: Exception) -> str:
+    """Why data can't be loaded: of a broken file what its reader says. Of an empty one there may be no message."""
+    said = str(error.__cause__ or error).rstrip(".!")
+    return said if said and "corresponds to no data" not in said else "it is empty"
 
 
 def _load(chosen: ProblemSet, split: str | None) -> Dataset | DatasetDict:

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from .arithmetic import load_arithmetic
 from .datasets import (
@@ -23,6 +24,7 @@ from .datasets import (
     load_rows,
     problem_set,
     problems_of,
+    reason_of,
     replace_columns,
     shadowed,
     text_of_cell,
@@ -207,8 +209,8 @@ def _load_folder(name: str, config: str | None, problem_column: str | None, answ
     chosen = problem_set(name, problem_column, answer_column)
     try:
         loaded = load_from_disk(name) if is_saved_dataset(name) else load_dataset(name, name=config)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{name} can't be loaded: {error}.") from error
+    except (ValueError, OSError, DatasetGenerationError, StopIteration) as error:
+        raise ValueError(f"{name} can't be loaded: {reason_of(error)}.") from error
     splits = {"train": loaded} if isinstance(loaded, Dataset) else loaded
     columns = {"problem_column": problem_column, "answer_column": answer_column}
     return DatasetDict(

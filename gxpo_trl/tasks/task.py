@@ -157,6 +157,8 @@ def _of_another_kind(function: Callable, found: Any) -> ValueError:
 def try_rewards(rewards: RewardSum, row: Row, name: str, completion: str = "") -> list[float | None]:
     """What each function gives for a completion of one example: its errors come before anything is sampled.
 
+    Each is given a group of two that are alike, since it may compare them, and must not give one number for all.
+
     Args:
         rewards (`RewardSum`): The functions.
         row (`Row`): The example.
@@ -170,8 +172,9 @@ def try_rewards(rewards: RewardSum, row: Row, name: str, completion: str = "") -
 
 
 def _try(function: Callable, row: Row, name: str, completion: str) -> float | None:
+    ids = [0] * max(len(completion.split()), 1)
     try:
-        return RewardSum((function,), (1.0,))([row], [completion], [[0] * max(len(completion.split()), 1)])[0].score
+        return RewardSum((function,), (1.0,))([row] * 2, [completion] * 2, [ids] * 2)[0].score
     except Exception as error:  # it is the user's code
         if str(error).startswith("The reward function"):  # of what it returned
             raise

@@ -2,13 +2,12 @@
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from peft import LoraConfig
@@ -50,6 +49,12 @@ STARTS_THAT_MOVE = (False, "orthogonal")
 """Values with which B·A is not zero, but the base model is unchanged."""
 EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")
 """Parts of the names of weights that are tables of tokens or positions, not maps."""
+
+
+class WeightIndex(TypedDict):
+    """What transformers writes about a model in several files."""
+
+    weight_map: dict[str, str]
 
 
 @contextlib.contextmanager
@@ -360,11 +365,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a saved model.
 
     Raises:
-        ValueError: If the folder holds no weights in safetensors.
+        ValueError: If the folder holds no weights in safetensors, or a broken index of them.
     """
     index = folder / MODEL_INDEX
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        return {name: folder / file for name, file in read_json(index, WeightIndex)["weight_map"].items()}
     whole = folder / MODEL_WEIGHTS
     if not whole.is_file():
         raise ValueError(f"{folder} holds no weights in safetensors.")

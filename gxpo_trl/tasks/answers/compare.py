@@ -18,7 +18,11 @@ def judge(gold: str, answer: str) -> float | None:
     if not key(gold) or len(re.findall(r"[(\[{]", gold)) != len(re.findall(r"[)\]}]", gold)):
         return 1.0 if key(gold) == key(answer) != "" else None
     golds = {gold, _joined(gold)} if re.match(r"\D*\d{3}", gold) else {_joined(gold)}  # 2,125 is not a list
-    return float(any(_match(g, a) for g in golds for a in {answer, _joined(answer)}))
+    answer, golds = _with_units(answer, gold), {_with_units(text, answer) for text in golds}
+    answers = {answer, _joined(answer)}
+    if re.search(r"\d\.\d", gold):  # where 0,5 is no list
+        answers.add(re.sub(r"^([^\d,()\[\]]*\d+),(?=\d+(?![\d,])[^,]*$)", r"\1.", answer))
+    return float(any(_match(g, a) for g in golds for a in answers))
 
 
 def key(text: str) -> str:
@@ -30,6 +34,12 @@ def key(text: str) -> str:
 def _joined(text: str) -> str:
     """`100200` for `100,200`, which is a list as well."""
     return re.sub(r"^[^\d,()\[\]]*\d{1,3}(?:,\d{3})+(?![\d,])[^,]*$", lambda m: m[0].replace(",", ""), text)
+
+
+def _with_units(text: str, other: str) -> str:
+    """A letter after a number is a unit, not a variable, if it is one in the other text: 25 s and 25 seconds."""
+    names = "".join(re.findall(r"\\unit\{([a-zA-Z])\}", other))
+    return re.sub(rf"(?<=[\d}}]) ?([{names}])$", r"\\unit{\1}", text) if names else text
 
 
 def _match(gold: str, answer: str) -> bool:

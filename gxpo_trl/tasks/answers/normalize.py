@@ -9,12 +9,13 @@ from .values import FUNCTIONS
 _SAME = {
     name: same + " " * same[-1:].isalpha()
     for same, names in {
-        "": r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \limits \underline \mathop \ensuremath **",
+        "": r"\therefore \because \checkmark \blacksquare "
+        r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \limits \underline \mathop \ensuremath **",
         " ": r"~ \, \; \: \! \quad \qquad \enspace \thinspace \medspace \thickspace \negthinspace \displaystyle \rm "
         r"\textstyle \scriptstyle \tiny \small \normalsize \large \Large \LARGE \huge \Huge \bf \it \( \) \[ \]",
         r"\text": r"\textrm \textbf \textit \textsf \textnormal \textup \mathrm \mathbf \mathit \mathsf \mathtt \mbox "
-        r"\hbox \bm \boldsymbol \operatorname \boxed \fbox",
-        r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", "|": r"\vert",
+        r"\hbox \bm \bold \boldsymbol \operatorname \boxed \fbox \si",
+        r"\frac": r"\dfrac \tfrac \cfrac \nicefrac \sfrac \flatfrac", r"\binom": r"\dbinom \tbinom", "|": r"\vert",
         r"\cdot": "· ⋅ ∙ ∗", r"\times": "×", r"\div": "÷", "/": "⁄", "-": "− – —",
         r"\le": r"\leq \leqslant <= ≤", r"\ge": r"\geq \geqslant >= ≥", "<": r"\lt", ">": r"\gt",
         r"\ne": r"\neq != ≠", r"\approx": "≈", r"\in": "∈", r"\cup": "∪", r"\emptyset": r"\varnothing ∅",
@@ -64,13 +65,51 @@ _PARTS = (
 )
 _NO_NOUN = {"times", "plus", "minus", "half", "halves", *_PARTS, *_MAGNITUDES, *(word + "s" for word in _MAGNITUDES)}
 _OF_FORMULAS = {*_WORDS, *_NO_NOUN, *(form for unit in _UNITS for form in (unit, unit + "s"))}
+_OF_ANSWERS = re.compile(  # what a text says around an answer, which is no part of it
+    r"(?i)^(?:so |thus |hence |therefore |,)*(?:the |my )?(?:final |correct )?answers?\b(?: is\b| are\b)?[ :=]*"
+    r"|[ ,]*\b(?:is|are) (?:the|my) (?:final |correct )?answers?$"
+)
+_ONES = {word: n for n, word in enumerate("zero one two three four five six seven eight nine".split())}
+_BELOW_20 = _ONES | {
+    word: n
+    for n, word in enumerate(
+        "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split(), 10
+    )
+}
+_TENS = {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_THOUSANDS = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_ONES)}))?\b|(?:{'|'.join(_BELOW_20)})\b)"
+_BELOW_1000 = rf"(?:(?:{'|'.join(_ONES)}|a) hundred(?: (?:and )?{_BELOW_100})?|{_BELOW_100})"
+_NUMERAL = re.compile(
+    rf"(minus |negative )?((?:{_BELOW_1000}|a)(?: (?:{'|'.join(_THOUSANDS)})\b(?:,? (?:and )?{_BELOW_1000})?)*)"
+)
+_DENOMINATORS = {"half": 2, "halves": 2, "third": 3, "quarter": 4} | {
+    word: n for n, word in enumerate("fourth fifth sixth seventh eighth ninth tenth".split(), 4)
+}
 _QUANTITY = re.compile(  # a number, mixed or not, with a sign and a currency; and what is counted
     r"((?:[-+ ]|\\unit\{\w+\})*(?:(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?: ?[/:] ?\d+)?|\(\d+\+\\frac\{\d+\}\{\d+\}\)))"
     r"(?: +|(?=[^a-zA-Z]|[a-zA-Z]{2}|$))(|\D.*)"  # 3D is no number of days
 )
 _REWRITES = [
     # A backslash that was escaped, thousands, characters and commands
-    (r"\s", " "), (r"\\\\(?=[a-zA-Z])(?!.*\\end)", r"\\"),
+    (r"[\u200b-\u200f\u2060\ufeff\xad]", ""), (r"\s", " "), (r"\\\\(?=[a-zA-Z])(?!.*\\end)", r"\\"),
+    (r"^ *([\"'`])([^\"'`]+)\1 *$", r"\2"), (r"\+ ?/ ?-|(^|[=(,{]) *\+ ?-", r"\1\\pm "),
+    (r"^(?:[^\\\d{}]+| *\\text *\{[^\\\d{}]+\} *)$", lambda m: _numeral(m[0]) or m[0]),
+    (r"(?i)^ *(?:\\text *\{)? ?(?:minus|negative) ?\}? ?(?=[\d.\\($])", "-"), (r"(?<=\d)(?:st|nd|rd|th)\b", ""),
+    (r"(?i)^ *(?:\\text *\{)? ?(?:approximately|approx\.?|about|roughly) ?\}? ?(?=[-\d.\\$])", ""),
+    (r"(?i)(?<=[\d})]) ?(?:\\text *\{ ?)?\(?(?:approximately|approx\.?)\)? ?\}? *$", ""),
+    (r"(?<![a-zA-Z\\])(?:inf|oo)(?![a-zA-Z])", r"\\infty "), (r"\((\d+)\)(?= ?_)", r"\1"),
+    (r"\\(?:bold|bm|boldsymbol|mathbf) *\{((?:[^{}]|\{[^{}]*\}){0,99})\}",
+     lambda m: f" {m[1]} " if re.search(r"[=^]|\\frac|\\sqrt", m[1]) else m[0]),
+    (r"\\\\ *\[-?[\d.]+ *[a-z]{2}\]|\\cr(?![a-zA-Z])", r"\\\\"),
+    (r"\\begin *\{array\} *\{[lcr|]*\}((?:(?!\\\\|&|\\begin).)*)\\end *\{array\}", r" \1 "),
+    (r"\\num *(?=\{)", " "), (r"\\(?:SI|qty) *\{([^{}]*)\} *\{([^{}]*)\}", r"\1\\text{ \2}"),
+    # Thousands and decimals of other languages, where they can't be a list: 1.000.000, 1.234,5, 1_000
+    (r"(?<![\w.,])\d{1,3}(?:\.\d{3}){2,}(?![\w.,])", lambda m: m[0].replace(".", "")),
+    (r"(?<![\w.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\w.,])", lambda m: f"{m[1].replace('.', '')}.{m[2]}"),
+    (r"(?<=\d)\{,\}(?=\d+)(?!\d{3}(?!\d))", "."),
+    (r"(?<![\w.])\d{1,3}(?:_\d{3})+(?![\w.])", lambda m: m[0].replace("_", "")),
+    (r"(?<=\d) ?[xX] ?(?=10 ?(?:\^|\*\*))", r"\\times "),
     # Two asterisks are bold type around a whole side, a power between operands, and else nothing
     (r"((?:^|[^\s\w)}\]|!'*])\s*)\*\*([^*]+)\*\*(?=\W*$|\s*[,;=])", r"\1\2"),
     (r"(?<=[\w)}\]|!'])(\s?)\*\*(?=\s?[\w({\[\\+.√|−-])", r"\1^"),
@@ -78,7 +117,8 @@ _REWRITES = [
      r"(?:\{,\}|,?\\[,;:! ]\s*,?|['~\u2009\u202f\xa0]|(?<!\d{4}) )(?=\d{3}(?!\d))", ""),
     (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"), (r"\\(?:[hv]space|tag|label|[hv]?phantom)\*?\s*\{[^{}]*\}", " "),
     (r"\\sim(?=\s*[-+]?[\d.])", r"\\approx "), (r"^\s*([a-zA-Z]+(?: +[a-zA-Z]+)+)[ .!]*$", lambda m: _phrase(m[1])),
-    (r"\\[a-zA-Z]+|\\.|[<>!]=|~|\*\*|[^\0-\x7f]", lambda m: _SAME.get(m[0], unicodedata.normalize("NFKC", m[0]))),
+    (r"\\[a-zA-Z]+|\\.|[<>!]=|~|\*\*|[^\0-\x7f]", lambda m: _SAME[m[0]] if m[0] in _SAME else _plain(m[0])),
+    (r"^\s*\\(?:implies|to)\s*", ""), (r"(?<=\d)\s*\\mu\s*([mgsl])(?![a-zA-Z])", r"\\unit{µ\1}"),
     (r"\^\{([^{}]*)\}\^\{", r"^{\1"), (r"\}_\{\}", "}"),  # 10⁻⁵, letter by letter
     (r"(?<!\\)\$|\\(?:text)?color\s*\{\w*\}", " "), (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
     (r"\^\s*\{?\s*(?:\\degree|\\circ)\s*\}?|\^o\b", r"\\degree "), (r"\\?%", r"\\% "),
@@ -96,19 +136,24 @@ _REWRITES = [
     (r"(?<=\d)\s*\\text\s*\{\s*([AaPp])\.?\s?[Mm]\.?\s*\}|(?:(?<=:\d\d)\s?([AaPp])\.?|(?<=\d)\s?([AaPp])\.)[Mm]\b\.?",
      lambda m: rf"\unit{{{(m[1] or m[2] or m[3]).lower()}m}}"),
     (r"\(?\\text\s*\{\s*\(?(?:in )?base (\w+)\)?\s*\}", r"_{\\text{\1}}"),
-    (r"^\s*\\text\s*\{\s*(USD|EUR)\s*\}(?=\s*\d)", r"\\unit{\1}"), (r"\\degree\s*([CF])\b", r"\\degree\\unit{\1}"),
+    (r"^\s*(?:\\text\s*\{)?\s*(USD|EUR|GBP)\s*\}?(?=\s*\d)", r"\\unit{\1}"),
+    (r"\\degree\s*([CF])\b", r"\\degree\\unit{\1}"),
     (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}|(?<=[\d)} ])(?<!\\)((?:[a-zA-Z]{4,}|[ckm]m|[km]g|cup|ft|ml|mi|hr|sq|lb|oz"
-     r"|min|ton|men|mph)\b(?:[ /]+[a-zA-Z]{2,})*\.?(?![(']))", lambda m: _word(m)),
+     r"|min|ton|men|mph|m(?=/s)|[kM]?Hz|k?Pa|k[NJWV]|[kMG]?eV|rad|mol|deg|lbs|hrs|yrs|yd|gal|USD|EUR|GBP"
+     r"|in(?= ?(?:\^|$)))\b(?:[ /]+[a-zA-Z]{2,}|/[hsm]\b)*\.?(?![(']))", lambda m: _word(m)),
     (r"\^\s*\{\s*\}", ""), (r"(?<=\d)\s*_\s*\{?\s*(\d+)\s*\}?", r"\\unit{base\1}"),
     (r",?(?<![a-zA-Z\\])\s*(?:and|(or))(?![a-zA-Z])\s*", lambda m: r" \vee " if m[1] else ", "),
     (r"\\begin\s*\{cases\}(.*)\\end\s*\{cases\}", lambda m: m[1].replace(r"\\", ",")),
     (r"\\begin\s*\{((?:align(?:ed)?|gather(?:ed)?|split|equation)\*?)\}(.*)\\end\s*\{\1\}",  # also 1 + 2 \\ &= 3
      lambda m: re.sub(r"(?<!\\)&", "", re.sub(r"\\\\[\s&]*(?==)", "", m[2])).replace(r"\\", ",")),
-    (r"\\begin\{(?:\w*matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*\\\\.*?)\\end\{\w+\}",
-     lambda m: "[" + ",".join(f"[{row.replace('&', ',')}]" for row in m[1].split(r"\\") if row.strip()) + "]"),
+    (r"\\begin\{(?:\w*matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*(?:\\\\|&).*?)\\end\{\w+\}",
+     lambda m: _matrix([row.replace("&", ",") for row in m[1].split(r"\\") if row.strip()])),
     (r"^\s*(\d{4}-\d\d-\d\d)\s*$", r"\\text{\1}"),  # a date is no difference
-    (r"\\\\\s*$", ""), (r"^\s*([a-zA-Z]?)\s*\\approx", r"\1="), (r"\\approx.*", ""),
-    (r"\|([^|]+)\|", r"\\lvert \1\\rvert "), (r"\\\{\s*\\\}", r"\\emptyset"), (r"^\](.*)\[$", r"(\1)"),
+    (r"\\+\s*$", ""), (r"^\s*([a-zA-Z]?)\s*\\approx", r"\1="), (r"\\approx.*", ""),
+    (r"\|([^|]+)\|", r"\\lvert \1\\rvert "), (r"\\\{\s*\\\}", r"\\emptyset"),
+    # Open ends as outward brackets: ]0, 1] is (0, 1]
+    (r"(^|\\cup|\\in|=)\s*([\[\]])([^\[\]()]*,[^\[\]()]*)([\[\]])",
+     lambda m: m[1] + ("[" if m[2] == "[" else "(") + m[3] + ("]" if m[4] == "]" else ")")),
     (r"\{?([^{}]{0,99})\\(over|choose)(?![a-z])([^{}]{0,99})\}?", r"\\\2{\1}{\3}"), (r"\\over\{", r"\\frac{"),
     (r"\\(?:binom|choose)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\\frac{(\1)!}{(\2)!(\1-(\2))!}"),
     (r"^(?:\w \\in )?(?:\\mathbb\{R\}|(?:\\text\{)?all real numbers\}?)$", r"(-\\infty,\\infty)"),
@@ -128,6 +173,41 @@ def normalize(text: str) -> str:
     return re.sub(r"^[ ,;:]*(?:\.(?!\d)[ .,;:]*)?", "", text).rstrip(" .,;:")
 
 
+def _plain(character: str) -> str:
+    """A character without a style; a currency's sign is a unit."""
+    if unicodedata.category(character[0]) == "Sc":
+        return rf"\unit{{{unicodedata.name(character).lower().replace('sign', '').replace(' ', '')}}} "
+    return unicodedata.normalize("NFKC", character)
+
+
+def _numeral(text: str) -> str | None:
+    """A number in words, of what is counted or of parts: twenty-one, two apples, three quarters."""
+    text = re.sub(r"\\text *\{|\}", "", text.lower()).strip(" .!")
+    text = text if text != "half" else "one half"
+    found = _NUMERAL.match(text)
+    if not found or found[2] == "a" and not re.match(r" \w+$", text[found.end() :]):
+        return None
+    total = group = 0
+    for word in re.findall(r"\w+", found[2]):
+        if word == "hundred":
+            group *= 100
+        elif word in _THOUSANDS:
+            total, group = total + group * _THOUSANDS[word], 0
+        elif word != "and":
+            group += 1 if word == "a" else (_BELOW_20 | _TENS)[word]
+    number, rest = f"{'-' if found[1] else ''}{total + group}", text[found.end() :].strip(" -")
+    part = _DENOMINATORS.get(rest) or _DENOMINATORS.get(rest.removesuffix("s"))
+    if part:
+        return rf"\frac{{{number}}}{{{part}}}"
+    counted = "" if not rest else None if found[2] == "a" else _counted(rest)
+    return None if counted is None else number + counted
+
+
+def _matrix(rows: list[str]) -> str:
+    """A list of rows. A single one is marked: it is no column."""
+    return "[" + ",".join(f"[{row}]" for row in rows) + "]" if len(rows) > 1 else rf"[\text{{row}},{rows[0]}]"
+
+
 def _phrase(text: str) -> str:
     """Words by themselves: "no solution" is a text, "three halves" and "sin x" are formulas."""
     words = text.lower().split()
@@ -145,7 +225,8 @@ def _ratio(text: str) -> str:
 def _word(found: re.Match) -> str:
     r"""What a text in LaTeX means, or a word in a formula. After a number it is units: `\unit{m}/\unit{s}`."""
     text = (found[1] if found[2] is None else found[2]).strip(" ,")
-    if text.lower() in _WORDS or "answer" in text.lower():
+    text = _OF_ANSWERS.sub("", text)
+    if text.lower() in _WORDS or not text:
         return _WORDS.get(text.lower(), "") + " "
     before = found.string[: found.start()].rstrip()
     if not re.search(r"[\w)}!\]]$", before) and (quantity := _QUANTITY.fullmatch(text)):

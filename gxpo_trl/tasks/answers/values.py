@@ -167,8 +167,9 @@ class Answer:
         if token == "frac":
             return self._operand() / self._operand()
         if token == "sqrt" and self._tokens[-1] == "[":
-            degree = self._operand()
-            return mp.power(self._operand(), _bounded(1 / degree))
+            degree, base = self._operand(), self._operand()
+            is_odd = not self.names and mp.isint(degree) and degree % 2 and not mp.im(base) and base < 0
+            return -mp.power(-base, _bounded(1 / degree)) if is_odd else mp.power(base, _bounded(1 / degree))
         if token in FUNCTIONS:
             return self._call(token)
         if token not in _CLOSING:
