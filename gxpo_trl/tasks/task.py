@@ -154,7 +154,7 @@ def _of_another_kind(function: Callable, found: Any) -> ValueError:
     )
 
 
-def try_rewards(rewards: RewardSum, row: Row, name: str, completion: str = "") -> list[float | None]:
+def try_rewards(rewards: RewardSum, row: Row, name: str, completion: str) -> list[float | None]:
     """What each function gives for a completion of one example: its errors come before anything is sampled.
 
     Each is given a group of two that are alike, since it may compare them, and must not give one number for all.
@@ -248,7 +248,7 @@ class Task:
                 check_code_data(self.problems, self.name)
             row = self.problems[0]
             gold = self.golds([row])[0]
-            try_rewards(self.rewards, row, self.name, in_a_box(gold) if gold else "")
+            try_rewards(self.rewards, row, self.name, in_a_box(gold) if gold else "I don't know.")
 
     def _is_right(self, reward: float | None) -> float | None:
         return None if reward is None else float(reward >= self.threshold - TOLERANCE)
