@@ -657,6 +657,34 @@ def test_a_step_that_is_not_finite_is_tried_again(tmp_path):
     assert_equal_parameters(trainer, train_fixed(tmp_path, fixed=Fixed(0.1, step1=0.1), **settings))
 
 
+class EndlesslyPoisonedTrainer(LookaheadTrainer):
+    """In the second step, what each pass after the first has for a gradient is multiplied by this."""
+
+    factor = math.nan
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * self.factor if self.state.global_step == 1 and self.lookahead.window is None else loss
+
+
+class EndlesslyFlatTrainer(EndlesslyPoisonedTrainer):
+    factor = 0.0
+
+
+@pytest.mark.parametrize("trainer_class", [EndlesslyPoisonedTrainer, EndlesslyFlatTrainer])
+@pytest.mark.parametrize("settings", [TWO_PASSES, {"gate_signal": "never"}], ids=["two passes", "three passes"])
+def test_a_step_that_never_has_a_cosine_is_the_plain_one(tmp_path, trainer_class, settings):
+    """There is none to log, either."""
+    common = {**METHOD, **AS_TRL, **COSINE, "max_steps": 2, **settings}
+    back = train_fixed(tmp_path, trainer_class, fixed=Fixed(0.5, step1=0.5), **common)
+    assert logged(back, "lookahead/steps_taken_back") == [0, MOST_TRIES]
+    first, second = logged(back, "lookahead/step_multiplier")
+    assert second == first / 2**MOST_TRIES
+    assert len(logged(back, "lookahead/cos_0_slow")) == 1
+    plain = train_fixed(tmp_path, fixed=Fixed(0.5, step1=second), max_active_steps=1, **common)
+    assert_equal_parameters(back, plain)
+
+
 def test_the_gate_does_not_see_a_step_taken_back_for_good(tmp_path, monkeypatch):
     monkeypatch.setattr("gxpo_trl.update.step_control.MOST_TRIES", 1)
     settings = {**METHOD, **COSINE, "lookahead_steps": 1, "learning_rate": 1e-3, "max_steps": 3}
