@@ -18,6 +18,7 @@ from helpers import (
     make_trainer,
     our_metrics,
     parameters,
+    tiny_model,
     train,
 )
 from test_broken_off import saved_weights
@@ -729,6 +730,13 @@ def test_without_gain_it_is_the_plain_rule(tmp_path, settings):
         for log in (checked.state.log_history, plain.state.log_history)
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_nothing_moves_its_cosine_is_1_in_each_precision(tmp_path, dtype):
+    settings = {"update_rule": "check", "learning_rate": 0.0, "allow_low_precision_parameters": True}
+    trainer = train(tmp_path, model=tiny_model(dtype=dtype), **settings)
+    assert logged(trainer, "lookahead/cos_check") == pytest.approx([1.0] * 3, abs=2e-6)
 
 
 def test_each_step_is_checked_by_the_cosine_of_a_micro_batch(tmp_path):
