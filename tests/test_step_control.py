@@ -329,11 +329,21 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, said):
         LookaheadConfig(str(tmp_path), **{**ON_CPU, **COSINE, **settings})
 
 
-def test_an_optimizer_that_makes_its_own_rate_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, **TWO_PASSES, **COSINE)
-    optimizer = Adafactor(trainer.model.parameters(), relative_step=True, lr=None)
-    with pytest.raises(ValueError, match="relative_step"):
-        make_trainer(tmp_path, model=trainer.model, optimizers=(optimizer, None), **TWO_PASSES, **COSINE)
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda parameters: Adafactor(parameters, relative_step=True, lr=None), "relative_step"),
+        (torch.optim.Rprop, "Rprop steps by lengths of its own"),
+        (torch.optim.ASGD, "ASGD steps by lengths of its own"),
+    ],
+    ids=["adafactor", "rprop", "asgd"],
+)
+@pytest.mark.parametrize("rule", [TWO_PASSES | COSINE, {"update_rule": "check"}], ids=["two passes", "check"])
+def test_an_optimizer_that_makes_its_own_rate_is_refused(tmp_path, rule, make, said):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, model=model, optimizers=(make(model.parameters()), None), **rule)
+    make_trainer(tmp_path, model=model, optimizers=(make(model.parameters()), None))
 
 
 def test_two_passes_are_one_probe_and_a_correction(tmp_path):
