@@ -46,6 +46,7 @@ from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
         ("snapshot_device", "disk"),
         ("lookahead_diagnostics_steps", -1),
         ("fp16", True),
+        ("max_grad_norm", None),
         ("optim", "lomo"),
         ("optim", "adalomo"),
         ("optim", "galore_adamw_layerwise"),
