@@ -419,7 +419,8 @@ class LookaheadConfig(GRPOConfig):
             )
 
     def _set_accumulation(self) -> None:
-        check_at_least("prompts_per_step", self.prompts_per_step, 1)
+        for name in ("prompts_per_step", "num_generations", "per_device_train_batch_size"):
+            check_at_least(name, getattr(self, name), 1)
         steps = accumulation_steps(
             self.prompts_per_step, self.num_generations, self.per_device_train_batch_size, _launched_processes()
         )
