@@ -46,6 +46,7 @@ from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
         ("snapshot_device", "disk"),
         ("lookahead_diagnostics_steps", -1),
         ("fp16", True),
+        ("max_grad_norm", None),
         ("optim", "lomo"),
         ("optim", "adalomo"),
         ("optim", "galore_adamw_layerwise"),
@@ -55,6 +56,14 @@ from gxpo_trl.tasks import arithmetic_reward, load_arithmetic
 def test_a_setting_out_of_bounds_is_named(tmp_path, setting, value):
     with pytest.raises(ValueError, match=f"{setting}"):
         GXPOConfig(str(tmp_path), **{**ON_CPU, setting: value})
+
+
+@pytest.mark.parametrize("setting", ["prompts_per_step", "num_generations", "per_device_train_batch_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "many"])
+def test_what_prompts_per_step_is_divided_by_is_a_count(tmp_path, setting, value):
+    settings = {"prompts_per_step": 4, "num_generations": 4, "per_device_train_batch_size": 8, setting: value}
+    with pytest.raises(ValueError, match=f"`{setting}`"):
+        GXPOConfig(str(tmp_path), **{**ON_CPU, **settings})
 
 
 def test_one_step_is_two_passes(tmp_path):

@@ -159,6 +159,16 @@ def test_report_on_a_step_worked_by_hand():
     assert model.theta[0].item() == pytest.approx(theta_tilde * 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("probes", [1, 2])
+def test_where_nothing_moves_the_cosine_is_1_in_each_precision(dtype, probes):
+    generator = torch.Generator().manual_seed(0)
+    curvature, start = torch.rand(2, 1000, generator=generator, dtype=torch.float64).to(dtype)
+    model = Quadratic(curvature, start)
+    report = take_step(prepare(model, torch.optim.SGD(model.parameters(), lr=0.0), 0.5), LookaheadRule(probes, 1.0))
+    assert report.cos_0_slow == pytest.approx(1.0, abs=1e-6)
+
+
 def test_a_parameter_without_a_gradient_stays_where_it_is():
     model = quadratic()
     model.unused = torch.nn.Parameter(torch.ones(3))

@@ -18,6 +18,7 @@ from helpers import (
     make_trainer,
     our_metrics,
     parameters,
+    tiny_model,
     train,
 )
 from test_broken_off import saved_weights
@@ -328,11 +329,21 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, said):
         LookaheadConfig(str(tmp_path), **{**ON_CPU, **COSINE, **settings})
 
 
-def test_an_optimizer_that_makes_its_own_rate_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, **TWO_PASSES, **COSINE)
-    optimizer = Adafactor(trainer.model.parameters(), relative_step=True, lr=None)
-    with pytest.raises(ValueError, match="relative_step"):
-        make_trainer(tmp_path, model=trainer.model, optimizers=(optimizer, None), **TWO_PASSES, **COSINE)
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda parameters: Adafactor(parameters, relative_step=True, lr=None), "relative_step"),
+        (torch.optim.Rprop, "Rprop steps by lengths of its own"),
+        (torch.optim.ASGD, "ASGD steps by lengths of its own"),
+    ],
+    ids=["adafactor", "rprop", "asgd"],
+)
+@pytest.mark.parametrize("rule", [TWO_PASSES | COSINE, {"update_rule": "check"}], ids=["two passes", "check"])
+def test_an_optimizer_that_makes_its_own_rate_is_refused(tmp_path, rule, make, said):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, model=model, optimizers=(make(model.parameters()), None), **rule)
+    make_trainer(tmp_path, model=model, optimizers=(make(model.parameters()), None))
 
 
 def test_two_passes_are_one_probe_and_a_correction(tmp_path):
@@ -657,6 +668,34 @@ def test_a_step_that_is_not_finite_is_tried_again(tmp_path):
     assert_equal_parameters(trainer, train_fixed(tmp_path, fixed=Fixed(0.1, step1=0.1), **settings))
 
 
+class EndlesslyPoisonedTrainer(LookaheadTrainer):
+    """In the second step, what each pass after the first has for a gradient is multiplied by this."""
+
+    factor = math.nan
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * self.factor if self.state.global_step == 1 and self.lookahead.window is None else loss
+
+
+class EndlesslyFlatTrainer(EndlesslyPoisonedTrainer):
+    factor = 0.0
+
+
+@pytest.mark.parametrize("trainer_class", [EndlesslyPoisonedTrainer, EndlesslyFlatTrainer])
+@pytest.mark.parametrize("settings", [TWO_PASSES, {"gate_signal": "never"}], ids=["two passes", "three passes"])
+def test_a_step_that_never_has_a_cosine_is_the_plain_one(tmp_path, trainer_class, settings):
+    """There is none to log, either."""
+    common = {**METHOD, **AS_TRL, **COSINE, "max_steps": 2, **settings}
+    back = train_fixed(tmp_path, trainer_class, fixed=Fixed(0.5, step1=0.5), **common)
+    assert logged(back, "lookahead/steps_taken_back") == [0, MOST_TRIES]
+    first, second = logged(back, "lookahead/step_multiplier")
+    assert second == first / 2**MOST_TRIES
+    assert len(logged(back, "lookahead/cos_0_slow")) == 1
+    plain = train_fixed(tmp_path, fixed=Fixed(0.5, step1=second), max_active_steps=1, **common)
+    assert_equal_parameters(back, plain)
+
+
 def test_the_gate_does_not_see_a_step_taken_back_for_good(tmp_path, monkeypatch):
     monkeypatch.setattr("gxpo_trl.update.step_control.MOST_TRIES", 1)
     settings = {**METHOD, **COSINE, "lookahead_steps": 1, "learning_rate": 1e-3, "max_steps": 3}
@@ -701,6 +740,13 @@ def test_without_gain_it_is_the_plain_rule(tmp_path, settings):
         for log in (checked.state.log_history, plain.state.log_history)
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_nothing_moves_its_cosine_is_1_in_each_precision(tmp_path, dtype):
+    settings = {"update_rule": "check", "learning_rate": 0.0, "allow_low_precision_parameters": True}
+    trainer = train(tmp_path, model=tiny_model(dtype=dtype), **settings)
+    assert logged(trainer, "lookahead/cos_check") == pytest.approx([1.0] * 3, abs=2e-6)
 
 
 def test_each_step_is_checked_by_the_cosine_of_a_micro_batch(tmp_path):

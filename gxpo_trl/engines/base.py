@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.distributed.tensor import DTensor
 
+from ..update.slices import at_least_fp32
 from ..update.snapshot import keep
 from ..update.state import OptimizerSnapshot
 
@@ -68,7 +69,8 @@ class EngineState(ABC):
         return self.gather_over_shards(self.squared_norm()[None]).sum().sqrt().item()
 
     def squared_norm(self) -> torch.Tensor:
-        norms = [torch.linalg.vector_norm(g) for g in self.gradients() if g is not None and g.numel()]
+        present = (g for g in self.gradients() if g is not None and g.numel())
+        norms = [torch.linalg.vector_norm(g, dtype=at_least_fp32(g.dtype)) for g in present]
         squares = [norm.to(self.device, self.totals_dtype).square() for norm in norms]
         return sum(squares, torch.zeros((), dtype=self.totals_dtype, device=self.device))
 

@@ -110,6 +110,11 @@ def check_rates(optimizer: torch.optim.Optimizer) -> None:
     """
     name = type(optimizer).__name__
     instead = "set `step_control: none` (with `update_rule: check`, which always has one: `update_rule: grpo`)"
+    if isinstance(optimizer, (torch.optim.Rprop, torch.optim.ASGD)):
+        raise ValueError(
+            f"`step_control` multiplies learning rates, and {name} steps by lengths of its own, which it makes from "
+            f"those of earlier steps. Use another optimizer, or {instead}."
+        )
     if any(group.get("relative_step") or group.get("lr") is None for group in optimizer.param_groups):
         raise ValueError(
             f"`step_control` multiplies learning rates, and {name} makes its own. Give it an `lr` and "

@@ -378,6 +378,8 @@ class LookaheadConfig(GRPOConfig):
             check_at_least(name, getattr(self, name), 0.0)
         for name in ("gate_warmup_steps", "alpha_decay_steps", "lookahead_diagnostics_steps"):
             check_at_least(name, getattr(self, name), 0)
+        if self.max_grad_norm is None:
+            raise ValueError("`max_grad_norm` must be a number. For no clipping, set it to 0.")
         check_at_least("gate_patience", self.gate_patience, 1)
         check_at_least("gate_window", self.gate_window, 2)
         for name in ("max_tokens_per_micro_batch", "max_active_steps"):
@@ -417,7 +419,8 @@ class LookaheadConfig(GRPOConfig):
             )
 
     def _set_accumulation(self) -> None:
-        check_at_least("prompts_per_step", self.prompts_per_step, 1)
+        for name in ("prompts_per_step", "num_generations", "per_device_train_batch_size"):
+            check_at_least(name, getattr(self, name), 1)
         steps = accumulation_steps(
             self.prompts_per_step, self.num_generations, self.per_device_train_batch_size, _launched_processes()
         )

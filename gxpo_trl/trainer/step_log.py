@@ -62,17 +62,18 @@ class StepLog:
         for name, value in totals.items():
             log[f"lookahead/{name}"] = [value]
 
-    def write(self, metrics: dict[str, float], totals: dict[str, float | None]) -> None:
-        """Adds a step's metrics to those that TRL logs next.
+    def write(self, metrics: dict[str, float | None], totals: dict[str, float | None]) -> None:
+        """Adds a step's metrics to those that TRL logs next, without those that are `None`: not measured.
 
         Args:
-            metrics (`dict[str, float]`): The metrics of the step.
-            totals (`dict[str, float | None]`): Running totals; `None` for missing ones. TRL logs the mean of each list
-                over the logging interval, so a total has only its last value in the list.
+            metrics (`dict[str, float | None]`): The metrics of the step.
+            totals (`dict[str, float | None]`): Running totals. TRL logs the mean of each list over the logging
+                interval, so a total has only its last value in the list.
         """
         log = self.trainer._metrics["train"]
         for name, value in metrics.items():
-            log[f"lookahead/{name}"].append(value)
+            if value is not None:
+                log[f"lookahead/{name}"].append(value)
         if torch.cuda.is_available():
             totals = totals | {"peak_memory": torch.cuda.max_memory_allocated() / 2**30}
         for name, value in totals.items():

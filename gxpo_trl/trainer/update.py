@@ -257,7 +257,7 @@ class LookaheadUpdate:
 
     # ---- The passes after it
 
-    def _finish(self, model: torch.nn.Module) -> dict[str, float]:
+    def _finish(self, model: torch.nn.Module) -> dict[str, float | None]:
         """Runs the rest of the update rule after pass 1, and the gate. Returns the metrics of the step."""
         window, self.window = self.window, None
         self.length.see_rate()
@@ -367,9 +367,9 @@ class LookaheadUpdate:
         slow_metrics: dict[str, list[float]],
         shares: Shares | None,
         micro_batches: int,
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """Passes the step's signal to the gate, and returns the metrics for the log."""
-        metrics = {"active": 1.0}
+        metrics: dict[str, float | None] = {"active": 1.0}
         if report.taken_back:  # the step that was measured was undone, and the plain one taken
             metrics["cos_0_slow"] = report.cos_0_slow
         elif report.fell_back:
@@ -389,7 +389,7 @@ class LookaheadUpdate:
             logger.warning(advice)
         return metrics
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    def _log(self, metrics: dict[str, float | None]) -> None:
         metrics = metrics | self.length.metrics() | {"update_time": self._seconds}
         self.log.write(metrics, {name: getattr(self, name) for name in COUNTS} | self.length.totals())
         self._seconds = 0.0

@@ -12,7 +12,7 @@ import torch
 
 from .algorithm import Replay, one_pass
 from .measurements import StepReport, Totals
-from .slices import aligned_slices
+from .slices import aligned_slices, at_least_fp32
 from .state import TrainingState
 
 
@@ -39,7 +39,7 @@ def check_step(state: TrainingState, replay: Replay, at_theta_0: Callable[[], Ab
     pairs = zip(state.gradients(), before, strict=True)  # what has no gradient at one end adds nothing
     present = [(after, other) for after, other in pairs if after is not None and other is not None]
     for _, (after, other) in aligned_slices([after for after, _ in present], [other for _, other in present]):
-        totals.add(dot=torch.sum(after * other))
+        totals.add(dot=torch.sum(after.to(at_least_fp32(after.dtype)) * other))
     sums = totals.reduce(("before_squared", "after_squared", "dot"))
     state.clear_gradients()
     norm_0, norm_1 = math.sqrt(sums["before_squared"]), math.sqrt(sums["after_squared"])

@@ -12,7 +12,7 @@ import torch
 
 from .extrapolation import Extrapolation, retention_and_scale
 from .rule import LookaheadRule
-from .slices import Part, aligned_slices
+from .slices import Part, aligned_slices, at_least_fp32
 from .snapshot import Origin
 from .state import TrainingState
 
@@ -121,7 +121,7 @@ class Measurements:
     """
 
     SUMS = (
-        *("slow_squared", "dot_0_slow", "active", "centered", "centered_squared", "scale"),
+        *("first_squared", "slow_squared", "dot_0_slow", "active", "centered", "centered_squared", "scale"),
         *("probes_squared", "lookahead_squared"),
     )
 
@@ -169,10 +169,11 @@ class Measurements:
     def correction(self, grad_0: list[torch.Tensor | None]) -> None:
         """g_slow is there."""
         self.totals.add(slow_squared=self.state.squared_norm())
-        present = [(g, first) for g, first in zip(self.state.gradients(), grad_0, strict=True) if g is not None]
-        for _, (grad, first) in aligned_slices([g for g, _ in present], [first for _, first in present]):
-            first = first.to(grad.device, grad.dtype, non_blocking=True)
-            self.totals.add(dot_0_slow=torch.sum(grad * first))
+        present = [(first, g) for first, g in zip(grad_0, self.state.gradients(), strict=True) if first is not None]
+        for _, (first, grad) in aligned_slices([first for first, _ in present], [g for _, g in present]):
+            dtype = at_least_fp32(first.dtype)
+            first, grad = first.to(grad.device, dtype, non_blocking=True), grad.to(dtype)
+            self.totals.add(first_squared=first.square().sum(), dot_0_slow=torch.sum(grad * first))
 
     def report(self) -> StepReport:
         """What was measured, over all ranks: one collective."""
@@ -186,7 +187,7 @@ class Measurements:
             return report
         report.grad_norm_0, report.grad_norm_slow = self.norms[0], self.norms[-1]
         report.grad_norm_1 = self.norms[1] if self.rule.probes > 1 else None
-        report.cos_0_slow = _ratio(totals["dot_0_slow"], self.norms[0] * self.norms[-1])
+        report.cos_0_slow = _ratio(totals["dot_0_slow"], math.sqrt(totals["first_squared"]) * self.norms[-1])
         probes, lookahead = math.sqrt(totals["probes_squared"]), math.sqrt(totals["lookahead_squared"])
         report.displacement_ratio = _ratio(lookahead, probes)
         if report.displacement_ratio is not None:
@@ -312,9 +313,10 @@ def _noise(state: TrainingState, start: Origin, extrapolation: Extrapolation) ->
     for i, (again, grad_0) in enumerate(zip(state.gradients(), start.grad_0, strict=True)):
         if again is None or grad_0 is None:
             continue
+        again, grad_0 = (grad.to(at_least_fp32(grad.dtype)) for grad in (again, grad_0))
         totals.add(dot=(again * grad_0).sum(), again=again.square().sum(), first=grad_0.square().sum())
         if i < len(start.theta_0):  # it moves a parameter
-            retention, _, active = retention_and_scale(grad_0.float(), again.float(), extrapolation)
+            retention, _, active = retention_and_scale(grad_0, again, extrapolation)
             centered = retention - 1.0
             totals.add(active=active.sum(), centered=centered.sum(), centered_squared=centered.square().sum())
     sums = totals.reduce(("dot", "again", "first", "active", "centered", "centered_squared"))

@@ -9,6 +9,11 @@ import torch
 SLICE_SIZE = 2**20  # coordinates that are worked on at a time
 
 
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of this precision are computed with: the sums of products in bf16 have two or three digits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Part(NamedTuple):
     """Where a slice is: rows `start` to `stop` of a shard; of a scalar, all of it."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .slices import Part, aligned_slices
+from .slices import Part, aligned_slices, at_least_fp32
 from .state import OptimizerSnapshot, TrainingState
 
 
@@ -43,7 +43,7 @@ class Origin:
     def moves(self, state: TrainingState) -> Iterator[tuple[Part, torch.Tensor, torch.Tensor]]:
         """Slices of the parameters as they are now, which may be written, and of θ0 in fp32 at least."""
         for part, (theta, theta_0) in aligned_slices(state.parameters(), self.theta_0):
-            dtype = torch.promote_types(theta.dtype, torch.float32)
+            dtype = at_least_fp32(theta.dtype)
             yield part, theta, theta_0.to(theta.device, dtype, non_blocking=True)
 
     def consumed(self, state: TrainingState, clip_0: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -56,7 +56,7 @@ class Origin:
         count = len(self.theta_0)  # of the gradients, those that move a parameter
         grads = self.grad_0[:count], itertools.islice(state.gradients(), count)
         for _, (theta, grad_0, grad_1) in aligned_slices(state.parameters(), *grads):
-            dtype = torch.promote_types(theta.dtype, torch.float32)
+            dtype = at_least_fp32(theta.dtype)
             grad_0, grad_1 = (grad.to(theta.device, dtype, non_blocking=True) for grad in (grad_0, grad_1))
             yield grad_0 * clip_0, grad_1
 
