@@ -1,6 +1,7 @@
 """The multiplier of the learning rate: how it is chosen, that every step is one at M times the rate, and that nobody
 else sees it."""
 
+import itertools
 import json
 import logging
 import math
@@ -836,8 +837,9 @@ def steps_checked(trainer) -> list[int]:
     ],
     ids=str,
 )
-def test_of_the_steps_on_a_batch_the_first_is_checked(tmp_path, shared, checked):
+def test_of_the_steps_on_a_batch_the_first_is_checked(tmp_path, monkeypatch, shared, checked):
     """Its rollouts are of the policy that it steps. The length changes after these steps only."""
+    monkeypatch.setattr(StepControl, "settled", property(lambda control: True, lambda control, value: None))
     trainer = train(tmp_path, **METHOD, **CHECK, **shared, max_steps=5, step_control_target=0.6)
     multipliers, cosines = logged(trainer, "lookahead/step_multiplier"), logged(trainer, "lookahead/cos_check")
     assert steps_checked(trainer) == checked
@@ -846,6 +848,23 @@ def test_of_the_steps_on_a_batch_the_first_is_checked(tmp_path, shared, checked)
         cosine = cosines[checked.index(step)] if step in checked else None
         assert multipliers[step] == pytest.approx(taken(control, cosine))
     assert trainer.backward_passes == 5 + len(checked) * 0.5 + trainer.lookahead.control.steps_tried + 2
+
+
+@pytest.mark.parametrize(
+    "cosines, checked",
+    [([0.9, 0.9, 0.3, 0.9], [1, 2, 3, 4, 7]), ([0.3, 0.9], [1, 4, 7]), ([0.9], range(1, 9))],
+    ids=str,
+)
+def test_each_step_is_checked_until_one_is_longer_than_is_aimed_at(tmp_path, monkeypatch, cosines, checked):
+    """Of three on a batch: one batch after the other would be long where the length was found much too short."""
+    found = itertools.chain(cosines, itertools.repeat(0.9))
+    monkeypatch.setattr(
+        "gxpo_trl.trainer.update.check_step",
+        lambda *args: StepReport(passes=1, grad_norm_0=1.0, grad_norm_slow=1.0, cos_0_slow=next(found)),
+    )
+    trainer = train(tmp_path, **METHOD, **CHECK, num_iterations=3, max_steps=8, step_control_target=0.6)
+    assert steps_checked(trainer) == [*checked]
+    assert trainer.lookahead.control.settled == (min(cosines) < 0.6)
 
 
 def test_checks_that_are_far_apart_go_on_where_a_checkpoint_was(tmp_path):

@@ -268,7 +268,7 @@ class LookaheadUpdate:
             metrics = {"active": 0.0}
             if replayed:
                 self._find_length(model, window)
-                if self.trainer.state.global_step % self.trainer.args.steps_of_batch == 0:
+                if self._is_due:
                     self._to_check = ToCheck(model, window, self._copy_of_parameters())
             if window is not None:
                 self.engine.passes.finish()
@@ -329,10 +329,18 @@ class LookaheadUpdate:
                 tried_again = self.length.judge_only(report, self._step) is Verdict.TRY_AGAIN
         self._origin = None
 
+    @property
+    def _is_due(self) -> bool:
+        """Whether the step is the first one on its batch of rollouts, or steps are still as short as a search left
+        them.
+        """
+        is_first = self.trainer.state.global_step % self.trainer.args.steps_of_batch == 0
+        return is_first or (self.length.takes_back and not self.control.settled)
+
     def _replay_one(self, model: torch.nn.Module, window: RolloutWindow) -> Replay:
         """A pass over one micro-batch; each in its turn, since they are sorted by length."""
-        checks = self.trainer.state.global_step // self.trainer.args.steps_of_batch
-        index = checks % window.replayed_micro_batches
+        batch, step_on_it = divmod(self.trainer.state.global_step, self.trainer.args.steps_of_batch)
+        index = (batch + step_on_it) % window.replayed_micro_batches
         return lambda: self.replays.run(self.engine, model, window.replay_one(index))
 
     def _copy_of_parameters(self) -> Origin:

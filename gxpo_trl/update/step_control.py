@@ -141,6 +141,7 @@ class StepControl:
         steps_tried (`int`): How many searches undid.
         search_target (`float`, *optional*): The cosine that searches aim at, if another.
         rate (`float`, *optional*): The scheduled learning rate of the last step, which M multiplied.
+        settled (`bool`): Whether a step since the last search was longer than is aimed at. Until then M only grows.
         growth (`float`): The factor of M once the current step has been taken.
         search (`Search`): Of M on the current batch.
     """
@@ -153,6 +154,7 @@ class StepControl:
     steps_tried: int = 0
     search_target: float | None = None
     rate: float | None = None
+    settled: bool = False
     growth: float = 1.0
     search: Search = field(init=False)
 
@@ -177,7 +179,7 @@ class StepControl:
         """Takes the scheduled rate of a step. Where it has risen far above the last one's, as at the restart of a
         cosine, M is not that of the step any more."""
         if self.rate and rate > RISEN * self.rate * (1 + 1e-6) and not self.searching:
-            self.searches_left = 1
+            self.searches_left, self.settled = 1, False
         self.rate = rate or self.rate  # a step at 0 is not judged
 
     def judge(self, cosine: float | None, repeatable: bool = True) -> Verdict:
@@ -189,6 +191,7 @@ class StepControl:
             return Verdict.KEEP
         if self.searching and repeatable:
             return self._search(cosine)
+        self.settled = self.settled or cosine < self.target
         if cosine < TAKE_BACK_BELOW:
             return self._take_back(repeatable)
         self.growth = math.exp(self.gain * (cosine - self.target))
@@ -238,7 +241,8 @@ class StepControl:
         Raises:
             ValueError: If the state is not one of `state_dict`.
         """
-        state = {"rate": None, **state} if isinstance(state, dict) else state  # which 0.2.0 does not have
+        if isinstance(state, dict):
+            state = {"rate": None, "settled": True, **state}  # which 0.2.0 does not have
         check_parts(state, PARTS, "step control")
         for name, _, _ in PARTS:
             setattr(self, name, state[name])
@@ -252,6 +256,7 @@ PARTS = (
         lambda value: type(value) in (int, float) and LEAST <= value <= MOST,
     ),
     ("rate", "a number of at least 0, or none", lambda value: value is None or is_amount(value)),
+    ("settled", "true or false", lambda value: isinstance(value, bool)),
     ("searches_left", "a count", is_count),
     ("steps_taken_back", "a count", is_count),
     ("steps_tried", "a count", is_count),
