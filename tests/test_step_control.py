@@ -850,9 +850,17 @@ def test_of_the_steps_on_a_batch_the_first_is_checked(tmp_path, monkeypatch, sha
     assert trainer.backward_passes == 5 + len(checked) * 0.5 + trainer.lookahead.control.steps_tried + 2
 
 
+LONG = 0.3
+"""The cosine of a step that is longer than is aimed at."""
+
+
 @pytest.mark.parametrize(
     "cosines, checked",
-    [([0.9, 0.9, 0.3, 0.9], [1, 2, 3, 4, 7]), ([0.3, 0.9], [1, 4, 7]), ([0.9], range(1, 9))],
+    [
+        ([0.9, 0.9, 0.9, 0.9, LONG, 0.9], [1, 2, 3, 4, 5, 7]),
+        ([LONG, LONG, LONG], [1, 2, 3, 4, 7]),  # those of the first two, on which M was searched for, don't count
+        ([0.9], range(1, 9)),
+    ],
     ids=str,
 )
 def test_each_step_is_checked_until_one_is_longer_than_is_aimed_at(tmp_path, monkeypatch, cosines, checked):
@@ -864,7 +872,23 @@ def test_each_step_is_checked_until_one_is_longer_than_is_aimed_at(tmp_path, mon
     )
     trainer = train(tmp_path, **METHOD, **CHECK, num_iterations=3, max_steps=8, step_control_target=0.6)
     assert steps_checked(trainer) == [*checked]
-    assert trainer.lookahead.control.settled == (min(cosines) < 0.6)
+    assert trainer.lookahead.control.settled == (LONG in cosines)
+    multipliers = logged(trainer, "lookahead/step_multiplier")
+    growth = math.exp(0.5 * (LONG - 0.6)) if cosines[2:3] == [LONG] else 2.0
+    assert multipliers[3] / multipliers[2] == pytest.approx(growth)  # arccos(0.6) / arccos(0.9) is 2.06
+    assert multipliers[7] / multipliers[6] == pytest.approx(math.exp(0.5 * 0.3) if LONG in cosines else 2.0)
+
+
+@pytest.mark.parametrize("cosine, growth", [(1.0, 2.0), (0.9, 2.0), (0.7, 0.9273 / 0.7954), (0.6, 1.0), (0.5, None)])
+def test_until_then_it_grows_by_the_angle(cosine, growth):
+    """As the angle is proportional to the length of a short step: at most twofold, since a check is noisy."""
+    control = StepControl(0.6, 0.5)
+    assert control.judge(cosine, repeatable=False) is Verdict.KEEP
+    assert control.growth == pytest.approx(growth or math.exp(0.5 * (cosine - 0.6)), rel=1e-4)
+    assert control.settled == (cosine < 0.6)
+    control.settled = True
+    control.judge(cosine, repeatable=False)
+    assert control.growth == pytest.approx(math.exp(0.5 * (cosine - 0.6)))
 
 
 def test_checks_that_are_far_apart_go_on_where_a_checkpoint_was(tmp_path):

@@ -37,6 +37,8 @@ NEAR = 1.25
 CLOSE = 2.0
 """Where a multiplier that is too long is at most so many times one that is too short, the latter is taken."""
 TAKE_BACK_FACTOR = 1 / 2
+MOST_GROWTH = 2.0
+"""What M is multiplied by at most after a check, while no step has been longer than is aimed at."""
 RISEN = 2.0
 """The factor by which the scheduled rate may rise from one step to the next, as in a warm-up, before M is searched for
 again."""
@@ -141,7 +143,8 @@ class StepControl:
         steps_tried (`int`): How many searches undid.
         search_target (`float`, *optional*): The cosine that searches aim at, if another.
         rate (`float`, *optional*): The scheduled learning rate of the last step, which M multiplied.
-        settled (`bool`): Whether a step since the last search was longer than is aimed at. Until then M only grows.
+        settled (`bool`): Whether a step since the last search was longer than is aimed at, by a check. Until then each
+            step is checked, and M may double.
         growth (`float`): The factor of M once the current step has been taken.
         search (`Search`): Of M on the current batch.
     """
@@ -191,10 +194,14 @@ class StepControl:
             return Verdict.KEEP
         if self.searching and repeatable:
             return self._search(cosine)
-        self.settled = self.settled or cosine < self.target
+        is_settling = not (repeatable or self.settled or self.search.tries)  # a search saw more than a check does
+        self.settled = self.settled or is_settling and cosine < self.target
         if cosine < TAKE_BACK_BELOW:
             return self._take_back(repeatable)
         self.growth = math.exp(self.gain * (cosine - self.target))
+        if is_settling and cosine > self.target:
+            missing = math.acos(self.target) / max(math.acos(min(cosine, 1.0)), 1e-6)
+            self.growth = max(self.growth, min(missing, MOST_GROWTH))
         return Verdict.KEEP
 
     def _search(self, cosine: float) -> Verdict:
