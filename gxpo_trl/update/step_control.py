@@ -9,6 +9,7 @@ corrective pass gives away. A step that is too short raises the multiplier M, on
     control:    M_{t+1} = M_t · exp(κ (c - c*))
     take back:  c < -0.1, or the gradient is not finite, or zero where g0 is not: M ← M / 2, and the step again from θ0
     again:      where the scheduled rate has more than doubled since the last step, the start on one batch
+    check:      after the start, M grows by arccos(c*) / arccos(c), at most twofold, until c < c*
     no change where g0 is zero
 
 The angle between the two gradients is proportional to the length of a short step, so that the start follows secants.
