@@ -109,6 +109,21 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+def check_model(model: str, setting: str) -> None:
+    """Refuses a path where no model is. A name of the Hub has one slash at most.
+
+    Raises:
+        ValueError: If there is no such folder, or no model or adapter in it.
+    """
+    folder = Path(model)
+    if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise ValueError(f"`{setting}`: there is no folder {model}.")
+    if folder.is_dir() and not is_adapter(folder) and not (folder / MODEL_CONFIG).is_file():
+        raise ValueError(
+            f"`{setting}`: {model} is not a checkpoint: it holds neither a {MODEL_CONFIG} nor an {ADAPTER_CONFIG}."
+        )
+
+
 def partial_path(path: Path) -> Path:
     """Where a file is written until it is complete and is moved to its place."""
     return path.with_name(f"{path.name}.partial")

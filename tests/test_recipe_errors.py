@@ -385,12 +385,32 @@ def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch, line, words):
         assert [found.name for found in tmp_path.iterdir()] == ["r.yaml"]
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path):
+@pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["run", "rehearsal"])
+def test_a_model_that_is_not_there_is_named(tmp_path, words):
     path = write(tmp_path, f"model_name_or_path: {tmp_path}/nowhere", f"output_dir: {tmp_path}/run")
-    with pytest.raises(SystemExit, match=f"^error: {path}, line .*: `model_name_or_path`: .*nowhere"):
-        cli.main(["train", "--config", str(path)])
-    with pytest.raises(SystemExit, match="^error: the command line: `model_name_or_path`: .*elsewhere"):
-        cli.main(["train", "--config", str(path), "--model_name_or_path", f"{tmp_path}/elsewhere"])
+    with pytest.raises(SystemExit, match=f"^error: {path}, line .*: `model_name_or_path`: .*no folder .*nowhere"):
+        cli.main(["train", "--config", str(path), *words])
+    for name, said in (("./elsewhere", "there is no folder ./elsewhere"), (str(tmp_path), "is not a checkpoint")):
+        with pytest.raises(SystemExit, match=f"^error: the command line: `model_name_or_path`: .*{said}"):
+            cli.main(["train", "--config", str(path), "--model_name_or_path", name, *words])
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("--report_to foo", "foo is not supported, only wandb is."),
+        ("--dataset_name data/no.jsonl", "There is no file data/no.jsonl."),
+        ("--run_name mine", "What is 'mine'?"),
+    ],
+)
+def test_an_error_that_names_a_value_is_placed_at_its_setting(tmp_path, word, message):
+    explained = parse(write(tmp_path), *word.split()).origin.explain(ValueError(message))
+    assert explained == f"the command line: `{word.split()[0][2:]}`: {message}"
+
+
+@pytest.mark.parametrize("word, message", [("--report_to none", "none of it"), ("--run_name it", "none of it")])
+def test_an_error_that_has_a_value_as_a_word_is_not(tmp_path, word, message):
+    assert parse(write(tmp_path), *word.split()).origin.explain(ValueError(message)).endswith(f"r.yaml: {message}")
 
 
 def test_a_folder_that_was_there_stays(tmp_path):

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..run_folder import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_base, is_adapter
+from ..run_folder import TOKENIZER_CONFIG, adapter_base, is_adapter
 from ..sampling.grouped import SharedNoise, pad_left, sample_grouped, why_not_grouped
 from ..sampling.model_traits import decoder_of
 from .settings import EvaluationArguments
@@ -51,21 +51,6 @@ class Sample:
 
 Sampler = Callable[[list[list[int]], int, int], list[list[Sample]]]
 """Samples n completions of each prompt, given as tokens: `(prompts, n, seed)` to one list of n for each prompt."""
-
-
-def check_model(model: str) -> None:
-    """Refuses a path where no model is. A name of the Hub has one slash at most.
-
-    Raises:
-        ValueError: If there is no such folder, or no model or adapter in it.
-    """
-    folder = Path(model)
-    if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
-        raise ValueError(f"`models`: there is no folder {model}.")
-    if folder.is_dir() and not is_adapter(folder) and not (folder / MODEL_CONFIG).is_file():
-        raise ValueError(
-            f"`models`: {model} is not a checkpoint: it holds neither a {MODEL_CONFIG} nor an {ADAPTER_CONFIG}."
-        )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from ..run_folder import (
     BenchmarkResults,
     EvaluationResults,
     check_kind,
+    check_model,
     check_output_dir,
     read_json,
     samples_file,
@@ -43,7 +44,7 @@ from .benchmark import (
 )
 from .fingerprints import Fingerprints, fingerprints
 from .results import ShownResults, benchmark_results, results_table, why_doubtful
-from .sampling import Sampler, check_model, load_model, load_tokenizer, transformers_sampler, vllm_sampler
+from .sampling import Sampler, load_model, load_tokenizer, transformers_sampler, vllm_sampler
 from .settings import EvaluationArguments
 
 
@@ -74,7 +75,7 @@ def evaluate(settings: EvaluationArguments) -> dict[str, Results]:
         raise ValueError("There is nothing to evaluate. Set `models`.")
     check_output_dir(settings.output_dir)
     for model in settings.models:
-        check_model(resolve_model(model))
+        check_model(resolve_model(model), "models")
     tasks = load_tasks(settings)
     folders = {model: Path(settings.output_dir) / slug(model) for model in settings.models}
     for task in tasks:

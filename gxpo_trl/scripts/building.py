@@ -25,7 +25,7 @@ from ..callbacks.hub import HubCallback, explain_hub_errors
 from ..callbacks.records import RunRecordCallback
 from ..callbacks.trackers import TrackerCallback
 from ..callbacks.trajectories import TrajectoryCallback
-from ..run_folder import ADAPTER_CONFIG, adapter_base, check_output_dir, is_adapter
+from ..run_folder import ADAPTER_CONFIG, adapter_base, check_model, check_output_dir, is_adapter
 from ..tasks import resolve_dataset, resolve_model, resolve_reward
 from ..tasks.datasets import has_name
 from ..tasks.examples import check_columns, without_chat_template
@@ -77,7 +77,7 @@ def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Refuses a recipe without a required key, or without a writable output folder, before anything is loaded.
+    """Refuses a recipe without a required key, a model or a writable output folder, before anything is loaded.
 
     Raises:
         ValueError: Names the setting.
@@ -88,6 +88,7 @@ def _check_names(recipe: Recipe) -> None:
         raise ValueError("The recipe names no data. Set `dataset_name` or `datasets`.")
     if not recipe.model.model_name_or_path:
         raise ValueError("The recipe names no model. Set `model_name_or_path`.")
+    check_model(resolve_model(recipe.model.model_name_or_path), "model_name_or_path")
     scores_itself = script.dataset_name is not None and is_generated(script.dataset_name)
     if not script.reward_funcs and not script.reward_model_name_or_path and not scores_itself:
         raise ValueError("The recipe names no reward. Set `reward_funcs` or `reward_model_name_or_path`.")

@@ -17,9 +17,9 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from trl import DatasetMixtureConfig
 
-from ..run_folder import BACKWARD_PASSES
+from ..run_folder import BACKWARD_PASSES, check_model
 from ..tasks.datasets import EMBEDDED_DATASET
-from ..tasks.names import EMBEDDED_MODEL
+from ..tasks.names import EMBEDDED_MODEL, resolve_model
 from ..tasks.tiny_model import TINY_MODEL_PATH
 from .arguments import Recipe, replace_training
 from .next_loop import check_settings
@@ -37,10 +37,12 @@ def rehearse(recipe: Recipe) -> Recipe:
     """Prints the plan of a recipe, and returns the recipe of its rehearsal.
 
     Raises:
-        ValueError: If the rehearsal's folder exists already, the data do not fill a generation batch, or the recipe's
+        ValueError: If the model's folder holds none, the rehearsal's folder exists already, the data do not fill a generation batch, or the recipe's
             extrapolation can't work.
     """
     sys.dont_write_bytecode = True  # of a file with rewards
+    if recipe.model.model_name_or_path:
+        check_model(resolve_model(recipe.model.model_name_or_path), "model_name_or_path")
     if recipe.loop.extrapolate_after is not None:
         check_settings(recipe)
     data = open_data(recipe)

@@ -72,13 +72,8 @@ class Origin:
             if place := self._place(key or bare):
                 return f"{place}: {sentence}"
         for key, value in (self.file.said | self.given).items():  # or by a value that it names: a model, a file
-            around = "" if key in ("model_name_or_path", "resume_adapter") else "['\"`]"
             words = value if isinstance(value, list) else [value]
-            if any(
-                re.search(rf"{around}{re.escape(word)}{around}", said)
-                for word in words
-                if isinstance(word, str) and re.search(r"[^\W\d]{2}", word)  # a name: many settings may be 1
-            ):
+            if any(_names(said, key, word) for word in words if isinstance(word, str)):
                 return f"{self._place(key)}: `{key}`: {sentence}"
         return sentence if self.file.path is None else f"{self.file.path}: {sentence}"
 
@@ -87,6 +82,15 @@ class Origin:
         if key in self.given:
             return "the command line"
         return f"{self.file.path}, line {self.file.lines[key]}" if key in self.file.lines else None
+
+
+def _names(said: str, key: str, word: str) -> bool:
+    """Whether an error names this value of a setting: in quotes, unless it is distinct without them."""
+    if not re.search(r"[^\W\d]{2}", word) or word in ("all", "none"):  # many settings may be 1
+        return False
+    is_distinct = "/" in word or key in ("model_name_or_path", "resume_adapter", "report_to")
+    around = "" if is_distinct else "['\"`]"
+    return re.search(rf"{around}{re.escape(word)}{around}", said) is not None
 
 
 class KeyParser(TrlParser):

@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         if options.copy is not None:
+            if options.copy.exists():
+                raise ValueError(f"`--copy {options.copy}` exists already. Name a folder that does not exist yet.")
             shutil.copytree(recipes_folder(), options.copy)
             print(f"Copied to {options.copy}.")
         elif options.name is not None:
