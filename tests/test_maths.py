@@ -335,6 +335,7 @@ SAME = [
     (r"\begin{array}{c}5\end{array}", "5"),
     ("[0,5)", "[0,5["),
     (r"]0,1] \cup [2,3[", r"(0,1]\cup[2,3)"),
+    (r"\{\varnothing\}", r"\{\{\}\}"),
 ]
 
 
@@ -540,6 +541,8 @@ DIFFERENT = [
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     (r"\begin{pmatrix}2&1\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
     ("[0,5]", "[0,5["),
+    (r"\emptyset", r"\{\emptyset\}"),
+    (r"\{∅\}", r"\emptyset"),
 ]
 
 
@@ -674,7 +677,7 @@ def test_what_accuracy_reward_accepts_of_these_stays_accepted():
     pairs = [(answer, gold) for answer, gold in SAME + [(gold, gold) for gold in GOLDS]]
     texts = [[{"role": "assistant", "content": rf"So $\boxed{{{answer}}}$."}] for answer, _ in pairs]
     accepted = accuracy_reward(texts, [rf"\boxed{{{gold}}}" for _, gold in pairs])
-    assert sum(reward == 1.0 for reward in accepted) > len(pairs) / 2
+    assert sum(reward == 1.0 for reward in accepted) > 150  # else the next line says little
     assert all(score(*pair) == 1.0 for pair, reward in zip(pairs, accepted, strict=True) if reward == 1.0)
 
 

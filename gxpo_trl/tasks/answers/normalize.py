@@ -151,6 +151,7 @@ _REWRITES = [
     (r"^\s*(\d{4}-\d\d-\d\d)\s*$", r"\\text{\1}"),  # a date is no difference
     (r"\\+\s*$", ""), (r"^\s*([a-zA-Z]?)\s*\\approx", r"\1="), (r"\\approx.*", ""),
     (r"\|([^|]+)\|", r"\\lvert \1\\rvert "), (r"\\\{\s*\\\}", r"\\emptyset"),
+    (r"^\\\{\s*\\emptyset\s*\\\}$", r"\\text{set of the empty set}"),
     # Open ends as outward brackets: ]0, 1] is (0, 1]
     (r"(^|\\cup|\\in|=)\s*([\[\]])([^\[\]()]*,[^\[\]()]*)([\[\]])",
      lambda m: m[1] + ("[" if m[2] == "[" else "(") + m[3] + ("]" if m[4] == "]" else ")")),
