@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo_trl import GXPOConfig, GXPOTrainer, LookaheadConfig, LookaheadTrainer
-from gxpo_trl.rollout.window import MicroBatch
+from gxpo_trl.rollout.window import MicroBatch, RolloutWindow
 from gxpo_trl.tasks import TINY_MODEL_PATH, arithmetic_reward, load_arithmetic
 from gxpo_trl.update.extrapolation import Extrapolation
 from gxpo_trl.update.snapshot import Origin
@@ -448,6 +448,26 @@ def test_a_loss_of_ones_own_takes_the_step_that_it_takes_in_trls_trainer(tmp_pat
     ours = train(tmp_path, type("Ours", (Weighing, LookaheadTrainer), {}), **inert, **settings)
     trl = train(tmp_path, type("Plain", (Weighing, GRPOTrainer), {}), GRPOConfig, **settings)
     assert_close_parameters(parameters(ours), parameters(trl), atol=1e-6)
+
+
+class Remembering(LookaheadTrainer):
+    """Chooses the tokens of a micro-batch once: in replays its mask is the same tensor."""
+
+    masks: dict[int, torch.Tensor]
+
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        chosen = super().get_high_entropy_mask(entropies, mask, threshold)
+        return self.masks.setdefault(mask.data_ptr(), chosen)
+
+
+def test_the_tokens_of_high_entropy_are_those_of_pass_1(tmp_path, monkeypatch):
+    settings = {"max_steps": 1, "learning_rate": 5e-3, "top_entropy_quantile": 0.3, "compact_batches": False}
+    ours = train(tmp_path, **settings)
+    monkeypatch.setattr(RolloutWindow, "keep_entropy_mask", lambda *_: None)
+    monkeypatch.setattr(Remembering, "masks", {}, raising=False)
+    assert_equal_parameters(ours, train(tmp_path, Remembering, **settings))
+    with pytest.raises(AssertionError):  # else all of this says nothing
+        assert_equal_parameters(ours, train(tmp_path, **settings))
 
 
 def test_a_patched_loss_with_a_token_budget_is_refused_when_training_begins(tmp_path):

@@ -52,6 +52,7 @@ NAMES = [
             ("_step", LAYOUT, "knows by it which micro-batch is under way"),
             ("num_iterations", LAYOUT, "knows by it whether the policy has moved since generation"),
             *((name, LAYOUT, "knows by it whether the loss is TRL's own") for name in LOSS if name != "_compute_loss"),
+            ("get_high_entropy_mask", UPDATE, "keeps what it returns in pass 1, and replays use that"),
             ("loss_is_scaled_for_ga", REPLAYS, "divides losses by the accumulation steps where it is false"),
             ("_metrics", LOG, "logs through it"),
             ("_compute_loss", LAYOUT, "knows by it whether the loss is TRL's own", "model, inputs"),

@@ -1,6 +1,6 @@
 """The micro-batches of one optimizer step, kept so that the same loss can be computed again at other parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ class MicroBatch:
         random_state (`list`): The generators' state just before the forward pass.
         drew (`bool`): Whether forward or backward pass drew random numbers.
         per_token_logps (`torch.Tensor`, *optional*): The policy's detached log-probabilities in pass 1, (B, T).
+        entropy_masks (`list[torch.Tensor]`): TRL's masks of the tokens of high entropy in pass 1, each (B, T), in the
+            order in which the loss has asked for them; none where all tokens count.
     """
 
     inputs: dict[str, Any]
@@ -26,14 +28,17 @@ class MicroBatch:
     random_state: list[Any]
     drew: bool = False
     per_token_logps: torch.Tensor | None = None
+    entropy_masks: list[torch.Tensor] = field(default_factory=list)
 
 
 class Replayed(NamedTuple):
-    """One micro-batch of a replay: the inputs of the loss, its divisor, and whether it is the last of the pass."""
+    """One micro-batch of a replay: the inputs of the loss, its divisor, whether it is the last of the pass, and the
+    masks of high entropy."""
 
     inputs: dict[str, Any]
     accumulation_steps: int
     is_last: bool
+    entropy_masks: Sequence[torch.Tensor] = ()
 
 
 @dataclass
@@ -61,6 +66,10 @@ class RolloutWindow:
         if self.micro_batches and self.micro_batches[-1].per_token_logps is None:
             self.micro_batches[-1].per_token_logps = per_token_logps.detach()
 
+    def keep_entropy_mask(self, mask: torch.Tensor) -> None:
+        """Keeps a mask of the tokens of high entropy, (B, T), of the last recorded micro-batch."""
+        self.micro_batches[-1].entropy_masks.append(mask)
+
     def close_micro_batch(self) -> None:
         """Call it just after the backward pass."""
         self.micro_batches[-1].drew = self.generators.have_drawn(since=self.micro_batches[-1].random_state)
@@ -84,9 +93,7 @@ class RolloutWindow:
             yield from self._replay_packed()
             return
         for micro_batch in self.micro_batches:
-            inputs = self._frozen(micro_batch)
-            self.generators.restore(micro_batch.random_state)
-            yield Replayed(inputs, micro_batch.accumulation_steps, micro_batch is self.micro_batches[-1])
+            yield self._replayed(micro_batch, micro_batch is self.micro_batches[-1])
 
     def _replay_packed(self) -> Iterator[Replayed]:
         after_pass_1 = self.generators.state()
@@ -103,12 +110,14 @@ class RolloutWindow:
         """One micro-batch of a replay as a pass of its own. It leaves the generators where it found them."""
         before = self.generators.state()
         if self.packed is None:
-            micro_batch = self.micro_batches[index]
-            self.generators.restore(micro_batch.random_state)
-            yield Replayed(self._frozen(micro_batch), micro_batch.accumulation_steps, True)
+            yield self._replayed(self.micro_batches[index], is_last=True)
         else:
             yield Replayed(self.packed[index], self.micro_batches[0].accumulation_steps, True)
         self.generators.restore(before)
+
+    def _replayed(self, micro_batch: MicroBatch, is_last: bool) -> Replayed:
+        self.generators.restore(micro_batch.random_state)
+        return Replayed(self._frozen(micro_batch), micro_batch.accumulation_steps, is_last, micro_batch.entropy_masks)
 
     def _frozen(self, micro_batch: MicroBatch) -> dict[str, Any]:
         inputs = {**micro_batch.inputs}

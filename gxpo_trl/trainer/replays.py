@@ -2,13 +2,15 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from trl import GRPOTrainer
 
 from ..engines import Engine
 from ..rollout.window import Replayed
+from .methods import methods_set
 
 
 MOVED_BY_LOSS = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
@@ -35,10 +37,11 @@ class Replays:
         trainer, passes = self.trainer, engine.passes
         trainer._metrics["train"].clear()
         self._set_moved_by_loss(self._moved_at_start)
-        for inputs, steps, is_last in replayed:
+        for inputs, steps, is_last, entropy_masks in replayed:
             trainer.current_gradient_accumulation_steps = steps
+            kept = {"get_high_entropy_mask": _one_by_one(entropy_masks)} if entropy_masks else {}
             with passes.micro_batch(is_last):
-                with trainer.compute_loss_context_manager():
+                with trainer.compute_loss_context_manager(), methods_set(trainer, kept):
                     loss = trainer.compute_loss(model, inputs, num_items_in_batch=None)  # TRL counts none
                 passes.backward(loss if trainer.loss_is_scaled_for_ga else loss / steps)
 
@@ -60,3 +63,9 @@ class Replays:
     def _set_moved_by_loss(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
             setattr(self.trainer, name, value)
+
+
+def _one_by_one(masks: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A method that returns one after the other, whatever it is given."""
+    masks = iter(masks)
+    return lambda *args, **kwargs: next(masks)

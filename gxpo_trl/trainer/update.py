@@ -23,6 +23,7 @@ from ..update.snapshot import Origin, keep
 from ..update.step_control import StepControl, Verdict
 from .advice import Advisor
 from .layout import BatchLayout, Shares
+from .methods import methods_set
 from .replays import Replays
 from .scoring import Scoring
 from .step_length import StepLength
@@ -213,6 +214,7 @@ class LookaheadUpdate:
         """Replaces the trainer's loss by recorders, inside of what subclasses and users put around TRL's."""
         trainer = self.trainer
         compute_loss, compute_logps = trainer.compute_loss, trainer._get_per_token_logps_and_entropies
+        mask_entropies = trainer.get_high_entropy_mask
 
         def recorded_loss(model, inputs, *args, **kwargs):
             self._forward_started = time.perf_counter()  # generation lies before
@@ -230,15 +232,15 @@ class LookaheadUpdate:
                 self.window.keep_logps(outputs[0])
             return outputs
 
+        def recorded_mask(*args, **kwargs):
+            mask = mask_entropies(*args, **kwargs)
+            if self.window is not None and torch.is_grad_enabled():
+                self.window.keep_entropy_mask(mask)
+            return mask
+
         recorders = {"compute_loss": recorded_loss, "_get_per_token_logps_and_entropies": recorded_logps}
-        own = {name: vars(trainer)[name] for name in recorders if name in vars(trainer)}
-        vars(trainer).update(recorders)
-        try:
+        with methods_set(trainer, {**recorders, "get_high_entropy_mask": recorded_mask}):
             yield
-        finally:
-            for name in recorders:
-                del vars(trainer)[name]
-            vars(trainer).update(own)
 
     def _find_engine(self, model: torch.nn.Module) -> None:
         trainer = self.trainer
