@@ -432,5 +432,5 @@ def test_they_are_listed_printed_and_copied(tmp_path, capsys):
     assert capsys.readouterr().out == recipe_path("gxpo:tiny/gxpo.yaml").read_text()
     recipes.main(["--copy", str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "accelerate" / "zero3.json").is_file()
-    with pytest.raises(SystemExit, match="`--copy .*mine` exists already. Name a folder"):  # nothing of the user's is overwritten
+    with pytest.raises(SystemExit, match="`--copy .*mine` exists already. Name a folder"):  # nothing is overwritten
         recipes.main(["--copy", str(tmp_path / "mine")])

@@ -37,8 +37,8 @@ def rehearse(recipe: Recipe) -> Recipe:
     """Prints the plan of a recipe, and returns the recipe of its rehearsal.
 
     Raises:
-        ValueError: If the model's folder holds none, the rehearsal's folder exists already, the data do not fill a generation batch, or the recipe's
-            extrapolation can't work.
+        ValueError: If the model's folder holds none, the rehearsal's folder exists already, the data do not fill a
+            generation batch, or the recipe's extrapolation can't work.
     """
     sys.dont_write_bytecode = True  # of a file with rewards
     if recipe.model.model_name_or_path:

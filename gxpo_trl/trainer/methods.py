@@ -1,7 +1,5 @@
-"""Methods of a trainer: which are TRL's, or this package's around them, and setting others for a while."""
+"""Which methods of a trainer are TRL's, or this package's around them."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from trl import GRPOTrainer, RLOOTrainer
@@ -22,19 +20,6 @@ def is_replaced(trainer: GRPOTrainer | RLOOTrainer, name: str) -> bool:
         return not (_is_ours(method) or getattr(method, "__func__", None) is vars(by_trl).get(name))
     owner = next(part for part in type(trainer).__mro__ if name in vars(part) and not _is_ours(part))
     return owner not in by_trl.__mro__ or not set(_libraries_of(vars(owner)[name])) <= LIBRARIES
-
-
-@contextlib.contextmanager
-def methods_set(trainer: GRPOTrainer, methods: dict[str, Callable]) -> Iterator[None]:
-    """Context in which a trainer has these methods, inside of what subclasses and users put around TRL's."""
-    own = {name: vars(trainer)[name] for name in methods if name in vars(trainer)}
-    vars(trainer).update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            del vars(trainer)[name]
-        vars(trainer).update(own)
 
 
 def _is_ours(part: Any) -> bool:

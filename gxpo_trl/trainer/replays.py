@@ -10,7 +10,6 @@ from trl import GRPOTrainer
 
 from ..engines import Engine
 from ..rollout.window import Replayed
-from .methods import methods_set
 
 
 MOVED_BY_LOSS = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
@@ -63,6 +62,19 @@ class Replays:
     def _set_moved_by_loss(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
             setattr(self.trainer, name, value)
+
+
+@contextlib.contextmanager
+def methods_set(trainer: GRPOTrainer, methods: dict[str, Callable]) -> Iterator[None]:
+    """Context in which a trainer has these methods, inside of what subclasses and users put around TRL's."""
+    own = {name: vars(trainer)[name] for name in methods if name in vars(trainer)}
+    vars(trainer).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(trainer)[name]
+        vars(trainer).update(own)
 
 
 def _one_by_one(masks: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:

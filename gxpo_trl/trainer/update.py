@@ -23,8 +23,7 @@ from ..update.snapshot import Origin, keep
 from ..update.step_control import StepControl, Verdict
 from .advice import Advisor
 from .layout import BatchLayout, Shares
-from .methods import methods_set
-from .replays import Replays
+from .replays import Replays, methods_set
 from .scoring import Scoring
 from .step_length import StepLength
 from .step_log import StepLog
