@@ -57,7 +57,14 @@ SFPO = Arm("SFPO", {"update_rule": "sfpo", "lookahead_steps": 3, "reposition_alp
 ARMS = (STOCK, GRPO, THREE_ITERATIONS, GXPO, SFPO)
 CONTROLLED = Arm("two passes, controlled", {**GXPO.settings, "lookahead_steps": 1, "step_control": "cosine"})
 CHECK = Arm("check", {"update_rule": "check", "per_device_train_batch_size": 8})
-CONTROLLED_ARMS = (CONTROLLED, CHECK)
+CHECK_MINIBATCHES = Arm(
+    "check, 4 disjoint minibatches",
+    {
+        **{"update_rule": "check", "prompts_per_step": None, "per_device_train_batch_size": 4},
+        **{"gradient_accumulation_steps": 2, "steps_per_generation": 8},
+    },
+)
+CONTROLLED_ARMS = (CONTROLLED, CHECK, CHECK_MINIBATCHES)
 CONTROL_RATES = (2e-5, 2e-4, 2e-3)
 """At which they and GRPO are compared."""
 PHASES = (
@@ -68,6 +75,7 @@ PHASES = (
     ("seeds", (THREE_ITERATIONS, SFPO)),
     ("seeds", (STOCK,)),
     ("control", (CONTROLLED,)),
+    ("control", (CHECK_MINIBATCHES,)),
     ("control", (CHECK,)),
     ("control", (GRPO,)),
 )

@@ -101,7 +101,7 @@ def _command_line(folder: Path, settings: Settings, recipe: str = RECIPE) -> lis
         PROBLEM_SETS[HELD_OUT] = ProblemSet("json", split="train", kind="arithmetic", data_files=problems)
     words = ["--config", recipe, "--disable_tqdm", "true", "--log_level", "error"]
     for name, value in {**settings, "output_dir": folder}.items():
-        words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+        words += [f"--{name}", *(value if isinstance(value, list) else ["null" if value is None else str(value)])]
     return words
 
 
