@@ -57,11 +57,12 @@ SFPO = Arm("SFPO", {"update_rule": "sfpo", "lookahead_steps": 3, "reposition_alp
 ARMS = (STOCK, GRPO, THREE_ITERATIONS, GXPO, SFPO)
 CONTROLLED = Arm("two passes, controlled", {**GXPO.settings, "lookahead_steps": 1, "step_control": "cosine"})
 CHECK = Arm("check", {"update_rule": "check", "per_device_train_batch_size": 8})
+PARTS = 4
 CHECK_MINIBATCHES = Arm(
-    "check, 4 disjoint minibatches",
+    f"check, {PARTS} disjoint minibatches",
     {
         **{"update_rule": "check", "prompts_per_step": None, "per_device_train_batch_size": 4},
-        **{"gradient_accumulation_steps": 2, "steps_per_generation": 8},
+        **{"gradient_accumulation_steps": 2, "steps_per_generation": 2 * PARTS},
     },
 )
 CONTROLLED_ARMS = (CONTROLLED, CHECK, CHECK_MINIBATCHES)
@@ -208,7 +209,7 @@ def show(rows: Sequence[dict]) -> None:
         seeds = str(len(runs)) + (" (look)" if first["seed"] in TUNING_SEEDS else "")
         accuracies = over_runs(runs), at_ends(runs)
         cells = [first["arm"], f"{first['learning_rate']:g}", seeds, *map(with_interval, accuracies)]
-        cells += [f"{first['curve'][-1][2]:.0f}", str(first["curve"][-1][0])]
+        cells += [f"{whole_passes(first, first['curve'][-1][2]):.0f}", str(first["curve"][-1][0])]
         cells += [number(seconds[name], 1) for name in COLUMNS]
         cells += [number(max(run["peak_resident_gib"] for run in runs), 2)]
         print(f"| {' | '.join(cells)} |")
@@ -243,7 +244,13 @@ def show_control(rows: Sequence[dict]) -> None:
             for rate in CONTROL_RATES:
                 runs = [row for row in compared if (row["arm"], row["learning_rate"]) == (arm.label, rate)]
                 cells.append(f"{mean(over_runs(runs))} / {mean(at_ends(runs))} ({len(runs)})" if runs else "")
-            print(f"| {arm.label} | {' | '.join(cells)} |")
+            if any(cells):
+                print(f"| {arm.label} | {' | '.join(cells)} |")
+
+
+def whole_passes(row: dict, passes: float) -> float:
+    """Passes over whole batches: with minibatches those of an optimizer step are over a part of one."""
+    return passes / (PARTS if row["arm"] == CHECK_MINIBATCHES.label else 1)
 
 
 COLUMNS = ("generation", "update")
@@ -260,7 +267,7 @@ def draw(rows: Sequence[dict]) -> Path:
         style_axes(axes)
     panels[0].set_ylabel("held-out accuracy")
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
     )
     figure.savefig(path := RESULTS / f"{NAME}.png", dpi=160)
     return path
@@ -269,7 +276,8 @@ def draw(rows: Sequence[dict]) -> Path:
 def as_run(row: dict) -> Run:
     log = []
     for i, (rollouts, value, passes, seconds) in enumerate(row["curve"]):
-        spent = {"eval/rollouts": rollouts, "eval/backward_passes": passes, "eval/seconds": seconds}
+        spent = {"eval/rollouts": rollouts, "eval/seconds": seconds}
+        spent |= {"eval/backward_passes": whole_passes(row, passes)}
         log.append({"step": i, f"eval/{BENCHMARK}/avg@2": value, **spent})
     settings = {"update_rule": row["update_rule"], "learning_rate": row["learning_rate"], "seed": row["seed"]}
     return Run(Path(NAME) / row["arm"] / f"seed-{row['seed']}", row["arm"], log, about={"settings": settings})
