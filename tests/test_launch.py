@@ -38,7 +38,8 @@ def completions_of(name: str, processes: int) -> list[int]:
         step = recipe["prompts_per_step"] * recipe["num_generations"]
     else:
         step = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * processes
-    return [step, recipe.get("generation_batch_size", step)]
+    steps = recipe.get("steps_per_generation", 0) // recipe.get("gradient_accumulation_steps", 1)
+    return [step, recipe.get("generation_batch_size", step * max(steps, 1))]
 
 
 def run(command: list[str], **environment) -> subprocess.CompletedProcess:
