@@ -57,12 +57,11 @@ SFPO = Arm("SFPO", {"update_rule": "sfpo", "lookahead_steps": 3, "reposition_alp
 ARMS = (STOCK, GRPO, THREE_ITERATIONS, GXPO, SFPO)
 CONTROLLED = Arm("two passes, controlled", {**GXPO.settings, "lookahead_steps": 1, "step_control": "cosine"})
 CHECK = Arm("check", {"update_rule": "check", "per_device_train_batch_size": 8})
-PARTS = 4
 CHECK_MINIBATCHES = Arm(
-    f"check, {PARTS} disjoint minibatches",
+    "check, 4 disjoint minibatches",
     {
         **{"update_rule": "check", "prompts_per_step": None, "per_device_train_batch_size": 4},
-        **{"gradient_accumulation_steps": 2, "steps_per_generation": 2 * PARTS},
+        **{"gradient_accumulation_steps": 2, "steps_per_generation": 8},
     },
 )
 CONTROLLED_ARMS = (CONTROLLED, CHECK, CHECK_MINIBATCHES)
@@ -250,7 +249,7 @@ def show_control(rows: Sequence[dict]) -> None:
 
 def whole_passes(row: dict, passes: float) -> float:
     """Passes over whole batches: with minibatches those of an optimizer step are over a part of one."""
-    return passes / (PARTS if row["arm"] == CHECK_MINIBATCHES.label else 1)
+    return passes / (CHECK_MINIBATCHES.steps_per_batch if row["arm"] == CHECK_MINIBATCHES.label else 1)
 
 
 COLUMNS = ("generation", "update")
