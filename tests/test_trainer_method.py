@@ -3,6 +3,7 @@
 import copy
 import gc
 from types import MethodType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -468,6 +469,21 @@ def test_the_tokens_of_high_entropy_are_those_of_pass_1(tmp_path, monkeypatch):
     assert_equal_parameters(ours, train(tmp_path, Remembering, **settings))
     with pytest.raises(AssertionError):  # else all of this says nothing
         assert_equal_parameters(ours, train(tmp_path, **settings))
+
+
+def test_a_loss_that_asks_for_the_tokens_more_often_in_a_replay_is_refused(tmp_path):
+    class AskingTwice(LookaheadTrainer):
+        seen: ClassVar[set[int]] = set()
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            mask = inputs["completion_mask"]
+            if mask.data_ptr() in self.seen:
+                self.get_high_entropy_mask(mask.float(), mask, 0.7)
+            self.seen.add(mask.data_ptr())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    with pytest.raises(RuntimeError, match="more often in a later pass.*top_entropy_quantile"):
+        train(tmp_path, AskingTwice, max_steps=1, top_entropy_quantile=0.3, compact_batches=False)
 
 
 def test_a_patched_loss_with_a_token_budget_is_refused_when_training_begins(tmp_path):

@@ -79,5 +79,15 @@ def methods_set(trainer: GRPOTrainer, methods: dict[str, Callable]) -> Iterator[
 
 def _one_by_one(masks: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A method that returns one after the other, whatever it is given."""
-    masks = iter(masks)
-    return lambda *args, **kwargs: next(masks)
+    left = iter(masks)
+
+    def kept(*args, **kwargs) -> torch.Tensor:
+        mask = next(left, None)
+        if mask is None:
+            raise RuntimeError(
+                "The loss asked for `get_high_entropy_mask` more often in a later pass than in pass 1: let it ask equally "
+                "often in each pass, or set `top_entropy_quantile: 1.0`."
+            )
+        return mask
+
+    return kept

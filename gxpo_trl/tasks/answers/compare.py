@@ -19,7 +19,8 @@ def judge(gold: str, answer: str) -> float | None:
         return 1.0 if key(gold) == key(answer) != "" else None
     golds = {gold, _joined(gold)} if re.match(r"\D*\d{3}", gold) else {_joined(gold)}  # 2,125 is not a list
     answer, golds = _with_units(answer, gold), {_with_units(text, answer) for text in golds}
-    answers = {answer, _joined(answer)}
+    golds, answer = golds | {_24_hours(text, answer) for text in golds}, _with_constant(answer, gold)
+    answers = {answer, _joined(answer), _24_hours(answer, gold)}
     if re.search(r"\d\.\d", gold):  # where 0,5 is no list
         answers.add(re.sub(r"^([^\d,()\[\]]*\d+),(?=\d+(?![\d,])[^,]*$)", r"\1.", answer))
     return float(any(_match(g, a) for g in golds for a in answers))
@@ -40,6 +41,20 @@ def _with_units(text: str, other: str) -> str:
     """A letter after a number is a unit, not a variable, if it is one in the other text: 25 s and 25 seconds."""
     names = "".join(re.findall(r"\\unit\{([a-zA-Z])\}", other))
     return re.sub(rf"(?<=[\d}}]) ?([{names}])$", r"\\unit{\1}", text) if names else text
+
+
+def _with_constant(text: str, other: str) -> str:
+    """A constant of integration may be `c` or `C`, where it is no variable."""
+    constants = [re.fullmatch(r"(.*)\+ ?([cC])", one) for one in (text, other)]
+    is_free = all(one and "c" not in re.sub(r"\\[a-z]+", "", one[1]).lower() for one in constants)
+    return text[:-1] + constants[1][2] if is_free else text
+
+
+def _24_hours(text: str, other: str) -> str:
+    """`20:34` for 8:34 p.m., where the other text has 24 hours."""
+    time = re.fullmatch(r"(1[0-2]|[1-9])(:[0-5]\d) ?\\unit\{([ap])m\}\s*", text)
+    time = time if re.fullmatch(r"\d\d?:[0-5]\d", other) else None
+    return f"{int(time[1]) % 12 + 12 * (time[3] == 'p')}{time[2]}" if time else text
 
 
 def _match(gold: str, answer: str) -> bool:
@@ -110,10 +125,16 @@ def _same(gold: Element, answer: Element, tolerance: mp.mpf = mp.zero) -> bool:
 
 
 def _same_equation(found: list[tuple[Element, Element]]) -> bool:
-    """Whether the differences of the two sides are in a constant ratio, as of `y = 2x` and `2y - 4x = 0`."""
+    """Whether the differences of the two sides are in a constant ratio, as of `y = 2x` and `2y - 4x = 0`.
+
+    That of inequalities is positive: `x < 1` is `-x > -1`.
+    """
     if len(found) < 2 or any(len(elements.value[1]) != 1 for pair in found for elements in pair):
         return False
-    ratios = [golds.value[1][0].difference / answers.value[1][0].difference for golds, answers in found]
+    pairs = [(golds.value[1][0], answers.value[1][0]) for golds, answers in found]
+    ratios = [one.difference / other.difference for one, other in pairs]
+    if any(one.relation != other.relation or one.relation and not mp.re(ratios[0]) > 0 for one, other in pairs):
+        return False
     return all(equal(ratios[0], ratio) for ratio in ratios)
 
 

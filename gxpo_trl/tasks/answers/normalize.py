@@ -103,6 +103,7 @@ _REWRITES = [
      lambda m: f" {m[1]} " if re.search(r"[=^]|\\frac|\\sqrt", m[1]) else m[0]),
     (r"\\\\ *\[-?[\d.]+ *[a-z]{2}\]|\\cr(?![a-zA-Z])", r"\\\\"),
     (r"\\begin *\{array\} *\{[lcr|]*\}((?:(?!\\\\|&|\\begin).)*)\\end *\{array\}", r" \1 "),
+    (r"\\(mathbb|mathcal) *([A-Z])(?![a-zA-Z])", r"\\\1{\2}"),
     (r"\\num *(?=\{)", " "), (r"\\(?:SI|qty) *\{([^{}]*)\} *\{([^{}]*)\}", r"\1\\text{ \2}"),
     # Thousands and decimals of other languages, where they can't be a list: 1.000.000, 1.234,5, 1_000
     (r"(?<![\w.,])\d{1,3}(?:\.\d{3}){2,}(?![\w.,])", lambda m: m[0].replace(".", "")),
@@ -141,6 +142,7 @@ _REWRITES = [
     (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}|(?<=[\d)} ])(?<!\\)((?:[a-zA-Z]{4,}|[ckm]m|[km]g|cup|ft|ml|mi|hr|sq|lb|oz"
      r"|min|ton|men|mph|m(?=/s)|[kM]?Hz|k?Pa|k[NJWV]|[kMG]?eV|rad|mol|deg|lbs|hrs|yrs|yd|gal|USD|EUR|GBP"
      r"|in(?= ?(?:\^|$)))\b(?:[ /]+[a-zA-Z]{2,}|/[hsm]\b)*\.?(?![(']))", lambda m: _word(m)),
+    (r"^\s*(\d\w*?|[a-fA-F][\da-fA-F]+)\s*(_\s*\{?\s*(?:1[1-9]|2\d|3[0-6])\s*\}?)\s*$", lambda m: m[1].upper() + m[2]),
     (r"\^\s*\{\s*\}", ""), (r"(?<=\d)\s*_\s*\{?\s*(\d+)\s*\}?", r"\\unit{base\1}"),
     (r",?(?<![a-zA-Z\\])\s*(?:and|(or))(?![a-zA-Z])\s*", lambda m: r" \vee " if m[1] else ", "),
     (r"\\begin\s*\{cases\}(.*)\\end\s*\{cases\}", lambda m: m[1].replace(r"\\", ",")),
@@ -158,9 +160,12 @@ _REWRITES = [
     (r"\{?([^{}]{0,99})\\(over|choose)(?![a-z])([^{}]{0,99})\}?", r"\\\2{\1}{\3}"), (r"\\over\{", r"\\frac{"),
     (r"\\(?:binom|choose)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\\frac{(\1)!}{(\2)!(\1-(\2))!}"),
     (r"^(?:\w \\in )?(?:\\mathbb\{R\}|(?:\\text\{)?all real numbers\}?)$", r"(-\\infty,\\infty)"),
-    (r"^\s*(?:\w\s*\\ne(?![a-z])|\\mathbb\{R\}\s*\\setminus\s*\\\{)([^,\\]*)(?:\\\})?$",
-     r"(-\\infty,\1)\\cup(\1,\\infty)"),
-    (r"^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\}\s*)?[:|](.*)\\\}$", r"\1"), (r"(?<=\d)\s*\\Omega", r"\\unit{Ω}"),
+    # Sets as intervals and points
+    (r"^\\\{\s*(\w)\s*\\in\s*\\mathbb\{([ZN])\}\s*[:|]\s*(.*)\\\}$", lambda m: _integers(*m.groups()) or m[0]),
+    (r"^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\}\s*)?[:|](.*)\\\}$", r"\1"),
+    (r"^\s*(\w)\s*\\ne(?![a-z])(.*)$", lambda m: _except(*m.groups()) or m[0]),
+    (r"\\mathbb\{R\}\s*(?:\\setminus|-)\s*(?=\\\{)", r"(-\\infty,\\infty)\\setminus"),
+    (r"(?<=\\setminus)\s*\\\{(.*)\\\}$", lambda m: _points(m[1])), (r"(?<=\d)\s*\\Omega", r"\\unit{Ω}"),
     (r"^\\lvert\s*(\w)\s*\\rvert\s*(<|\\le\b)(.*)", r"-(\3)\2 \1\2\3"),
     (r"^\s*((?i:no)|[A-Za-z]{3}[A-Za-z ]*)$", lambda m: _WORDS.get(m[1].strip().lower(), rf"\text{{{m[1]}}}")),
     (r"^[^:,<>=]+(?::[^:,<>=]+){2,}$", lambda m: _ratio(m[0])), (r"\s+", " "), (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
@@ -202,6 +207,29 @@ def _numeral(text: str) -> str | None:
         return rf"\frac{{{number}}}{{{part}}}"
     counted = "" if not rest else None if found[2] == "a" else _counted(rest)
     return None if counted is None else number + counted
+
+
+def _except(variable: str, values: str) -> str | None:
+    """The set of `x \\ne 1, x \\ne 2`, or of `x \\ne 1, 2`."""
+    values = re.sub(rf",\s*{variable}\s*\\ne(?![a-z])", ",", values)
+    return None if re.search(r"\\ne(?![a-z])|[=<>]", values) else rf"(-\infty,\infty)\setminus\{{{values}\}}"
+
+
+def _points(values: str) -> str:
+    """A set in which both signs of `\\pm 2` are points of their own."""
+    signed = re.sub(r"(^|,)\s*\\pm([^,]*)", r"\1\2,-(\2)", values)
+    return rf"\{{{signed}\}}"
+
+
+def _integers(variable: str, of: str, condition: str) -> str | None:
+    """The integers between two bounds, where these are numbers, and not more than a hundred."""
+    bounds = re.fullmatch(rf"\s*(-?\d{{1,9}})\s*(<|\\le)\s*{variable}\s*(<|\\le)\s*(-?\d{{1,9}})\s*", condition)
+    if not bounds:
+        return None
+    low, high = int(bounds[1]) + (bounds[2] == "<"), int(bounds[4]) - (bounds[3] == "<")
+    if high - low >= 100 or of == "N" and low < 1:  # whether 0 is natural is a convention
+        return None
+    return rf"\{{{','.join(map(str, range(low, high + 1)))}\}}" if low <= high else r"\emptyset"
 
 
 def _matrix(rows: list[str]) -> str:

@@ -4,6 +4,7 @@ Nothing is summed or simplified: a text takes bounded time. What is not known, a
 """
 
 import re
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 from zlib import crc32
@@ -47,6 +48,51 @@ class Element(NamedTuple):
     value: mp.mpf | tuple[str, list["Element"]]
     name: str = ""
     difference: mp.mpf = mp.nan
+    relation: str = ""  # of an inequality, whose difference is below zero: `<` or `le`
+
+
+def _parts(element: Element) -> list[tuple]:
+    """Intervals and points, as ends: numbers with 1 or -1 where they are open, which is how these are in order."""
+    if not isinstance(element.value, tuple):
+        brackets, values = "[]", [element.value] * 2
+    else:
+        brackets, elements = element.value
+        if brackets == "{}":
+            return [part for one in elements for part in _parts(one)]
+        values = [one.value for one in elements if not isinstance(one.value, tuple)]
+    if len(values) != 2 or any(map(mp.im, values)) or brackets[0] not in "([" or not values[0] <= values[1]:
+        raise ValueError("No interval.")
+    return [((mp.re(values[0]), int(brackets[0] == "(")), (mp.re(values[1]), -int(brackets[1] == ")")))]
+
+
+def _set(parts: list[tuple], name: str = "") -> Element:
+    """Parts that touch are one: `[0, 2)` for `[0, 1]` and `(1, 2)`."""
+    united: list[tuple] = []
+    for low, high in sorted(parts):
+        touches = united and (
+            low[0] < united[-1][1][0] or low[0] == united[-1][1][0] and low[1] - united[-1][1][1] < 2
+        )
+        united[-1:] = [(united[-1][0], max(united[-1][1], high))] if touches else [*united[-1:], (low, high)]
+    elements = [
+        Element(low[0] if low == high else ("[("[low[1]] + "])"[-high[1]], [Element(low[0]), Element(high[0])]), name)
+        for low, high in united
+    ]
+    return Element(("{}", elements))
+
+
+def _without(element: Element, points: Element) -> Element:
+    """The rest of an interval or a set without some points."""
+    parts = _parts(element)
+    for point, end in _parts(points):
+        if point != end:
+            raise ValueError("No finite set.")
+        parts = [
+            piece
+            for low, high in parts
+            for piece in ([(low, (point[0], -1)), ((point[0], 1), high)] if low <= point <= high else [(low, high)])
+            if piece[0][0] < piece[1][0] or piece[0] == piece[1]
+        ]
+    return _set(parts)
 
 
 def equal(one: mp.mpf, other: mp.mpf, tolerance: mp.mpf = mp.zero) -> bool:
@@ -103,10 +149,19 @@ class Answer:
         return self._tokens.pop() if not tokens or self._tokens[-1] in tokens else ""
 
     def _list(self, *closing: str) -> tuple[str, list[Element]]:
-        """A closing bracket and the elements up to it."""
-        found = []
+        """A closing bracket and the elements up to it. Those of a union of intervals are a set."""
+        found, is_joined = [], False
         while self._tokens[-1] not in closing:
-            found += [] if self._next(*_SEPARATORS) else [self._chain()]
+            if separator := self._next(*_SEPARATORS):
+                is_joined = separator == "cup"
+                continue
+            element = self._chain()
+            if is_joined and found:
+                with suppress(ValueError, TypeError):
+                    element = _set(_parts(found[-1]) + _parts(element), found[-1].name)
+                    found.pop()
+            found.append(element)
+            is_joined = False
         return self._next(), found
 
     def _chain(self) -> Element:
@@ -128,16 +183,23 @@ class Answer:
         if signs[0] in (">", "ge"):
             sides, names, signs = sides[::-1], names[::-1], [_FLIPPED.get(sign, sign) for sign in signs[::-1]]
         variables = [place for place, name in enumerate(names) if re.fullmatch(_NAME, name)]
-        if len(variables) != 1 or not set(signs) <= {"<", "le"}:
+        if not set(signs) <= {"<", "le"} or any(isinstance(side, tuple) for side in sides):
             return Element(mp.nan)
+        difference, relation = (sides[0] - sides[1] or mp.nan, signs[0]) if len(sides) == 2 else (mp.nan, "")
+        if len(variables) != 1:
+            return Element(mp.nan, "", difference, relation)
         low, _, high = [-mp.inf, *sides, mp.inf][variables[0] : variables[0] + 3]
         before, after = ["<", *signs, "<"][variables[0] : variables[0] + 2]
-        return Element(("[("[before == "<"] + "])"[after == "<"], [Element(low), Element(high)]))
+        brackets = "[("[before == "<"] + "])"[after == "<"]
+        return Element((brackets, [Element(low), Element(high)]), "", difference, relation)
 
     def _expression(self, level: float = 0, ends: tuple[str, ...] = ()) -> mp.mpf | tuple:
         """Reads on while what follows binds closer than a level."""
         left = self._operand()
         while _LEVELS.get(self._tokens[-1], 2) > level and self._tokens[-1] not in ends:
+            if isinstance(left, tuple) and self._next("setminus"):
+                left = _without(Element(left), Element(self._expression(_LEVELS["setminus"]))).value
+                continue
             left = mp.nan if isinstance(left, tuple) else left
             if self._tokens[-1] in ("+", "-"):
                 left += self._expression(1)
