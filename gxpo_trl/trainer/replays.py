@@ -85,8 +85,8 @@ def _one_by_one(masks: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
         mask = next(left, None)
         if mask is None:
             raise RuntimeError(
-                "The loss asked for `get_high_entropy_mask` more often in a later pass than in pass 1: let it ask equally "
-                "often in each pass, or set `top_entropy_quantile: 1.0`."
+                "The loss asked for `get_high_entropy_mask` more often in a later pass than in pass 1: let it ask "
+                "equally often in each pass, or set `top_entropy_quantile: 1.0`."
             )
         return mask
 

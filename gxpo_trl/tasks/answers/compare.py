@@ -127,7 +127,7 @@ def _same(gold: Element, answer: Element, tolerance: mp.mpf = mp.zero) -> bool:
 def _same_equation(found: list[tuple[Element, Element]]) -> bool:
     """Whether the differences of the two sides are in a constant ratio, as of `y = 2x` and `2y - 4x = 0`.
 
-    That of inequalities is positive: `x < 1` is `-x > -1`.
+    That of inequalities must be positive: `x < 1` is `-x > -1`.
     """
     if len(found) < 2 or any(len(elements.value[1]) != 1 for pair in found for elements in pair):
         return False

@@ -20,6 +20,7 @@ FUNCTIONS |= {"arc" + name: getattr(mp, "a" + name) for name in _CIRCULAR} | {"l
 _CONSTANTS = {"e": +mp.e, "pi": +mp.pi, "i": mp.j, "infty": mp.inf, "degree": +mp.degree, "unitrad": mp.one}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", "lvert": "rvert", "lfloor": "rfloor", "lceil": "rceil"}
 _TIMES, _DIVIDED, _SEPARATORS = ("*", "cdot", "times", "ast"), ("/", "div", ":"), (",", ";", "vee", "cup")
+_UNION = "<>"  # the brackets of what has intervals among its parts
 _ORDERED = {  # operators whose sides can't be exchanged, that bind less than sums or more
     **dict.fromkeys("to mapsto implies subset subseteq supset supseteq models vdash prec succ nmid".split(), 0.5),
     **dict.fromkeys("setminus circ".split(), 1.5),
@@ -53,31 +54,36 @@ class Element(NamedTuple):
 
 def _parts(element: Element) -> list[tuple]:
     """Intervals and points, as ends: numbers with 1 or -1 where they are open, which is how these are in order."""
-    if not isinstance(element.value, tuple):
-        brackets, values = "[]", [element.value] * 2
-    else:
-        brackets, elements = element.value
-        if brackets == "{}":
-            return [part for one in elements for part in _parts(one)]
-        values = [one.value for one in elements if not isinstance(one.value, tuple)]
-    if len(values) != 2 or any(map(mp.im, values)) or brackets[0] not in "([" or not values[0] <= values[1]:
+    brackets, elements = element.value if isinstance(element.value, tuple) else ("{}", [element])
+    if brackets == _UNION:
+        return [part for one in elements for part in _parts(one)]
+    values = [mp.nan if isinstance(one.value, tuple) else one.value for one in elements]
+    if any(mp.im(value) or mp.isnan(value) for value in values):
+        raise ValueError("No real numbers.")
+    if brackets == "{}":
+        return [((value, 0), (value, 0)) for value in map(mp.re, values)]
+    low, high = map(mp.re, values)
+    if low >= high:
         raise ValueError("No interval.")
-    return [((mp.re(values[0]), int(brackets[0] == "(")), (mp.re(values[1]), -int(brackets[1] == ")")))]
+    return [((low, int(brackets[0] == "(")), (high, -int(brackets[1] == ")")))]
 
 
 def _set(parts: list[tuple], name: str = "") -> Element:
     """Parts that touch are one: `[0, 2)` for `[0, 1]` and `(1, 2)`."""
     united: list[tuple] = []
     for low, high in sorted(parts):
-        touches = united and (
-            low[0] < united[-1][1][0] or low[0] == united[-1][1][0] and low[1] - united[-1][1][1] < 2
-        )
-        united[-1:] = [(united[-1][0], max(united[-1][1], high))] if touches else [*united[-1:], (low, high)]
+        (value, openness), is_first = united[-1][1] if united else low, not united
+        if is_first or low[0] > value or low[0] == value and low[1] - openness == 2:  # two open ends don't touch
+            united.append((low, high))
+        else:
+            united[-1] = (united[-1][0], max(united[-1][1], high))
     elements = [
         Element(low[0] if low == high else ("[("[low[1]] + "])"[-high[1]], [Element(low[0]), Element(high[0])]), name)
         for low, high in united
     ]
-    return Element(("{}", elements))
+    if not any(isinstance(element.value, tuple) for element in elements):
+        return Element(("{}", elements))
+    return elements[0] if len(elements) == 1 else Element((_UNION, elements))
 
 
 def _without(element: Element, points: Element) -> Element:
@@ -135,7 +141,7 @@ class Answer:
                 signed = re.sub(r"\\(pm|mp)(?![a-z])", lambda m, signs=signs: signs[m[1] == "mp"], text)
                 found, self._tokens = [], ["", *("".join(groups) for groups in reversed(_TOKEN.findall(signed)))]
                 for element in self._list("")[1]:
-                    is_set = isinstance(element.value, tuple) and element.value[0] == "{}"
+                    is_set = isinstance(element.value, tuple) and element.value[0] in ("{}", _UNION)
                     found += element.value[1] if is_set else [element]
                 self.elements += [element for element in found if element not in self.elements]
             is_complex = any(mp.im(element.value) for element in self.elements if not isinstance(element.value, tuple))
