@@ -20,6 +20,7 @@ FUNCTIONS |= {"arc" + name: getattr(mp, "a" + name) for name in _CIRCULAR} | {"l
 _CONSTANTS = {"e": +mp.e, "pi": +mp.pi, "i": mp.j, "infty": mp.inf, "degree": +mp.degree, "unitrad": mp.one}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", "lvert": "rvert", "lfloor": "rfloor", "lceil": "rceil"}
 _TIMES, _DIVIDED, _SEPARATORS = ("*", "cdot", "times", "ast"), ("/", "div", ":"), (",", ";", "vee", "cup")
+_STRIDES = {"n": 1, "m": 7, "k": 11}  # of integers from point to point: six of them have all remainders of 2 to 6
 _UNION = "<>"  # the brackets of what has intervals among its parts
 _ORDERED = {  # operators whose sides can't be exchanged, that bind less than sums or more
     **dict.fromkeys("to mapsto implies subset subseteq supset supseteq models vdash prec succ nmid".split(), 0.5),
@@ -272,6 +273,8 @@ class Answer:
         if not re.fullmatch(_NAME, token):
             raise ValueError("No name.")
         number = crc32(f"{name} {self._point}".encode())
-        if name in "nmk" or self._point < 2 and not is_unit:
-            return mp.mpf(2 + number % 29 + 29 * (name not in "nmk"))
+        if name in _STRIDES:
+            return mp.mpf(2 + crc32(name.encode()) % 11 + _STRIDES[name] * self._point)
+        if self._point < 2 and not is_unit:
+            return mp.mpf(31 + number % 29)
         return mp.mpf(number % 10**6 + 10**6) / 1234567 * (-1) ** self._point
